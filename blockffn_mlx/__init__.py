@@ -1,0 +1,26 @@
+"""BlockFFN language models on Apple Silicon with MLX."""
+
+from .version import __version__
+
+try:
+    import mlx.core  # noqa: F401
+except ImportError:
+    # On Linux the bare mlx package holds no backend: say which extra to add, not a traceback.
+    raise SystemExit(
+        "blockffn-mlx: MLX has no backend here; on Linux install it with one: "
+        "pip install 'blockffn-mlx[cpu]' for a CPU, or 'blockffn-mlx[cuda13]' for an NVIDIA GPU"
+    ) from None
+
+from . import ffn, kernels
+from .model import Model, ModelArgs
+from .sparsity import router_scores, sparsity
+
+__all__ = [
+    "Model",
+    "ModelArgs",
+    "__version__",
+    "ffn",
+    "kernels",
+    "router_scores",
+    "sparsity",
+]

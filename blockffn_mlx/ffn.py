@@ -1,0 +1,196 @@
+"""The BlockFFN layer: a ReLU + RMSNorm router over many small experts (arXiv 2507.08771)."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from . import kernels
+from .experts import ExpertLinear, ExpertWeights, dequantized
+
+# The longest chunk that counts as a decoding or verification step; longer ones are prefill.
+MAX_CHUNK = 64
+
+ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
+
+
+def dense_ffn(
+    x: mx.array, scores: mx.array, up: ExpertWeights, down: ExpertWeights, *, act: str = "silu"
+) -> mx.array:
+    """Computes every expert for every token: for training, and the referee of all other paths.
+
+    Args:
+        x: [..., H].
+        scores: [..., E], finished router scores; 0 means inactive.
+        up: [E, d, H], plain or quantised.
+        down: [E, H, d], plain or quantised.
+        act: "silu" or "relu".
+
+    Returns:
+        [..., H]: the sum over experts of (score * act(x @ up.T)) @ down.T. An inactive expert
+        adds exactly 0, even where its activation is infinite.
+    """
+    up = dequantized(up, x.shape[-1])
+    num_experts, expert_size, hidden_size = up.shape
+    down = dequantized(down, expert_size)
+    hidden = x @ up.reshape(-1, hidden_size).T
+    hidden = weigh(hidden.reshape(*scores.shape, expert_size), scores, act)
+    # [E, H, d] -> [E * d, H]: one product over all experts instead of a sum of E outputs.
+    flat_down = down.swapaxes(1, 2).reshape(-1, hidden_size)
+    return hidden.reshape(*scores.shape[:-1], num_experts * expert_size) @ flat_down
+
+
+def union_ffn_ops(
+    x: mx.array, scores: mx.array, up: ExpertWeights, down: ExpertWeights, *, act: str = "silu"
+) -> mx.array:
+    """Computes only the experts that some token of the chunk uses, in plain MLX operations.
+
+    Shapes as in `dense_ffn`, with x [T, H] and scores [T, E]. Reads the union on the host, so
+    where nothing can be read (inside mx.compile or mx.vmap) it computes every expert instead.
+    """
+    union = active_experts(scores)
+    if union is None:
+        return dense_ffn(x, scores, up, down, act=act)
+    if not union:
+        return mx.zeros_like(x)
+    index = mx.array(union)
+    scores = scores[:, index]
+    if isinstance(up, mx.array) and isinstance(down, mx.array) and x.dtype == mx.float32:
+        # gather_mm reads the chosen experts in place; on a CPU it takes float32 only.
+        hidden = mx.gather_mm(x[None], up.swapaxes(1, 2), rhs_indices=index)  # [U, T, d]
+        hidden = weigh(hidden, scores.T, act)
+        out = mx.gather_mm(hidden, down.swapaxes(1, 2), mx.arange(len(union)), index)
+        return out.sum(axis=0)
+    return dense_ffn(x, scores, take_experts(up, index), take_experts(down, index), act=act)
+
+
+def chunk_union_ffn(
+    x: mx.array,
+    scores: mx.array,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    act: str = "silu",
+    backend: str = "auto",
+    group_size: int | None = None,
+    bits: int | None = None,
+) -> mx.array:
+    """The feed-forward layer over one chunk, reading only the union of the chunk's experts.
+
+    Args:
+        x: [T, H].
+        scores: [T, E], finished (after ReLU, normalisation and weight), active where not 0.
+        up: [E, d, H], or (weight, scales, biases) as mx.quantize makes them.
+        down: [E, H, d], likewise.
+        act: "silu" or "relu".
+        backend: "metal" or "cuda" (the kernels, T up to 64), "ops", "dense", or "auto".
+        group_size: Quantisation group of `up` and `down`; read off the shapes if None.
+        bits: Quantisation bits, likewise.
+
+    Returns:
+        [T, H], in the dtype of x.
+
+    Raises:
+        ValueError: For an unknown backend or activation.
+    """
+    if act not in ACTIVATIONS:
+        raise ValueError(f"unknown expert activation {act!r}: use one of {', '.join(ACTIVATIONS)}")
+    if backend == "auto":
+        backend = choose_backend(len(x))
+    if backend in ("metal", "cuda"):
+        return kernels.union_ffn(
+            x, scores, up, down, act=act, backend=backend, group_size=group_size, bits=bits
+        )
+    if backend == "ops":
+        return union_ffn_ops(x, scores, up, down, act=act)
+    if backend == "dense":
+        return dense_ffn(x, scores, up, down, act=act)
+    raise ValueError(f"unknown backend {backend!r}: use metal, cuda, ops, dense or auto")
+
+
+def choose_backend(num_tokens: int, batch_size: int = 1, training: bool = False) -> str:
+    """The one place that decides how a feed-forward layer is computed.
+
+    Args:
+        num_tokens: Tokens over all sequences.
+        batch_size: Number of sequences; the kernels take one.
+        training: Whether gradients may be asked for; every expert takes part in those.
+    """
+    if training or num_tokens > MAX_CHUNK:
+        return "dense"
+    if batch_size == 1 and (backend := kernels.available_backend()):
+        return backend
+    return "ops"
+
+
+class BlockFFN(nn.Module):
+    """The layer. Submodules are named like the checkpoint's tensors.
+
+    Attributes:
+        observer: None, or a function called in every pass with the router's logits before ReLU
+            and the finished scores, both [B, T, E]: how statistics and training losses watch.
+    """
+
+    def __init__(self, args):
+        super().__init__()
+        self.act = args.hidden_act
+        self.norm_after_router = args.norm_after_router
+        self.norm_scale = args.norm_scale
+        self.router_proj = nn.Linear(args.hidden_size, args.num_experts, bias=False)
+        if args.norm_after_router == "rms":
+            self.router_norm = nn.RMSNorm(args.num_experts, eps=args.rms_norm_eps)
+        self.up_proj = ExpertLinear(args.hidden_size, args.expert_size, args.num_experts)
+        self.down_proj = ExpertLinear(args.expert_size, args.hidden_size, args.num_experts)
+        self.sharding_group: mx.distributed.Group | None = None
+        self.observer: Callable[[mx.array, mx.array], None] | None = None
+
+    def route(self, router_logits: mx.array) -> mx.array:
+        """Finished scores [..., E] from the router's logits [..., E]."""
+        active = nn.relu(router_logits)
+        if self.norm_after_router == "rms":
+            return self.router_norm(active)
+        if self.norm_after_router == "sum":
+            return active / (active.sum(axis=-1, keepdims=True) * self.norm_scale + 1e-5)
+        return active
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, T, H] -> [B, T, H]."""
+        router_logits = self.router_proj(x)
+        scores = self.route(router_logits)
+        if self.observer is not None:
+            self.observer(router_logits, scores)
+        batch_size, num_tokens, hidden_size = x.shape
+        backend = choose_backend(batch_size * num_tokens, batch_size, self.training)
+        out = chunk_union_ffn(
+            x.reshape(-1, hidden_size),
+            scores.reshape(batch_size * num_tokens, -1),
+            self.up_proj.weights,
+            self.down_proj.weights,
+            act=self.act,
+            backend=backend,
+        )
+        if self.sharding_group is not None:
+            out = mx.distributed.all_sum(out, group=self.sharding_group)
+        return out.reshape(x.shape)
+
+
+def weigh(hidden: mx.array, scores: mx.array, act: str) -> mx.array:
+    """act(hidden) * score with hidden [..., d] and scores [...]; exactly 0 where the score is 0."""
+    scores = scores[..., None]
+    return mx.where(scores != 0, ACTIVATIONS[act](hidden) * scores, mx.zeros_like(scores))
+
+
+def active_experts(scores: mx.array) -> list[int] | None:
+    """Experts that some token uses, ascending, or None where `scores` is being traced."""
+    used = mx.any(scores != 0, axis=0)
+    try:
+        # MLX has no question "is this traced?": reading a value is how one finds out.
+        return [e for e, active in enumerate(used.tolist()) if active]
+    except ValueError:
+        return None
+
+
+def take_experts(weights: ExpertWeights, index: mx.array) -> ExpertWeights:
+    """The experts of `index` from a projection, in the form that it has."""
+    if isinstance(weights, mx.array):
+        return weights[index]
+    return tuple(array[index] for array in weights)

@@ -1,0 +1,1 @@
+"""The kernels, as Metal source; kernels.py reads them from here."""
