@@ -1,0 +1,193 @@
+"""Text generation over mlx-lm's generate_step and GenerationResponse."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
+from mlx_lm.models.cache import RotatingKVCache
+
+
+def stream_generate(
+    model: nn.Module,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    *,
+    sampler: Callable[[mx.array], mx.array] | None = None,
+    logits_processors: list[Callable[[mx.array, mx.array], mx.array]] | None = None,
+    stop: Sequence[str] = (),
+    max_kv_size: int | None = None,
+    prompt_cache: list[Any] | None = None,
+    prefill_step_size: int = 2048,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+) -> Iterator[GenerationResponse]:
+    """Generates token by token.
+
+    Args:
+        model: A BlockFFN model.
+        tokenizer: mlx-lm's TokenizerWrapper, as `load` returns it.
+        prompt: Text, or token ids [T] that are used as they are.
+        max_tokens: The most tokens to generate; -1 for no limit.
+        sampler: mlx-lm's kind, log-probabilities [B, V] -> tokens [B]; greedy if None.
+        logits_processors: mlx-lm's kind, (tokens so far, logits) -> logits.
+        stop: Texts that end the answer; they are not part of it, even if tokens split them.
+        max_kv_size: Keeps at most so many positions in the cache, dropping the oldest.
+        prompt_cache: Caches that hold what came before; `prompt` then continues it.
+        prefill_step_size: Prompt tokens per pass.
+        kv_bits: Quantises the cache to so many bits (GQA only).
+        kv_group_size: Group size of the quantised cache.
+        quantized_kv_start: Tokens after which the cache is quantised.
+        prompt_progress_callback: Called with (tokens done, tokens of the prompt).
+
+    Yields:
+        One GenerationResponse per token; the last one has a finish_reason, "stop" or "length".
+
+    Raises:
+        ValueError: For an empty prompt, a limit of 0, or settings that exclude each other.
+    """
+    if max_tokens == 0:
+        raise ValueError("max_tokens must not be 0 (-1 for no limit)")
+    prompt = prompt_ids(tokenizer, prompt)
+    if kv_bits is not None and model.args.attention_type == "mla":
+        raise ValueError("a quantised cache does not fit MLA: its latent cache is small already")
+    if max_kv_size is not None and prompt_cache is None:
+        prompt_cache = [RotatingKVCache(max_size=max_kv_size, keep=4) for _ in model.layers]
+    options = {"prompt_progress_callback": prompt_progress_callback}
+    steps = generate_step(
+        prompt,
+        model,
+        max_tokens=max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        prompt_cache=prompt_cache,
+        prefill_step_size=prefill_step_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    tokens = ((token, logprobs, False) for token, logprobs in steps)
+    with wired_limit(model, [generation_stream]):
+        yield from respond(tokens, tokenizer, prompt.size, max_tokens, stop)
+
+
+def generate(model: nn.Module, tokenizer: Any, prompt: str | list[int], **options) -> str:
+    """The whole answer of `stream_generate` as one string; same arguments."""
+    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
+
+
+def prompt_ids(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> mx.array:
+    """Token ids [T] of a prompt; a text gets its BOS unless it begins with one.
+
+    Raises:
+        ValueError: For an empty prompt, a batch, or text without a tokenizer.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("this model has no tokenizer files: give token ids, not text")
+        bos = tokenizer.bos_token
+        prompt = tokenizer.encode(
+            prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
+        )
+    ids = mx.array(prompt)
+    if ids.ndim != 1:
+        raise ValueError(f"one prompt at a time: token ids of shape {ids.shape} are a batch")
+    if ids.size == 0:
+        raise ValueError("the prompt is empty")
+    return ids.astype(mx.int32)
+
+
+def respond(
+    tokens: Iterator[tuple[int, mx.array, bool]],
+    tokenizer: Any,
+    prompt_tokens: int,
+    max_tokens: int,
+    stop: Sequence[str] = (),
+) -> Iterator[GenerationResponse]:
+    """Turns (token, log-probabilities, from_draft) into responses with text, times and an end.
+
+    Without a tokenizer the responses carry no text and only the limit ends them.
+    """
+    detokenizer = None if tokenizer is None else tokenizer.detokenizer
+    eos_token_ids = () if tokenizer is None else tokenizer.eos_token_ids
+    watch = StopWatch(stop)
+    start = time.perf_counter()
+    prompt_tps = 0.0
+    for count, (token, logprobs, from_draft) in enumerate(tokens, start=1):
+        if count == 1:
+            prompt_tps = prompt_tokens / (time.perf_counter() - start)
+            start = time.perf_counter()
+        finish_reason = "stop" if token in eos_token_ids else None
+        text = ""
+        if detokenizer is not None:
+            if finish_reason is None:
+                detokenizer.add_token(token)
+                text = watch.feed(detokenizer.last_segment)
+            if count == max_tokens or finish_reason:
+                detokenizer.finalize()
+                text += watch.feed(detokenizer.last_segment)
+        if watch.found:
+            finish_reason = "stop"
+        elif count == max_tokens and finish_reason is None:
+            finish_reason = "length"
+        if finish_reason:
+            text += watch.rest()
+        yield GenerationResponse(
+            text=text,
+            token=token,
+            logprobs=logprobs,
+            from_draft=from_draft,
+            prompt_tokens=prompt_tokens,
+            prompt_tps=prompt_tps,
+            generation_tokens=count,
+            generation_tps=count / max(time.perf_counter() - start, 1e-9),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=finish_reason,
+        )
+        if finish_reason:
+            return
+
+
+class StopWatch:
+    """Passes text on up to the first stop text, holding back what may be the start of one.
+
+    Attributes:
+        found: Whether a stop text was met; nothing is passed on from then on.
+    """
+
+    def __init__(self, stop: Sequence[str]):
+        self.stop = [text for text in stop if text]
+        self.held = ""
+        self.found = False
+
+    def feed(self, text: str) -> str:
+        """Takes new text, returns what is certain to belong to the answer."""
+        if self.found:
+            return ""
+        self.held += text
+        places = [place for s in self.stop if (place := self.held.find(s)) >= 0]
+        self.found = bool(places)
+        if self.found:
+            keep, self.held = self.held[: min(places)], ""
+            return keep
+        unsure = max((overlap(self.held, s) for s in self.stop), default=0)
+        cut = len(self.held) - unsure
+        keep, self.held = self.held[:cut], self.held[cut:]
+        return keep
+
+    def rest(self) -> str:
+        """What was held back, once no more text can come."""
+        held, self.held = self.held, ""
+        return held
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

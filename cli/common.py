@@ -1,0 +1,93 @@
+"""What every command shares: the model and sampling flags, errors in one line, JSON output."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
+from rich.console import Console
+
+from ..version import __version__
+
+
+def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """A parser with `--version`, whose errors end in exit status 1 and one line."""
+    parser = OneLineParser(prog=prog, description=description)
+    parser.add_argument("--version", action="version", version=f"blockffn-mlx {__version__}")
+    return parser
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse without the usage block: one line says what is wrong and where help is."""
+
+    def error(self, message: str):
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(1)
+
+
+def run_main(prog: str, command: Callable[[], int | None]) -> int:
+    """Runs a command's body; what a user can mend becomes one line on stderr and status 1."""
+    try:
+        return command() or 0
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # The reader went away (`| head`): nothing is left to say, not even at shutdown.
+            sys.stdout = None
+            return 1
+        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def add_model_flags(parser: argparse.ArgumentParser, required: bool = True):
+    """`--model`, `--revision` and the settings of a conversion on the way in."""
+    parser.add_argument(
+        "--model",
+        required=required,
+        help="a converted folder, a PyTorch checkpoint folder, or a Hub id (converted once, kept)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int = 100):
+    """mlx-lm's sampling flags, with its names and defaults."""
+    parser.add_argument("--max-tokens", "-m", type=int, default=max_tokens)
+    parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--min-p", type=float, default=0.0)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--xtc-probability", type=float, default=0.0)
+    parser.add_argument("--xtc-threshold", type=float, default=0.1)
+    parser.add_argument("--min-tokens-to-keep", type=int, default=1)
+    parser.add_argument("--seed", type=int, help="seed of the random number generator")
+
+
+def sampler_of(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx.array]:
+    """mlx-lm's sampler for the sampling flags; seeds the generator if a seed was given."""
+    if args.seed is not None:
+        mx.random.seed(args.seed)
+    return make_sampler(
+        args.temp,
+        args.top_p,
+        args.min_p,
+        args.min_tokens_to_keep,
+        top_k=args.top_k,
+        xtc_probability=args.xtc_probability,
+        xtc_threshold=args.xtc_threshold,
+        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
+    )
+
+
+def stderr_console() -> Console:
+    """Where progress and notes go, so that stdout holds only the answer."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_json(document: Any):
+    """The whole of a `--json` command's stdout."""
+    print(json.dumps(document, ensure_ascii=False))
