@@ -1,0 +1,141 @@
+"""Draft trees: tokens, parents, and what a target pass needs to know about them."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+
+# Nodes of a tree, root included: the longest chunk that the kernels take.
+MAX_NODES = 64
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A tree of proposed tokens under the last known one. A chain is a tree of width one.
+
+    Everything stays on the device until the engine reads it, so a drafter never waits.
+
+    Attributes:
+        tokens: int32 [n], the root first: the last token of the sequence, in no cache yet.
+        parents: int32 [n], each node's parent, which comes before the node; -1 for the root.
+        ranks: int32 [n], the order in which nodes were chosen, root 0: the nodes of rank below
+            m are the tree that the drafter would have proposed for size m.
+        is_chain: Whether every node's parent is the node before it; causal attention serves then.
+    """
+
+    tokens: mx.array
+    parents: mx.array
+    ranks: mx.array
+    is_chain: bool = False
+
+    def __post_init__(self):
+        check_size(len(self))
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @classmethod
+    def chain(cls, tokens: mx.array | list[int]) -> "Tree":
+        """The tree in which each of `tokens` [n] follows the one before; tokens[0] is the root."""
+        tokens = mx.array(tokens, dtype=mx.int32)
+        index = mx.arange(tokens.shape[0], dtype=mx.int32)
+        return cls(tokens, index - 1, index, is_chain=True)
+
+    @classmethod
+    def from_lists(cls, tokens: list[int], parents: list[int]) -> "Tree":
+        """A tree whose shape is known on the host.
+
+        Raises:
+            ValueError: If a node does not come after its parent, or the sizes are wrong.
+        """
+        if len(tokens) != len(parents) or not tokens:
+            raise ValueError(f"a tree needs a parent per token, got {len(tokens)}, {len(parents)}")
+        if parents[0] != -1 or not all(0 <= p < i for i, p in enumerate(parents) if i):
+            raise ValueError("a tree starts with its root (parent -1) and lists parents first")
+        index = mx.arange(len(tokens), dtype=mx.int32)
+        return cls(mx.array(tokens, mx.int32), mx.array(parents, mx.int32), index)
+
+    @classmethod
+    def best(
+        cls,
+        root: mx.array,
+        tokens: mx.array,
+        scores: mx.array,
+        parents: mx.array,
+        total_tokens: int,
+    ) -> "Tree":
+        """The best candidates of a dynamic tree under a root, in level order (EAGLE-2's rerank).
+
+        A child must not score above its parent and must come after it; then a chosen node's
+        parent is chosen too, ties included.
+
+        Args:
+            root: Token [1].
+            tokens: Candidates [N] in level order.
+            scores: Cumulative log-probabilities float32 [N], none above 0.
+            parents: Each candidate's parent among the candidates [N], -1 under the root.
+            total_tokens: Most nodes to keep, root included.
+        """
+        check_size(total_tokens)
+        chosen = best_first(scores)[: total_tokens - 1]
+        by_index = mx.argsort(chosen)
+        nodes = chosen[by_index]
+        # Counting the chosen up to the parent gives its place behind the root, and 0 for the root.
+        above = (nodes[None] <= parents[nodes][:, None]).sum(axis=1)
+        first = mx.zeros(1, mx.int32)
+        return cls(
+            mx.concatenate([root.astype(mx.int32), tokens[nodes].astype(mx.int32)]),
+            mx.concatenate([first - 1, above.astype(mx.int32)]),
+            mx.concatenate([first, by_index.astype(mx.int32) + 1]),
+        )
+
+    @cached_property
+    def mask(self) -> mx.array:
+        """bool [n, n]: row i is True at node i and its ancestors."""
+        index = mx.arange(len(self))
+        reach = (self.parents[:, None] == index) | (index[:, None] == index)
+        # Each product doubles the number of generations that a row sees.
+        for _ in range((len(self) - 1).bit_length()):
+            reach = (reach.astype(mx.float32) @ reach.astype(mx.float32)) > 0
+        return reach
+
+    @cached_property
+    def positions(self) -> mx.array:
+        """int32 [n]: each node's depth, 0 for the root."""
+        if self.is_chain:
+            return self.ranks
+        return self.mask.sum(axis=1).astype(mx.int32) - 1
+
+    @property
+    def paths(self) -> list[list[int]]:
+        """Retrieval paths: the node indices from the root to each leaf. Reads the device."""
+        parents = self.parents.tolist()
+        inner = set(parents)
+        return [path_to(parents, node) for node in range(len(self)) if node not in inner]
+
+
+def check_size(num_nodes: int) -> None:
+    """Raises ValueError unless a tree may have this many nodes, root included."""
+    if not 1 <= num_nodes <= MAX_NODES:
+        raise ValueError(f"a draft tree has 1 to {MAX_NODES} nodes, got {num_nodes}")
+
+
+def path_to(parents: list[int], node: int) -> list[int]:
+    """The node indices from the root down to `node`."""
+    path = []
+    while node >= 0:
+        path.append(node)
+        node = parents[node]
+    return path[::-1]
+
+
+def best_first(scores: mx.array) -> mx.array:
+    """Indices of log-probabilities [N], none above 0, best first; ties go to the smaller index.
+
+    MLX promises no order among equals, so the index enters the key: a parent that scores like
+    its child has to come first.
+    """
+    # The bits of floats that are not negative order like the floats.
+    bits = mx.abs(mx.minimum(scores.astype(mx.float32), 0)).view(mx.uint32).astype(mx.uint64)
+    index = mx.arange(scores.size, dtype=mx.uint64)
+    return mx.argsort(mx.left_shift(bits, mx.array(32, mx.uint64)) | index)

@@ -1,0 +1,109 @@
+"""The target pass over a draft tree, one sample per node, and the caches afterwards."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from .tree import Tree, path_to
+
+Sampler = Callable[[mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+def check_cache(cache: list[Any]) -> None:
+    """Raises ValueError unless every layer's cache can drop rows from its middle."""
+    for layer_cache in cache:
+        if type(layer_cache) is not KVCache:
+            raise ValueError(
+                f"speculation needs mlx-lm's plain KVCache, not {type(layer_cache).__name__}: "
+                "leave out the cache size limit and cache quantisation, or decode without a draft"
+            )
+
+
+def target_pass(model: Any, cache: list[KVCache], tree: Tree) -> tuple[mx.array, mx.array]:
+    """Runs the model over all nodes at once; each cache grows by one row per node, in node order.
+
+    Returns:
+        Hidden states after the final norm [1, n, H] and logits [n, V].
+    """
+    mask = positions = None
+    if not tree.is_chain:
+        offset = cache[0].offset
+        mask = mx.concatenate([mx.ones((len(tree), offset), mx.bool_), tree.mask], axis=1)
+        positions = offset + tree.positions
+    hidden = model.model(tree.tokens[None], cache, mask=mask, positions=positions)
+    return hidden, model.logits(hidden)[0]
+
+
+def sample_nodes(
+    logits: mx.array,
+    sampler: Sampler,
+    logits_processors: list[LogitsProcessor] | None,
+    tree: Tree,
+    history: mx.array | None,
+) -> tuple[mx.array, mx.array]:
+    """One token of the target's own distribution per node: the only sampling rule there is.
+
+    Greedy decoding is the sampler that takes the largest. Processors see each node's own path,
+    which costs a look at the tree's shape, so only then does this read the device.
+
+    Args:
+        logits: [n, V].
+        sampler: Log-probabilities [n, V] -> tokens [n], drawing for each row on its own.
+        logits_processors: mlx-lm's: (tokens so far [t], logits [1, V]) -> logits [1, V].
+        tree: What was passed through the model.
+        history: The tokens before the root [t]; only processors need them.
+
+    Returns:
+        Tokens [n] and log-probabilities [n, V].
+    """
+    if logits_processors:
+        parents = list(range(-1, len(tree) - 1)) if tree.is_chain else tree.parents.tolist()
+        rows = []
+        for node in range(len(tree)):
+            path = mx.array(path_to(parents, node))
+            tokens = mx.concatenate([history, tree.tokens[path]])
+            row = logits[node : node + 1]
+            for processor in logits_processors:
+                row = processor(tokens, row)
+            rows.append(row)
+        logits = mx.concatenate(rows)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return sampler(logprobs), logprobs
+
+
+def each_row(sampler: Sampler) -> Sampler:
+    """Wraps a sampler whose rows share a random draw (mlx-lm's XTC flips one coin per call)."""
+    return lambda logprobs: mx.concatenate([sampler(row[None]) for row in logprobs])
+
+
+def accepted_path(tokens: list[int], parents: list[int], samples: list[int]) -> list[int]:
+    """Walks down from the root while a child carries its parent's sample.
+
+    Lossless for any tree that was chosen without looking at the samples: what is emitted are
+    the samples of the nodes on the path, the last of them not in the tree.
+    """
+    children: dict[tuple[int, int], int] = {}
+    for node, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
+        children.setdefault((parent, token), node)
+    path = [0]
+    while (child := children.get((path[-1], samples[path[-1]]))) is not None:
+        path.append(child)
+    return path
+
+
+def keep_path(cache: list[KVCache], num_nodes: int, path: list[int]) -> None:
+    """Keeps the rows of `path` out of the last `num_nodes` rows, in order, and drops the rest."""
+    length = len(path)
+    moved = next((i for i, node in enumerate(path) if node != i), length)
+    for layer_cache in cache:
+        base = layer_cache.offset - num_nodes
+        if moved < length:
+            rows = mx.array(path[moved:]) + base
+            into = slice(base + moved, base + length)
+            # Indexing makes the copy that source and destination need, as they overlap.
+            layer_cache.keys[..., into, :] = layer_cache.keys[..., rows, :]
+            layer_cache.values[..., into, :] = layer_cache.values[..., rows, :]
+        layer_cache.trim(num_nodes - length)
