@@ -1,0 +1,93 @@
+"""Where a tensor lies in a checkpoint file, and how it is read from there."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+BFLOAT16 = "bfloat16"
+MLX_NAMES = {"bool": "bool_", "float64": "float32"}  # Metal has no float64
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies in a file; its shape and type are known before any data is read.
+
+    Attributes:
+        path: File that holds the data.
+        offset: Position of the first element, in bytes.
+        element: numpy dtype name of the stored elements, or "bfloat16".
+        shape: Size of each dimension.
+        strides: Step of each dimension, in elements.
+    """
+
+    path: Path
+    offset: int
+    element: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The type that `read` returns: the stored one, except that float64 comes as float32."""
+        return getattr(mx, MLX_NAMES.get(self.element, self.element))
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.size
+
+    @property
+    def span(self) -> int:
+        """Elements from the first to the last one that the view reaches."""
+        return span(self.shape, self.strides)
+
+    def read(self) -> mx.array:
+        """Reads the tensor.
+
+        Returns:
+            The array, contiguous, in `dtype`.
+
+        Raises:
+            ValueError: If the file has become shorter than its header says.
+        """
+        stored = stored_dtype(self.element)
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            flat = np.fromfile(file, stored, self.span)
+        if flat.size != self.span:
+            raise ValueError(f"{self.path} is truncated: fetch it again.")
+        view = np.lib.stride_tricks.as_strided(
+            flat, self.shape, [stride * stored.itemsize for stride in self.strides]
+        )
+        view = np.ascontiguousarray(view).reshape(self.shape)
+        if self.element == BFLOAT16:
+            return mx.array(view).view(mx.bfloat16)
+        if self.element == "bool":
+            view = view != 0
+        return mx.array(view).astype(self.dtype)
+
+
+def are_sizes(values: Iterable) -> bool:
+    return all(type(value) is int and 0 <= value < 1 << 62 for value in values)
+
+
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    if 0 in shape:
+        return 0
+    return 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+
+
+def contiguous_strides(shape: list[int]) -> tuple[int, ...]:
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+
+
+def stored_dtype(element: str) -> np.dtype:
+    """bfloat16 is read as its bits, and bool as bytes, which need not be 0 or 1."""
+    return np.dtype({BFLOAT16: "uint16", "bool": "uint8"}.get(element, element))
