@@ -1,0 +1,77 @@
+// Down projection: y = sum over the union's experts of h down^T.
+#include <metal_stdlib>
+#include "tile.metal"
+#include "union.metal"
+using namespace metal;
+
+// What the tile multiplies. The experts of the union stand behind one another along k, so one
+// product over all of them is the sum: expert k / EXPERT_SIZE of the list, column k % EXPERT_SIZE.
+template <typename T, int HIDDEN, int EXPERT_SIZE>
+struct DownOperands {
+  const device T* h;  // [slots, tokens, EXPERT_SIZE]
+  uint tokens;
+  uint first_row;  // of the output
+  uint length;     // active experts * EXPERT_SIZE
+  const threadgroup ushort* list;
+
+  template <int OCTETS, typename Weights>
+  void load_rows(thread typename Weights::Span* out, Weights down, uint row, uint k) const {
+    if (k < length) {
+      // down as [experts * HIDDEN, EXPERT_SIZE]
+      const ulong expert_row = ulong(list[k / EXPERT_SIZE]) * HIDDEN + first_row + row;
+#pragma unroll
+      for (int i = 0; i < OCTETS; ++i) {
+        down.load(out[i], expert_row + 8 * i, k % EXPERT_SIZE, EXPERT_SIZE);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < OCTETS; ++i) {
+        Weights::clear(out[i]);
+      }
+    }
+  }
+
+  // Tokens past the last repeat it; nobody reads their columns.
+  template <int WORDS>
+  void load_token(thread uint* out, uint token, uint k) const {
+    if (k < length) {
+      const uint row = k / EXPERT_SIZE * tokens + min(token, tokens - 1);
+      copy_words<WORDS>(out, (const device uint*)(h + (row * EXPERT_SIZE + k % EXPERT_SIZE)));
+    } else {
+      for (int i = 0; i < WORDS; ++i) {
+        out[i] = 0;
+      }
+    }
+  }
+};
+
+// One threadgroup: outputs [group * 8 * OCTETS, ...) of every token. An empty union gives zeros.
+//   h: as up_projection leaves it   scores: [tokens, experts]
+//   down: [experts, HIDDEN, EXPERT_SIZE]   y: [tokens, HIDDEN]
+template <
+    typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, int HIDDEN,
+    int EXPERT_SIZE, typename Weights, typename Scores>
+void down_projection(
+    const device T* h, Scores scores, Weights down, device T* y, uint tokens, uint experts,
+    threadgroup uint* masks, threadgroup ushort* list, threadgroup float* partials, uint group,
+    uint simdgroup, uint lane) {
+  const int ROWS = 8 * OCTETS;
+  const uint count = list_active_experts<SIMDGROUPS>(
+      scores, tokens, experts, masks, list, simdgroup, lane);
+  const uint first_row = group * ROWS;
+
+  typedef DownOperands<T, HIDDEN, EXPERT_SIZE> Operands;
+  const Operands operands = {h, tokens, first_row, count * EXPERT_SIZE, list};
+  Tile<MATRIX, T, Weights, OCTETS, TOKENS> tile;
+  stream_rows<OCTETS, SIMDGROUPS, DEPTH>(tile, down, operands, simdgroup, lane);
+  tile.store(
+      partials + simdgroup * TOKENS * Partials<ROWS>::stride, Partials<ROWS>::stride,
+      lane_row(lane), lane_quarter(lane));
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+
+  for (uint i = simdgroup * 32 + lane; i < tokens * ROWS; i += SIMDGROUPS * 32) {
+    const uint token = i / ROWS, row = i % ROWS;
+    const float sum = add_partials<SIMDGROUPS, TOKENS, ROWS>(partials, token, row);
+    y[token * HIDDEN + first_row + row] = T(sum);
+  }
+}
