@@ -24,7 +24,11 @@ MLA_NORM_EPS = 1e-6
 
 @dataclass
 class ModelArgs(BaseModelArgs):
-    """The fields of the original config.json; defaults are the original configuration class's."""
+    """The fields of the original config.json; defaults are the original configuration class's.
+
+    `chat_tuned` is the converter's own: whether the checkpoint looks tuned for chat, by its name
+    and template. Nothing in the weights says so.
+    """
 
     model_type: str = "blockffn"
     vocab_size: int = 32000
@@ -53,6 +57,7 @@ class ModelArgs(BaseModelArgs):
     scale_emb: float = 1.0
     dim_model_base: float = 1.0
     scale_depth: float = 1.0
+    chat_tuned: bool = False
 
     def __post_init__(self):
         if self.num_key_value_heads is None:

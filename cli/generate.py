@@ -1,0 +1,158 @@
+"""blockffn-generate: one answer to one prompt."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from mlx_lm.generate import GenerationResponse
+
+from ..generate import stream_generate
+from ..load import load
+from .common import (
+    add_model_flags,
+    add_sampling_flags,
+    loading_progress,
+    make_parser,
+    print_json,
+    run_main,
+    sampler_of,
+    stderr_console,
+)
+
+PROG = "blockffn-generate"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags: mlx_lm.generate's names and defaults."""
+    parser = make_parser(PROG, "Generate text with a BlockFFN model.")
+    add_model_flags(parser)
+    parser.add_argument("--prompt", "-p", default="hello", help="the message; - reads stdin")
+    parser.add_argument("--system-prompt", help="system message for the chat template")
+    parser.add_argument("--prefill-response", help="beginning of the answer")
+    parser.add_argument(
+        "--raw",
+        "--ignore-chat-template",
+        action="store_true",
+        help="complete the prompt as plain text",
+    )
+    parser.add_argument(
+        "--use-default-chat-template",
+        action="store_true",
+        help="chat even if the model does not look chat-tuned",
+    )
+    parser.add_argument("--chat-template-config", help="arguments for the template, as JSON")
+    parser.add_argument("--extra-eos-token", nargs="+", default=(), help="more tokens that end it")
+    parser.add_argument("--stop", nargs="+", default=(), help="texts that end the answer")
+    add_sampling_flags(parser)
+    parser.add_argument("--max-kv-size", type=int, help="most positions the cache keeps")
+    parser.add_argument("--prefill-step-size", type=int, default=2048)
+    parser.add_argument("--kv-bits", type=int, help="quantise the cache to so many bits")
+    parser.add_argument("--kv-group-size", type=int, default=64)
+    parser.add_argument("--quantized-kv-start", type=int, default=5000)
+    parser.add_argument(
+        "--verbose", type=lambda text: text.lower() not in ("false", "f"), default=True
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
+
+
+def main() -> int:
+    """Entry point."""
+    args = parser().parse_args()
+    return run_main(PROG, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Loads, generates, prints."""
+    text = sys.stdin.read() if args.prompt == "-" else unescape(args.prompt)
+    with loading_progress() as progress:
+        model, tokenizer = load(args.model, revision=args.revision, on_progress=progress)
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer files: text needs them")
+    for token in args.extra_eos_token:
+        tokenizer.add_eos_token(token)
+    prompt = build_prompt(args, model, tokenizer, text)
+    responses = stream_generate(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens=args.max_tokens,
+        sampler=sampler_of(args, tokenizer),
+        stop=args.stop,
+        max_kv_size=args.max_kv_size,
+        prefill_step_size=args.prefill_step_size,
+        kv_bits=args.kv_bits,
+        kv_group_size=args.kv_group_size,
+        quantized_kv_start=args.quantized_kv_start,
+    )
+    show = args.verbose and not args.json
+    if show:
+        print("=" * 10)
+    pieces, tokens = [], []
+    for response in responses:
+        pieces.append(response.text)
+        tokens.append(response.token)
+        if show:
+            print(response.text, end="", flush=True)
+    if args.json:
+        print_json({"text": "".join(pieces), "tokens": tokens, **summary(response)})
+    elif show:
+        print_summary(response)
+    else:
+        print("".join(pieces))
+    return 0
+
+
+def build_prompt(args: argparse.Namespace, model: Any, tokenizer: Any, text: str) -> list[int]:
+    """The prompt's token ids: through the chat template, or plain for base models and `--raw`.
+
+    The whole conversation is tokenised as one string: the format's markers are ordinary text, and
+    their ids depend on their neighbours.
+    """
+    chat = not args.raw and tokenizer.has_chat_template
+    if chat and not model.args.chat_tuned and not args.use_default_chat_template:
+        stderr_console().print(
+            f"[dim]{PROG}: this looks like a base model, so the prompt is completed as plain text "
+            "(--raw says so without this note, --use-default-chat-template chats)[/]"
+        )
+        chat = False
+    if not chat:
+        return tokenizer.encode(text)
+    messages = [{"role": "user", "content": text}]
+    if args.system_prompt is not None:
+        messages.insert(0, {"role": "system", "content": args.system_prompt})
+    if args.prefill_response is not None:
+        messages.append({"role": "assistant", "content": args.prefill_response})
+    prompt = tokenizer.apply_chat_template(
+        messages,
+        tokenize=False,
+        add_generation_prompt=args.prefill_response is None,
+        continue_final_message=args.prefill_response is not None,
+        **json.loads(args.chat_template_config or "{}"),
+    )
+    bos = tokenizer.bos_token
+    return tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
+
+
+def summary(response: GenerationResponse) -> dict[str, Any]:
+    """What the last response says of the whole run."""
+    names = ("prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "peak_memory")
+    return {name: getattr(response, name) for name in (*names, "finish_reason")}
+
+
+def print_summary(response: GenerationResponse):
+    """mlx_lm.generate's closing lines."""
+    print()
+    print("=" * 10)
+    for name, tokens, speed in (
+        ("Prompt", response.prompt_tokens, response.prompt_tps),
+        ("Generation", response.generation_tokens, response.generation_tps),
+    ):
+        print(f"{name}: {tokens} tokens, {speed:.3f} tokens-per-sec")
+    print(f"Peak memory: {response.peak_memory:.3f} GB")
+
+
+def unescape(text: str) -> str:
+    """Turns typed backslash-n and backslash-t into the characters, as mlx_lm.generate does."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")

@@ -1,0 +1,72 @@
+"""The package as a user gets it: the wheel, its commands, and a machine without a backend."""
+
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+TOP_LEVEL = {"blockffn_mlx"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", folder, ROOT], check=True, timeout=120)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def fresh(wheel, tmp_path_factory) -> Path:
+    """A fresh virtual environment with the wheel; its dependencies come from this one."""
+    folder = tmp_path_factory.mktemp("fresh")
+    venv.create(folder, with_pip=True)
+    site = next((folder / "lib").glob("python*/site-packages"))
+    (site / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
+    pip = [folder / "bin" / "pip", "install", "-q", "--no-deps", "--force-reinstall"]
+    subprocess.run([*pip, wheel], check=True, timeout=120)
+    return folder
+
+
+def run(command: list, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def test_wheel_holds_commands_and_kernels_under_one_name(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == TOP_LEVEL
+    assert any(n.startswith("blockffn_mlx/metal/") and n.endswith(".metal") for n in names)
+    assert any(n.endswith("licenses/NOTICE") for n in names)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_installed_command_runs_outside_the_checkout(fresh, tmp_path, command):
+    for flag in ("--version", "--help"):
+        result = run([fresh / "bin" / command, flag], cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    code = "import blockffn_mlx.cli, blockffn_mlx.metal as m; print(m.__file__)"
+    where = run([fresh / "bin" / "python", "-c", code], cwd=tmp_path).stdout
+    assert where.startswith(str(fresh))
+
+
+@pytest.mark.parametrize("command", ["import blockffn_mlx", "import blockffn_mlx.cli.generate"])
+def test_no_backend_is_one_sentence(command):
+    code = f"import sys; sys.modules['mlx.core'] = None; {command}"
+    result = run([sys.executable, "-c", code])
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert "[cpu]" in result.stderr and "[cuda13]" in result.stderr
+
+
+def test_wrong_flag_is_one_line_and_status_1():
+    code = "from blockffn_mlx.cli.generate import main; main()"
+    result = run([sys.executable, "-c", code, "--no-such-flag"])
+    assert result.returncode == 1
+    assert len(result.stderr.strip().splitlines()) == 1 and not result.stdout
