@@ -11,7 +11,8 @@ except ImportError:
         "pip install 'blockffn-mlx[cpu]' for a CPU, or 'blockffn-mlx[cuda13]' for an NVIDIA GPU"
     ) from None
 
-from . import ffn, kernels
+from . import checkpoint, ffn, kernels, speculative, training
+from .generate import generate, stream_generate
 from .model import Model, ModelArgs
 from .sparsity import router_scores, sparsity
 
@@ -19,8 +20,13 @@ __all__ = [
     "Model",
     "ModelArgs",
     "__version__",
+    "checkpoint",
     "ffn",
+    "generate",
     "kernels",
     "router_scores",
     "sparsity",
+    "speculative",
+    "stream_generate",
+    "training",
 ]

@@ -1,0 +1,212 @@
+"""Generation: tokens, stop texts, limits, caches, and the command around it."""
+
+import json
+import os
+import subprocess
+import sys
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import tiny_model
+from mlx_lm.models.cache import RotatingKVCache
+
+import blockffn_mlx as bf
+from blockffn_mlx.generate import StopWatch, overlap, prompt_ids, respond
+
+PROMPT = [3, 1, 4, 1, 5]
+
+
+class Letters:
+    """A tokenizer whose token i is the i-th piece; id 0 ends the text."""
+
+    eos_token_ids = {0}
+    bos_token = None
+
+    def __init__(self, pieces: list[str]):
+        self.pieces = pieces
+
+    @property
+    def detokenizer(self):
+        return LettersDetokenizer(self.pieces)
+
+
+class LettersDetokenizer:
+    def __init__(self, pieces):
+        self.pieces, self.last_segment = pieces, ""
+
+    def add_token(self, token):
+        self.last_segment = self.pieces[token]
+
+    def finalize(self):
+        self.last_segment = ""
+
+
+def answer(pieces: list[str], tokens: list[int], max_tokens: int = 99, stop=()):
+    stream = ((token, None, False) for token in tokens)
+    responses = list(respond(stream, Letters(pieces), 1, max_tokens, stop))
+    return "".join(r.text for r in responses), responses
+
+
+@pytest.mark.parametrize(
+    "pieces, text",
+    [
+        (["", "ab", "<us", "er>", "cd"], "ab"),  # split over tokens
+        (["", "ab", "<us", "ing", "cd"], "ab<usingcd"),  # only looked like it
+        (["", "ab<user>x", "y", "z", ""], "ab"),  # inside one token
+        (["", "ab", "cd", "<us", "e"], "abcd<use"),  # begun, never finished
+        (["", "<<us", "er", ">", "x"], "<"),  # overlapping beginning
+    ],
+)
+def test_stop_text(pieces, text):
+    got, responses = answer(pieces, [1, 2, 3, 4, 0], stop=["<user>", "never"])
+    assert got == text
+    assert responses[-1].finish_reason == "stop"
+
+
+def test_no_part_of_a_stop_text_is_shown_early():
+    watch = StopWatch(["<AI>"])
+    assert [watch.feed(c) for c in "a<AI"] == ["a", "", "", ""]
+    assert watch.rest() == "<AI" and not watch.found
+    assert overlap("xx<A", "<AI>") == 2
+
+
+def test_end_reasons():
+    text, responses = answer(["", "a", "b"], [1, 2, 0, 1])
+    assert (text, [r.finish_reason for r in responses]) == ("ab", [None, None, "stop"])
+    text, responses = answer(["", "a", "b"], [1, 2, 1, 1], max_tokens=2)
+    assert (text, [r.finish_reason for r in responses]) == ("ab", [None, "length"])
+    assert [r.generation_tokens for r in responses] == [1, 2]
+
+
+def tokens_of(model, prompt, count, **options) -> list[int]:
+    return [r.token for r in bf.stream_generate(model, None, prompt, max_tokens=count, **options)]
+
+
+@pytest.mark.parametrize("attention_type", ["vanilla", "mla"])
+def test_greedy_tokens_are_the_argmax_of_full_passes(attention_type):
+    model = tiny_model(attention_type=attention_type)
+    ids = list(PROMPT)
+    for _ in range(12):
+        ids.append(model(mx.array([ids]))[0, -1].argmax().item())
+    assert tokens_of(model, PROMPT, 12) == ids[len(PROMPT) :]
+    assert tokens_of(model, PROMPT, 12, prefill_step_size=2) == ids[len(PROMPT) :]
+
+
+def test_prompt_cache_continues():
+    model = tiny_model()
+    whole = tokens_of(model, PROMPT, 10)
+    cache = model.make_cache()
+    first = tokens_of(model, PROMPT, 4, prompt_cache=cache)
+    kept = cache[0].offset - len(PROMPT)
+    for layer_cache in cache:
+        layer_cache.trim(kept)
+    rest = tokens_of(model, first, 6, prompt_cache=cache)
+    assert first + rest == whole
+
+
+def test_sampling_follows_the_seed_and_the_sampler():
+    model = tiny_model()
+    draws = []
+    for seed in (1, 1, 2):
+        mx.random.seed(seed)
+        draws.append(tokens_of(model, PROMPT, 20, sampler=mx.random.categorical))
+    assert draws[0] == draws[1] != draws[2]
+    ban = tokens_of(model, PROMPT, 1)[0]
+
+    def processor(_, logits):
+        return mx.where(mx.arange(logits.shape[-1]) == ban, -mx.inf, logits)
+
+    assert ban not in tokens_of(model, PROMPT, 8, logits_processors=[processor])
+
+
+def test_max_kv_size_bounds_the_cache(monkeypatch):
+    made = []
+    original = RotatingKVCache.__init__
+
+    def spy(self, *args, **kwargs):
+        made.append(self)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(RotatingKVCache, "__init__", spy)
+    tokens_of(tiny_model(), PROMPT, 40, max_kv_size=16)
+    assert len(made) == 2 and made[0].keys.shape[2] <= 16
+
+
+def test_quantised_cache_for_gqa_only():
+    model = tiny_model(hidden_size=256, num_attention_heads=4)
+    plain = tokens_of(model, PROMPT, 4)
+    assert len(tokens_of(model, PROMPT, 4, kv_bits=8, quantized_kv_start=0)) == len(plain)
+    with pytest.raises(ValueError, match="latent cache"):
+        tokens_of(tiny_model(attention_type="mla"), PROMPT, 4, kv_bits=8)
+
+
+@pytest.mark.parametrize(
+    "prompt, message", [([], "empty"), ([[1], [2]], "batch"), ("text", "no tokenizer")]
+)
+def test_bad_prompts(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        prompt_ids(None, prompt)
+
+
+def test_limit_of_zero_is_refused():
+    with pytest.raises(ValueError, match="max_tokens"):
+        tokens_of(tiny_model(), PROMPT, 0)
+
+
+def run(command: str, *args, **options) -> subprocess.CompletedProcess:
+    code = f"import sys; from blockffn_mlx.cli.{command} import main; sys.exit(main())"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "80"}, **options,
+    )  # fmt: skip
+
+
+def test_command_prints_like_mlx_lm(converted):
+    result = run("generate", "--model", converted("gqa_block"), "-p", "abc", "-m", 6)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("=" * 10) == 2
+    assert "Prompt: " in result.stdout and "Generation: 6 tokens" in result.stdout
+    assert "base model" in result.stderr and "--raw" in result.stderr
+
+
+def test_command_json_and_stdin(converted, golden):
+    folder = converted("mla_linear")
+    result = run("generate", "--model", folder, "-p", "-", "-m", 5, "--raw", "--json", input="ab c")
+    document = json.loads(result.stdout)
+    model, tokenizer, _ = golden("mla_linear")
+    assert document["tokens"] == tokens_of(model, tokenizer.encode("ab c"), 5)
+    assert document["finish_reason"] == "length" and document["generation_tokens"] == 5
+    assert result.stderr == ""
+
+
+def test_command_sampling_flags_reach_the_sampler(converted):
+    flags = ["--model", converted("gqa_block"), "-p", "abc", "--raw", "--json", "-m", 12]
+    greedy = json.loads(run("generate", *flags).stdout)["tokens"]
+    hot = ["--temp", 5, "--seed", 3]
+    draws = [json.loads(run("generate", *flags, *hot).stdout)["tokens"] for _ in range(2)]
+    assert draws[0] == draws[1] != greedy
+    top_1 = json.loads(run("generate", *flags, *hot, "--top-k", 1).stdout)["tokens"]
+    assert top_1 == greedy
+
+
+@pytest.mark.parametrize("model", ["no/such/folder", "/"])
+def test_command_missing_model_is_one_line(model):
+    result = run("generate", "--model", model)
+    assert result.returncode == 1 and not result.stdout
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_inspect_command(converted, tmp_path):
+    folder, text, svg = converted("gqa_block"), tmp_path / "text.txt", tmp_path / "map.svg"
+    text.write_text("some text to measure " * 5)
+    flags = ["-p", "hello there", "--text", text, "--svg", svg]
+    drawn = run("inspect", folder, *flags, "--tokens")
+    assert drawn.returncode == 0, drawn.stderr
+    assert "CLS_8" in drawn.stdout and "nats" in drawn.stdout and svg.read_text()[:4] == "<svg"
+    document = json.loads(run("inspect", folder, *flags, "--json").stdout)
+    tokens, layers = len(document["tokens"]), document["experts"]
+    assert len(layers) == 2 and all(len(layer) == tokens for layer in layers)
+    used = np.mean([len(token) / 12 for layer in layers for token in layer])
+    assert document["tls"] == pytest.approx(1 - used)
+    assert 0 < document["loss"]["nats_per_token"] < 20
