@@ -15,21 +15,23 @@ from .source import HERE, MetalError
 MODES = {
     # for parity; memory faults, divergence and limits are still errors
     "fast": ["-O2"],
-    # every load and store goes through runtime/checks.h; integer overflow, array indices and
-    # alignment trap
+    # every load and store goes through runtime/checks.h, as do integer overflow, array indices and
+    # alignment
     "check": [
         *"-O1 -DMSL_CHECK -fsanitize=thread -fno-builtin-memset".split(),
         *"-mllvm -tsan-instrument-func-entry-exit=0".split(),
         *"-mllvm -tsan-instrument-read-before-write".split(),
         "-fsanitize=bounds,integer-divide-by-zero,signed-integer-overflow"
         ",unsigned-integer-overflow,alignment",
-        *"-fsanitize-trap=all -mllvm -ubsan-unique-traps".split(),
+        # -Xclang: the driver does not offer it beside the thread sanitizer
+        *"-fno-sanitize-recover=all -Xclang -fsanitize-minimal-runtime".split(),
     ],
     # address spaces are part of the type
     "as": ["-O2", "-DMSL_AS"],
 }
 FLAGS = [
-    *"-std=c++14 -nostdinc -nostdinc++ -fno-exceptions -fno-rtti -fno-threadsafe-statics".split(),
+    *"-std=c++14 -nostdinc -nostdinc++ -fno-exceptions -fno-rtti".split(),
+    *"-fno-threadsafe-statics -fno-finite-loops".split(),
     # float literals, and half and bfloat rounded after every operation, as in Metal
     *"-Xclang -cl-single-precision-constant -Xclang -ffloat16-excess-precision=none".split(),
     *"-Xclang -fbfloat16-excess-precision=none -fno-math-errno -ffp-contract=on".split(),
@@ -130,19 +132,29 @@ def build(text: str, mode: str) -> Path:
     return cached(".so", key, make)
 
 
+def clang_only(text: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Hand a translated kernel to the compiler, for its messages or a listing on stdout."""
+    include = ["-I", str(HERE / "include")]
+    command = [*require_compiler(), *FLAGS, *ARCH, *include, *flags, "-x", "c++", "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True)
+
+
 def syntax_errors(text: str, flag: str) -> list[str]:
     """Messages of clang about the kernel's own lines when compiled with one more flag."""
-    with tempfile.TemporaryDirectory() as folder:
-        cpp = Path(folder) / "kernel.cpp"
-        cpp.write_text(text)
-        include = ["-I", str(HERE / "include")]
-        flags = [*FLAGS, *ARCH, *include, flag, "-Wuninitialized", "-fsyntax-only"]
-        done = subprocess.run(
-            [*require_compiler(), *flags, str(cpp)], capture_output=True, text=True
-        )
+    done = clang_only(text, flag, "-Wuninitialized", "-fsyntax-only")
     lines = [
         line
         for line in done.stderr.splitlines()
         if re.search(r"kernel\.metal:\d+:\d+: (error|warning)", line)
     ]
     return lines or ([done.stderr[:300]] if done.returncode else [])
+
+
+def address_space_casts(text: str) -> list[str]:
+    """Lines of a kernel that cast a pointer to another address space; C++ lets a cast do that."""
+    listing = clang_only(
+        text, "-DMSL_AS", "-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes", "-o", "-"
+    ).stdout
+    places = dict(re.findall(r"^!(\d+) = (?:distinct )?!DILocation\(line: (\d+)", listing, re.M))
+    casts = re.findall(r"addrspacecast .*?!dbg !(\d+)", listing)
+    return [f"kernel.metal:{line}" for line in sorted({places[c] for c in casts}, key=int)]

@@ -2,7 +2,7 @@
 
 import re
 
-from .build import syntax_errors
+from .build import address_space_casts, syntax_errors
 from .capture import Launch
 from .run import THREADGROUP_MEMORY
 from .source import Parameter, without_comments
@@ -93,9 +93,9 @@ def limits(launch: Launch) -> list[str]:
     """What is wrong with a captured kernel, before anything runs.
 
     Threads and buffers of a dispatch, words that MSL lacks, and two compilations: with address
-    spaces as types (an input of fewer than 8 elements lies in `constant`, so a function that expects
-    `device` does not take it) and with a bfloat that nothing converts to. Threadgroup memory of
-    arrays whose size is a template value is known at the dispatch, which refuses it there.
+    spaces as types (an input of fewer than 8 elements lies in `constant`, so a function that
+    expects `device` does not take it) and with a bfloat that nothing converts to. Threadgroup
+    memory of arrays whose size is a template value is known at the dispatch, which refuses it.
     """
     params, text = launch.translate()
     found = lint(launch.source)
@@ -108,6 +108,7 @@ def limits(launch: Launch) -> list[str]:
         ("implicit conversion to bfloat", "-DMSL_STRICT_BF"),
     ):
         found += [f"{what}: {line}" for line in syntax_errors(text, flag)]
+    found += [f"cast to another address space at {place}" for place in address_space_casts(text)]
     return found
 
 

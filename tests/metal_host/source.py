@@ -148,7 +148,7 @@ def storage_of(declaration: str, first_id: int, zeroed: bool) -> tuple[str, int]
         kind = f"msl_group{ident}"
         text += (
             f"using {kind} = {head[1]}{array}; threadgroup {kind}& {name} = *(threadgroup {kind}*)"
-            f'msl_rt_tg({ident}, "{name}", sizeof({kind}), {int(zeroed)});'
+            f'(uintptr_t)msl_rt_tg({ident}, "{name}", sizeof({kind}), {int(zeroed)});'
         )
     return text, len(names)
 
@@ -252,8 +252,14 @@ struct msl_position {
   template <class T> operator metal::vec<T, 2>() const { return {T(v[0]), T(v[1])}; }
   template <class T> operator metal::vec<T, 3>() const { return {T(v[0]), T(v[1]), T(v[2])}; }
 };
-struct msl_pointer { void* p; template <class T> operator T*() const { return (T*)p; } };
-struct msl_reference { void* p; template <class T> operator T&() const { return *(T*)p; } };
+struct msl_pointer {
+  void* p;
+  template <class T> operator T*() const { return (T*)(uintptr_t)p; }
+};
+struct msl_reference {
+  void* p;
+  template <class T> operator T&() const { return *(T*)(uintptr_t)p; }
+};
 extern "C" void msl_entry(void* const* b, const msl_thread* t) { %s(%s); }
 """
 

@@ -146,4 +146,16 @@ void* __tsan_memset(void* to, int value, size_t n) {
 void msl_rt_atomic(const volatile void* p, unsigned n, void* pc) {
   access((uintptr_t)p, n, true, true, pc);
 }
+// clang's minimal undefined behaviour runtime
+#define MSL_UNDEFINED(handler, text)                                  \
+  [[noreturn]] void __ubsan_handle_##handler##_minimal_abort() {      \
+    fail(text " " + at(MSL_PC) + ", " + who(fibers[current].thread)); \
+  }
+MSL_UNDEFINED(add_overflow, "integer overflow")
+MSL_UNDEFINED(sub_overflow, "integer overflow")
+MSL_UNDEFINED(mul_overflow, "integer overflow")
+MSL_UNDEFINED(negate_overflow, "integer overflow")
+MSL_UNDEFINED(divrem_overflow, "integer division by zero")
+MSL_UNDEFINED(out_of_bounds, "array index outside its declared size")
+MSL_UNDEFINED(type_mismatch, "misaligned access")
 }

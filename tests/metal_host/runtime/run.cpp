@@ -32,24 +32,6 @@ extern "C" __attribute__((visibility("hidden"))) __bf16 __truncsfbf2(float f) {
 // ---- faults
 static sigjmp_buf after_fault;
 
-static const char* trap_kind(const uint8_t* pc) {
-#if defined(__x86_64__)  // ud1l kind(%eax), %eax
-  if (pc[0] == 0x67 && pc[1] == 0x0f && pc[2] == 0xb9) switch (pc[4]) {
-      case 0:
-      case 12:
-      case 13:
-      case 21:
-        return "integer overflow";
-      case 3:
-        return "integer division by zero";
-      case 18:
-        return "array index outside its declared size";
-      case 22:
-        return "misaligned access";
-    }
-#endif
-  return "undefined behaviour (array index, integer overflow, division or alignment)";
-}
 static void on_fault(int signal, siginfo_t* info, void* context) {
   const char* pc = nullptr;
 #if defined(__x86_64__)
@@ -61,8 +43,6 @@ static void on_fault(int signal, siginfo_t* info, void* context) {
   const Region* r = region_of(address);
   if (signal == SIGVTALRM)
     failure = "timeout: the kernel did not end; last running ";
-  else if (signal == SIGILL || signal == SIGTRAP)
-    failure = trap_kind((const uint8_t*)pc) + (" " + at(pc + 1)) + ", ";
   else if (signal == SIGFPE)
     failure = "integer division by zero " + at(pc + 1) + ", ";
   else
@@ -76,8 +56,8 @@ static void on_fault(int signal, siginfo_t* info, void* context) {
   siglongjmp(after_fault, 1);
 }
 struct FaultGuard {  // signal handlers and the timeout, for as long as it lives
-  static constexpr int kSignals[6] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGVTALRM};
-  struct sigaction before[6];
+  static constexpr int kSignals[4] = {SIGSEGV, SIGBUS, SIGFPE, SIGVTALRM};
+  struct sigaction before[4];
   stack_t alternate = {}, stack_before;
   itimerval timer_before;
   FaultGuard() {
@@ -85,14 +65,14 @@ struct FaultGuard {  // signal handlers and the timeout, for as long as it lives
     sigaltstack(&alternate, &stack_before);
     struct sigaction action = {};
     action.sa_sigaction = on_fault, action.sa_flags = SA_SIGINFO | SA_ONSTACK;
-    for (int i = 0; i < 6; ++i) sigaction(kSignals[i], &action, &before[i]);
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &action, &before[i]);
     itimerval timer = {};
     timer.it_value.tv_sec = long(opt.timeout), timer.it_value.tv_usec = 1000;
     setitimer(ITIMER_VIRTUAL, &timer, &timer_before);
   }
   ~FaultGuard() {
     setitimer(ITIMER_VIRTUAL, &timer_before, nullptr);
-    for (int i = 0; i < 6; ++i) sigaction(kSignals[i], &before[i], nullptr);
+    for (int i = 0; i < 4; ++i) sigaction(kSignals[i], &before[i], nullptr);
     sigaltstack(&stack_before, nullptr);
     free(alternate.ss_sp);
   }
