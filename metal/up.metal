@@ -44,13 +44,14 @@ inline float activate(float z, bool silu) {
 // One threadgroup: rows [tile * 8 * OCTETS, ...) of the expert in one slot of the union.
 //   x: [tokens, HIDDEN]   scores: [tokens, experts]   up: [experts, EXPERT_SIZE, HIDDEN]
 //   h: [slots, tokens, EXPERT_SIZE], slot i for the i-th active expert; later slots stay unwritten
+//   down: the bytes of the down projection, which the first PREFETCH slots ask for ahead of time
 template <
     typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, int HIDDEN,
-    int EXPERT_SIZE, bool SILU, typename Weights, typename Scores>
+    int EXPERT_SIZE, bool SILU, int PREFETCH, int DOWN_BYTES, typename Weights, typename Scores>
 void up_projection(
-    const device T* x, Scores scores, Weights up, device T* h, uint tokens, uint experts,
-    threadgroup uint* masks, threadgroup ushort* list, threadgroup float* partials, uint group,
-    uint simdgroup, uint lane) {
+    const device T* x, Scores scores, Weights up, const device uchar* down, device T* h,
+    uint tokens, uint experts, threadgroup uint* masks, threadgroup ushort* list,
+    threadgroup float* partials, uint group, uint simdgroup, uint lane) {
   const int ROWS = 8 * OCTETS;
   const uint count = list_active_experts<SIMDGROUPS>(
       scores, tokens, experts, masks, list, simdgroup, lane);
@@ -64,6 +65,10 @@ void up_projection(
   const Operands operands = {x, tokens, expert * EXPERT_SIZE + first_row, HIDDEN};
   Tile<MATRIX, T, Weights, OCTETS, TOKENS> tile;
   stream_rows<OCTETS, SIMDGROUPS, DEPTH>(tile, up, operands, simdgroup, lane);
+  if (slot < uint(PREFETCH) && simdgroup == 0 && lane == 0) {
+    const uint share = uint(DOWN_BYTES) / EXPERT_SIZE * ROWS;
+    prefetch(down + (ulong(expert) * DOWN_BYTES + first_row / ROWS * share), share);
+  }
   tile.store(
       partials + simdgroup * TOKENS * Partials<ROWS>::stride, Partials<ROWS>::stride,
       lane_row(lane), lane_quarter(lane));

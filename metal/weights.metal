@@ -25,6 +25,7 @@ struct PlainWeights {
   struct Span {
     uint words[8];
     float value(int j) const { return element(words, j, T(0)); }
+    uint pair(int j) const { return words[j]; }  // elements 2 * j and 2 * j + 1, of 16 bits
   };
   const device T* data;
 
@@ -49,6 +50,10 @@ struct AffineWeights {
     float value(int j) const {
       const uint packed = words[j * BITS / 32] >> (j * BITS % 32) & ((1u << BITS) - 1);
       return float(T(to_float(packed) * scale + bias));
+    }
+    uint pair(int j) const {
+      const ushort low = as_type<ushort>(T(value(2 * j)));
+      return low | uint(as_type<ushort>(T(value(2 * j + 1)))) << 16;
     }
   };
   const device uint* data;

@@ -1,0 +1,139 @@
+// The Metal names that the kernels use, for mx.fast.cuda_kernel. Takes the place of
+// simdgroup.metal and of Metal's own headers. MLX compiles with NVRTC and
+// --device-as-default-execution-space, so nothing here says __device__.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// ---- Metal's names
+typedef unsigned char uchar;
+typedef unsigned short ushort;
+typedef unsigned int uint;
+typedef unsigned long long ulong;
+typedef __nv_bfloat16 bfloat;
+
+template <typename To, typename From>
+__forceinline__ To as_type(From from) {
+  static_assert(sizeof(To) == sizeof(From), "as_type keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+namespace metal {
+enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+
+struct simd_vote {
+  typedef ulong vote_t;
+  vote_t bits;
+  explicit operator vote_t() const { return bits; }
+};
+}  // namespace metal
+using namespace metal;
+
+__forceinline__ uint popcount(uint bits) {
+  return __popc(bits);
+}
+__forceinline__ simd_vote simd_ballot(bool vote) {
+  return {__ballot_sync(0xffffffffu, vote)};
+}
+template <typename T>
+__forceinline__ T simd_shuffle_xor(T value, ushort mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+__forceinline__ void threadgroup_barrier(mem_flags) {
+  __syncthreads();
+}
+
+#define threadgroup_position_in_grid blockIdx
+#define simdgroup_index_in_threadgroup (threadIdx.x / 32)
+#define thread_index_in_simdgroup (threadIdx.x % 32)
+#define inline __forceinline__
+#define device
+#define thread
+#define threadgroup
+
+#include "words.metal"
+
+// ---- simdgroup.metal, for mma.sync: lane l holds two neighbours of row l / 4.
+inline uint lane_row(uint lane) {
+  return lane / 4;
+}
+inline uint lane_quarter(uint lane) {
+  return lane % 4;
+}
+
+inline float sum_quarters(float value) {
+  value += simd_shuffle_xor(value, ushort(1));
+  return value + simd_shuffle_xor(value, ushort(2));
+}
+
+inline uint4 load_once(const uint4* source) {
+  uint4 out;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
+      : "l"(source));
+  return out;
+}
+
+// Asks for `bytes` (a multiple of 16) that the next kernel reads; they come while this one ends.
+inline void prefetch(const void* source, uint bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes));
+}
+
+// Exact below 2^23, and cheaper here than a conversion.
+inline float to_float(uint value) {
+  return as_type<float>(0x4b000000u | value) - 8388608.0f;
+}
+
+// The 16-row instruction takes two octets at once.
+#define ROW_STEP 2
+
+// As column `row` of the 16x8 operand a lane brings both halves of the span at k = quarter * span.
+struct TokenHalves {
+  uint token0, token1, k0, k1;
+  inline TokenHalves(uint row, uint quarter, uint span)
+      : token0(row), token1(row), k0(quarter * span), k1(quarter * span + span / 2) {}
+};
+
+inline void multiply_16x8x16(
+    float* c0, float* c1, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1, half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c0[0]), "+f"(c0[1]), "+f"(c1[0]), "+f"(c1[1])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+inline void multiply_16x8x16(
+    float* c0, float* c1, uint a0, uint a1, uint a2, uint a3, uint b0, uint b1, bfloat) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c0[0]), "+f"(c0[1]), "+f"(c1[0]), "+f"(c1[1])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// The operands want pairs of neighbours, which is what memory holds.
+template <typename T, int SPAN, int OCTETS>
+struct MatrixRows {
+  uint pairs[OCTETS][SPAN / 2];
+
+  template <typename Span>
+  inline MatrixRows(const Span* spans) {
+#pragma unroll
+    for (int i = 0; i < OCTETS; ++i) {
+#pragma unroll
+      for (int j = 0; j < SPAN / 2; ++j) {
+        pairs[i][j] = spans[i].pair(j);
+      }
+    }
+  }
+
+  inline void multiply(int i, const uint* x0, const uint* x1, float* sums0, float* sums1) const {
+#pragma unroll
+    for (int j = 0; j < SPAN / 2; j += 2) {
+      const uint* x = j < SPAN / 4 ? x0 + j : x1 + j - SPAN / 4;
+      multiply_16x8x16(
+          sums0, sums1, pairs[i][j], pairs[i + 1][j], pairs[i][j + 1], pairs[i + 1][j + 1], x[0],
+          x[1], T(0));
+    }
+  }
+};
