@@ -1,0 +1,1 @@
+"""Training: objectives, schedules, data and the trainer."""

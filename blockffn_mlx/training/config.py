@@ -1,0 +1,291 @@
+"""A training run's configuration: TOML with tables, checked before anything is built."""
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+import mlx.core as mx
+
+from ..model import ModelArgs
+
+
+@dataclass
+class Data:
+    """Where the text comes from.
+
+    Attributes:
+        path: A folder of packed tokens (manifest.json), or text and .jsonl files.
+        tokenizer: A tokenizer's folder or Hub id; None trains a byte-level BPE on the files.
+        vocab_size: Vocabulary of that BPE.
+        held_out: Share at the end of each file kept for validation.
+        validation_tokens: Tokens read of each validation source at an evaluation; None for all.
+        template: Name patterns of generated sources, reported apart from real text.
+    """
+
+    path: list[str] = field(default_factory=list)
+    tokenizer: str | None = None
+    vocab_size: int = 512
+    held_out: float = 0.05
+    validation_tokens: int | None = None
+    template: list[str] = field(default_factory=list)
+
+
+@dataclass
+class OptimizerSettings:
+    """AdamW and what surrounds it. Weight decay goes to matrices, not to norms.
+
+    Attributes:
+        mup: Divide the learning rate by hidden_size / dim_model_base for all but embeddings, head
+            and layer norms, as the authors do.
+        dtype: What the forward and backward passes compute in; master weights are float32.
+        compiled: Use mx.compile; None does on a GPU (on a CPU, compiling costs more than it saves).
+    """
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    mup: bool = False
+    dtype: str = "bfloat16"
+    compiled: bool | None = None
+
+    def __post_init__(self):
+        if self.dtype not in ("bfloat16", "float16", "float32"):
+            raise ValueError(f"dtype {self.dtype!r} is not bfloat16, float16 or float32.")
+
+    @property
+    def use_compile(self) -> bool:
+        """`compiled`, decided."""
+        return mx.default_device() == mx.gpu if self.compiled is None else self.compiled
+
+
+@dataclass
+class Sparsity:
+    """Weights of the objectives on the router (paper section 3.3 and Table 8); 0 leaves one out.
+
+    Attributes:
+        al: Activation locality.
+        cs: Chunk sparsification, the initial factor; `hold`, `interval`, `min_ratio`, `max_ratio`,
+            `ramp` and `warmup` are those of `AdaptiveFactor`.
+        entropy: Router entropy.
+        l1: L1 norm of the scores, summed over tokens and layers.
+        balance: Load balance.
+        count_padded_chunks: As in `chunk_sparsification_loss`.
+    """
+
+    al: float = 2e-3
+    cs: float = 5e-2
+    chunk_length: int = 64
+    steepness: float = 100.0
+    hold: int = 1000
+    interval: int = 100
+    min_ratio: float = 1.025
+    max_ratio: float = 4.0
+    ramp: bool = True
+    warmup: int = 0
+    entropy: float = 0.0
+    l1: float = 0.0
+    balance: float = 0.0
+    count_padded_chunks: bool = False
+
+
+@dataclass
+class Stage:
+    """One stage of the run.
+
+    Attributes:
+        steps: Optimiser steps.
+        batch_size: Rows per step over all processes and micro-batches.
+        context: Input tokens in a row.
+        accumulate: Micro-batches per step.
+        lr, warmup, decay, final_lr, shape: As in `warmup_stable_decay`.
+        weights: Passes over each source, relative to the others; None weighs all by 1.
+        packing: "windows" (contiguous, attention crosses documents: fast) or "documents" (whole
+            documents, packed).
+        isolate: Keep attention within documents, and pad packed ones to the chunk length.
+        assistant_only: Score only what assistants say.
+        freeze_factor: Hold the chunk sparsification factor where the stage before left it.
+    """
+
+    steps: int
+    batch_size: int
+    context: int
+    lr: float
+    name: str = ""
+    accumulate: int = 1
+    warmup: int = 0
+    decay: int = 0
+    final_lr: float = 0.0
+    shape: str = "exponential"
+    weights: dict[str, float] | None = None
+    packing: str = "windows"
+    isolate: bool = False
+    assistant_only: bool = False
+    freeze_factor: bool = False
+
+    def __post_init__(self):
+        if self.packing not in ("windows", "documents"):
+            raise ValueError(f"packing {self.packing!r} is not 'windows' or 'documents'.")
+        if min(self.steps, self.batch_size, self.context, self.accumulate) < 1:
+            raise ValueError("steps, batch_size, context and accumulate must be at least 1.")
+        if self.batch_size % self.accumulate:
+            raise ValueError("accumulate must divide batch_size.")
+        if self.shape not in ("exponential", "linear"):
+            raise ValueError(f"shape {self.shape!r} is not 'exponential' or 'linear'.")
+        if self.shape == "exponential" and self.decay and self.final_lr <= 0:
+            raise ValueError("an exponential decay needs a final_lr above 0.")
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens of the whole stage, padding included."""
+        return self.steps * self.batch_size * self.context
+
+
+@dataclass
+class Initialisation:
+    """Normal with `std`; with `residual`, o_proj and down_proj are divided by sqrt(2 * layers)."""
+
+    std: float = 0.02
+    residual: bool = True
+
+
+@dataclass
+class Lora:
+    """LoRA instead of training every weight; mlx-lm's names and defaults."""
+
+    rank: int = 8
+    scale: float = 20.0
+    dropout: float = 0.0
+    num_layers: int = 16
+
+
+@dataclass
+class TrainingConfig:
+    """A whole run; see the classes of its tables.
+
+    Attributes:
+        output: Folder for checkpoints, the log and the finished model.
+        model: The fields of the model's config.json; empty when fine-tuning.
+        log_interval, eval_interval, checkpoint_interval: In optimiser steps.
+        keep_checkpoints: Older ones are removed.
+    """
+
+    output: str
+    stage: list[Stage]
+    data: Data
+    model: dict[str, Any] = field(default_factory=dict)
+    initialisation: Initialisation = field(default_factory=Initialisation)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    sparsity: Sparsity = field(default_factory=Sparsity)
+    lora: Lora | None = None
+    seed: int = 0
+    log_interval: int = 10
+    eval_interval: int = 250
+    checkpoint_interval: int = 250
+    keep_checkpoints: int = 2
+
+    def __post_init__(self):
+        if not self.stage:
+            raise ValueError("the run needs at least one [[stage]].")
+        for stage in self.stage:
+            if stage.context % self.sparsity.chunk_length:
+                raise ValueError(
+                    f"a stage's context, {stage.context}, is not a multiple of the sparsity "
+                    f"chunk length, {self.sparsity.chunk_length}."
+                )
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stage)
+
+    def model_args(self) -> ModelArgs:
+        """The architecture of a model trained from scratch.
+
+        Raises:
+            ValueError: An unknown field.
+        """
+        _refuse_unknown(self.model, {f.name for f in fields(ModelArgs)}, "model")
+        return ModelArgs(**self.model)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """Reads a TOML file; relative data paths stay relative to the working directory.
+
+    Args:
+        path: The file.
+        overrides: "table.key=value" with a TOML value (or a bare string); stages count from 0:
+            "stage.0.steps=100".
+
+    Raises:
+        ValueError: Anything that is not a valid configuration, in one sentence.
+    """
+    try:
+        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _override(table, override)
+    return _build(TrainingConfig, table, str(path))
+
+
+def _override(table: dict, override: str):
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"--set {override!r}: write it as table.key=value.")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, key = name.strip().split(".")
+    for parent in parents:
+        try:
+            table = table[int(parent)] if isinstance(table, list) else table.setdefault(parent, {})
+        except (IndexError, ValueError):
+            raise ValueError(f"--set {override!r}: there is no stage {parent}.") from None
+    table[key] = value
+
+
+def _build(kind: Any, value: Any, where: str) -> Any:
+    """Builds `kind` from parsed TOML, refusing unknown keys and wrong types."""
+    if get_origin(kind) is UnionType:
+        kind = next(option for option in get_args(kind) if option is not type(None))
+        return None if value is None else _build(kind, value, where)
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a table, got {value!r}.")
+        hints = get_type_hints(kind)
+        _refuse_unknown(value, set(hints), where)
+        built = {key: _build(hints[key], item, f"{where}: {key}") for key, item in value.items()}
+        try:
+            return kind(**built)
+        except TypeError as error:
+            missing = str(error).rpartition("argument")[2].lstrip("s: ")
+            raise ValueError(f"{where}: missing {missing}.") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    if get_origin(kind) is list:
+        items = value if isinstance(value, list) else [value]
+        return [_build(get_args(kind)[0], item, where) for item in items]
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: expected a table, got {value!r}.")
+        inner = get_args(kind)[1]
+        return {key: _build(inner, item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # TOML's true is a Python int as well.
+    fits = kind is Any or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool))
+    if not fits:
+        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}.")
+    return value
+
+
+def _refuse_unknown(table: dict, known: set[str], where: str):
+    if unknown := sorted(set(table) - known):
+        raise ValueError(
+            f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}."
+        )

@@ -1,0 +1,120 @@
+"""Schedules: the adaptive factor of the chunk sparsification loss, and the learning rate."""
+
+from collections import deque
+
+
+class AdaptiveFactor:
+    """The adaptive factor scheduler of lambda_cs (paper section 3.3).
+
+    After ``hold`` calls, and then every ``interval`` calls, the factor is multiplied by the ratio
+    of the loss's mean over the last ``interval`` calls to its mean over the ``interval`` before.
+
+    Args:
+        initial: The factor at the start.
+        hold: Calls before the first adjustment, the warm-up included.
+        interval: Calls between adjustments, and the length of each window.
+        min_ratio: A ratio above 1 is raised to at least this.
+        max_ratio: The factor is capped at this times ``initial``.
+        ramp: True moves linearly over the next interval (the authors' code), False jumps (the
+            paper's text).
+        warmup: Calls over which the factor rises linearly from 0 to ``initial``.
+    """
+
+    def __init__(
+        self,
+        initial: float,
+        hold: int,
+        interval: int,
+        min_ratio: float,
+        max_ratio: float,
+        ramp: bool = True,
+        warmup: int = 0,
+    ):
+        if interval < 1 or hold < max(warmup, 2 * interval):
+            raise ValueError("AdaptiveFactor needs hold >= warmup and hold >= 2 * interval >= 2.")
+        self.initial, self.hold, self.interval = initial, hold, interval
+        self.min_ratio, self.max_ratio = min_ratio, max_ratio
+        self.ramp, self.warmup = ramp, warmup
+        self.calls = 0
+        self.source = self.target = initial
+        self.losses = deque(maxlen=2 * interval)
+
+    @property
+    def factor(self) -> float:
+        """The value that the next `step` will return; it does not depend on that call's loss."""
+        call = self.calls + 1
+        if call <= self.warmup:
+            return self.initial * call / self.warmup
+        if call <= self.hold or not self.ramp:
+            return self.target
+        progress = ((self.calls - self.hold) % self.interval + 1) / self.interval
+        return self.source + (self.target - self.source) * progress
+
+    def step(self, loss) -> float:
+        """Records one loss and returns the factor that this call's loss was to be weighed by.
+
+        Args:
+            loss: A number, or a 0-d array that is read only at the next adjustment, so that a
+                training loop need not wait for the device at every step.
+        """
+        factor = self.factor
+        self.calls += 1
+        self.losses.append(loss)
+        if self.calls >= self.hold and (self.calls - self.hold) % self.interval == 0:
+            self._adjust()
+        return factor
+
+    def _adjust(self):
+        losses = [float(loss) for loss in self.losses]
+        before, last = sum(losses[: self.interval]), sum(losses[self.interval :])
+        ratio = last / before if before else 1.0
+        if ratio > 1:
+            ratio = max(ratio, self.min_ratio)
+        self.source = self.target
+        self.target = min(self.source * ratio, self.max_ratio * self.initial)
+
+    def state_dict(self) -> dict:
+        """The state as JSON-ready values; `load_state_dict` continues the same sequence."""
+        losses = [float(loss) for loss in self.losses]
+        return {
+            "calls": self.calls,
+            "source": self.source,
+            "target": self.target,
+            "losses": losses,
+        }
+
+    def load_state_dict(self, state: dict):
+        self.calls, self.source, self.target = state["calls"], state["source"], state["target"]
+        self.losses = deque(state["losses"], maxlen=2 * self.interval)
+
+
+def warmup_stable_decay(
+    step: int,
+    peak: float,
+    steps: int,
+    warmup: int = 0,
+    decay: int = 0,
+    final: float = 0.0,
+    shape: str = "exponential",
+) -> float:
+    """The learning rate of one stage of warm-up, stable, decay (WSD).
+
+    Args:
+        step: 0-based step within the stage.
+        peak: The stable learning rate.
+        steps: Steps in the stage.
+        warmup: Steps of linear warm-up at its start.
+        decay: Steps of decay at its end, from ``peak`` to ``final``.
+        final: Learning rate of the last step of the decay.
+        shape: "exponential" or "linear".
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - (steps - decay) + 1) / decay if decay else 0.0
+    if progress <= 0:
+        return peak
+    if shape == "exponential":
+        return peak * (final / peak) ** min(progress, 1.0)
+    if shape == "linear":
+        return peak + (final - peak) * min(progress, 1.0)
+    raise ValueError(f"Unknown decay shape {shape!r}: use 'exponential' or 'linear'.")

@@ -1,0 +1,302 @@
+"""The training loop: stages, log, evaluation, checkpoints."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+from .config import Stage, TrainingConfig
+from .data import Batch, Corpus, DocumentPacker, WindowSampler
+from .evaluate import evaluate
+from .objective import METRICS, batch_share
+from .schedule import AdaptiveFactor, warmup_stable_decay
+from .state import latest_checkpoint, load_checkpoint, save_checkpoint
+from .step import GroupedAdamW, make_step
+
+LOG_FILE = "log.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+class Trainer:
+    """One training run.
+
+    Args:
+        config: The run.
+        model: A BlockFFN model; its trainable parameters become float32 master weights.
+        corpus: Training and validation sources.
+        on_record: Called in the first process with each line of the log, a dict.
+        on_step: Called after each step with the number of steps done.
+
+    Raises:
+        ValueError: The processes do not divide a micro-batch.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: nn.Module,
+        corpus: Corpus,
+        on_record: Callable[[dict], None] = lambda record: None,
+        on_step: Callable[[int], None] = lambda step: None,
+    ):
+        self.config, self.model, self.corpus = config, model, corpus
+        self.on_record, self.on_step = on_record, on_step
+        self.group = mx.distributed.init()
+        for stage in config.stage:
+            rows = stage.batch_size // stage.accumulate
+            if rows % self.group.size():
+                raise ValueError(
+                    f"{self.group.size()} processes cannot share a micro-batch of {rows} rows."
+                )
+        self.output = Path(config.output)
+        self.step = 0
+        self.seconds = 0.0
+        sparsity = config.sparsity
+        self.adaptive = AdaptiveFactor(
+            sparsity.cs,
+            sparsity.hold,
+            sparsity.interval,
+            sparsity.min_ratio,
+            sparsity.max_ratio,
+            sparsity.ramp,
+            sparsity.warmup,
+        )
+        model.train()
+        model.update(tree_map(lambda p: p.astype(mx.float32), model.trainable_parameters()))
+        mx.random.seed(config.seed)
+        self.optimizer = GroupedAdamW(model, config.optimizer)
+        self._run_step = self._make_step()
+        self._start_stage(0, 0)
+
+    def _make_step(self) -> Callable:
+        config = self.config
+        return make_step(self.model, self.optimizer, config.sparsity, config.optimizer, self.group)
+
+    @property
+    def stage(self) -> Stage:
+        return self.config.stage[self.stage_index]
+
+    def _start_stage(self, index: int, first_step: int):
+        self.stage_index, self.stage_first_step = index, first_step
+        stage = self.stage
+        options = dict(
+            weights=stage.weights,
+            context=stage.context,
+            seed=[self.config.seed, index],
+            assistant_only=stage.assistant_only,
+            isolate=stage.isolate,
+        )
+        if stage.packing == "windows":
+            self.sampler = WindowSampler(self.corpus, **options)
+        else:
+            multiple = self.config.sparsity.chunk_length if stage.isolate else 1
+            self.sampler = DocumentPacker(self.corpus, **options, multiple=multiple)
+
+    def train(self, max_seconds: float = math.inf) -> bool:
+        """Runs to the end, from the latest checkpoint if the run has one.
+
+        Args:
+            max_seconds: Stop after this time with a checkpoint; calling again goes on.
+
+        Returns:
+            Whether the run is finished.
+
+        Raises:
+            ValueError: The loss is not finite. The last checkpoint is kept.
+        """
+        self.resume()
+        config, begin, spent = self.config, time.perf_counter(), self.seconds
+        window, unchecked, log_begin = [], None, begin
+        batch = self._draw()
+        while self.step < config.steps:
+            metrics, norm = self._dispatch(batch)
+            batch_tokens, stage_name = self.stage.batch_size * self.stage.context, self.stage.name
+            mx.async_eval(metrics, norm, self.model.state, self.optimizer.state)
+            self._advance(metrics)
+            # The next batch is drawn, and the step before checked, while the device works.
+            batch = self._draw()
+            if unchecked is not None:
+                self._check(unchecked, self.step - 1)
+            unchecked = metrics
+            window.append((metrics, batch_tokens))
+            self.on_step(self.step)
+
+            last = self.step == config.steps
+            stop = time.perf_counter() - begin > max_seconds
+            log = last or stop or self.step % config.log_interval == 0
+            save = last or stop or self.step % config.checkpoint_interval == 0
+            if log or save:
+                self._check(metrics, self.step)
+                self.seconds = spent + time.perf_counter() - begin
+            if log:
+                elapsed = time.perf_counter() - log_begin
+                self._log_training(stage_name, window, float(norm), elapsed)
+                window = []
+            if last or self.step % config.eval_interval == 0:
+                self._log_evaluation()
+            if save:
+                self.save()
+            if log:
+                log_begin = time.perf_counter()
+            if stop and not last:
+                return False
+        return True
+
+    def _draw(self) -> list[tuple[Batch, mx.array]]:
+        """This process's rows of the next step's micro-batches, and their shares."""
+        # A checkpoint keeps this state: the batch drawn here is then drawn again.
+        self.sampler_state = self.sampler.state_dict()
+        size, stage, drawn = self.group.size(), self.stage, []
+        for _ in range(stage.accumulate):
+            whole = self.sampler.batch(stage.batch_size // stage.accumulate)
+            rows = whole.rows(self.group.rank(), size)
+            share = batch_share(rows, whole, size, self.config.sparsity.chunk_length)
+            arrays = (None if array is None else mx.array(array) for array in rows)
+            drawn.append((Batch(*arrays), mx.array(share)))
+        return drawn
+
+    def _dispatch(self, drawn: list[tuple[Batch, mx.array]]) -> tuple[mx.array, mx.array]:
+        """Queues one optimiser step; returns its metrics and gradient norm, not yet computed."""
+        self.learning_rate = warmup_stable_decay(
+            self.step - self.stage_first_step,
+            self.stage.lr,
+            self.stage.steps,
+            self.stage.warmup,
+            self.stage.decay,
+            self.stage.final_lr,
+            self.stage.shape,
+        )
+        self.optimizer.set_learning_rate(self.learning_rate)
+        self.cs_factor = self.adaptive.factor
+        factor, count = mx.array(self.cs_factor), len(drawn)
+        total, gathered = 0, None
+        for i, (batch, share) in enumerate(drawn, 1):
+            micro_batches = count if i == count else 0
+            metrics, gathered = self._run_step(batch, share, factor, gathered, micro_batches)
+            if not micro_batches:
+                mx.async_eval(metrics, gathered)
+            total = total + metrics / count
+        return total, gathered
+
+    def _advance(self, metrics: mx.array):
+        """Counts a step, tells the adaptive factor, and goes to the next stage when it is time."""
+        if not self.stage.freeze_factor:
+            self.adaptive.step(metrics[METRICS.index("cs")])
+        self.step += 1
+        done = self.step - self.stage_first_step == self.stage.steps
+        if done and self.stage_index + 1 < len(self.config.stage):
+            self._start_stage(self.stage_index + 1, self.step)
+
+    def _check(self, metrics: mx.array, step: int):
+        if not np.isfinite(np.array(metrics)).all():
+            kept = latest_checkpoint(self.output / CHECKPOINTS)
+            state = f"the last good state is {kept}" if kept else "no checkpoint was written yet"
+            raise ValueError(
+                f"The loss is not finite at step {step}; {state}. Lower the learning rate or the "
+                "sparsity weights and start again."
+            )
+
+    def _log_training(self, stage_name: str, window: list, norm: float, seconds: float):
+        means = np.mean([np.array(metrics) for metrics, _ in window], axis=0)
+        tokens = sum(count for _, count in window)
+        self._record(
+            {
+                "kind": "train",
+                "step": self.step,
+                "stage": stage_name,
+                **dict(zip(METRICS, map(float, means), strict=True)),
+                "cs_factor": self.cs_factor,
+                "learning_rate": self.learning_rate,
+                "gradient_norm": norm,
+                "tokens_per_second": tokens / seconds,
+                "peak_memory_gb": mx.get_peak_memory() / 1e9,
+                "seconds": self.seconds,
+            }
+        )
+
+    def _log_evaluation(self):
+        if not self.corpus.validation:
+            return
+        masters = self.model.trainable_parameters()
+        dtype = getattr(mx, self.config.optimizer.dtype)
+        self.model.update(tree_map(lambda p: p.astype(dtype), masters))
+        data, stage = self.config.data, self.stage
+        figures = evaluate(
+            self.model,
+            self.corpus,
+            stage.context,
+            stage.batch_size // stage.accumulate,
+            data.validation_tokens,
+            data.template,
+            self.config.optimizer.use_compile,
+        )
+        self.model.update(masters)
+        self._record({"kind": "evaluation", "step": self.step, **figures})
+
+    def _record(self, record: dict):
+        if self.group.rank() == 0:
+            self.output.mkdir(parents=True, exist_ok=True)
+            with (self.output / LOG_FILE).open("a") as log:
+                log.write(json.dumps(record) + "\n")
+            self.on_record(record)
+
+    def save(self):
+        """Writes a checkpoint: weights, optimiser, schedules, sampler and random state."""
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "stage": [self.stage_index, self.stage_first_step],
+            "adaptive": self.adaptive.state_dict(),
+            "sampler": self.sampler_state,
+            "random": mx.random.state[0].tolist(),
+        }
+        if self.group.rank() == 0:
+            folder, keep = self.output / CHECKPOINTS, self.config.keep_checkpoints
+            save_checkpoint(folder, self.step, self._arrays(), state, keep)
+
+    def resume(self) -> bool:
+        """Takes up the latest checkpoint, if there is one, and drops later lines of the log.
+
+        Raises:
+            ValueError: The checkpoint is of another model.
+        """
+        path = latest_checkpoint(self.output / CHECKPOINTS)
+        if path is None:
+            return False
+        arrays, state = load_checkpoint(path)
+        saved = {name: array.shape for name, array in tree_flatten(arrays)}
+        if saved != {name: array.shape for name, array in tree_flatten(self._arrays())}:
+            raise ValueError(f"{path} is of another model: choose another output folder.")
+        self.model.update(arrays["parameters"])
+        self.optimizer.state = arrays["optimizer"]
+        # MLX's random state takes no value, but a seed is the state: two 32-bit halves.
+        high, low = state["random"]
+        mx.random.seed(high << 32 | low)
+        self._start_stage(*state["stage"])
+        self.sampler.load_state_dict(state["sampler"])
+        self.adaptive.load_state_dict(state["adaptive"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        # The compiled step holds on to the optimiser state that it was built with.
+        self._run_step = self._make_step()
+        if self.group.rank() == 0:
+            _truncate_log(self.output / LOG_FILE, self.step)
+        return True
+
+    def _arrays(self) -> dict:
+        return {
+            "parameters": self.model.trainable_parameters(),
+            "optimizer": self.optimizer.state,
+        }
+
+
+def _truncate_log(path: Path, step: int):
+    """Drops the records after a step, so that a resumed run's log reads like an unbroken one's."""
+    if path.exists():
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
