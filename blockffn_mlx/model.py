@@ -157,7 +157,7 @@ class Attention(nn.Module):
         self.num_heads = args.num_attention_heads
         self.num_kv_heads = args.num_key_value_heads
         self.scale = args.head_dim**-0.5
-        width, kv_width = args.hidden_size, self.num_kv_heads * args.head_dim
+        width, kv_width = self.num_heads * args.head_dim, self.num_kv_heads * args.head_dim
         bias = args.attention_bias
         self.q_proj = nn.Linear(args.hidden_size, width, bias=bias)
         self.k_proj = nn.Linear(args.hidden_size, kv_width, bias=bias)

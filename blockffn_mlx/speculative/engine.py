@@ -1,0 +1,329 @@
+"""The speculative decoder: draft, one target pass, accept, compact; plain steps in between."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx_lm.generate import generation_stream
+from mlx_lm.sample_utils import greedy_sampler
+
+from .policy import FixedWidth, Policy
+from .tree import MAX_NODES, Tree
+from .union import watch_union
+from .verify import (
+    LogitsProcessor,
+    Sampler,
+    accepted_path,
+    check_cache,
+    keep_path,
+    sample_nodes,
+    target_pass,
+)
+
+Step = tuple[int, mx.array, bool]
+DEFAULT_WIDTH = 8
+# Tokens between two releases of MLX's buffer cache, as in mlx-lm.
+CLEAR_INTERVAL = 256
+
+
+class Drafter(Protocol):
+    """Proposes trees for one sequence at a time, and is told what came of them.
+
+    Attributes:
+        length: Tokens that the target's cache holds, as far as this drafter was told.
+    """
+
+    length: int
+
+    def reset(self, offset: int = 0) -> None:
+        """Starts a new sequence, of which the first `offset` tokens were never seen."""
+
+    def observe(self, hidden: mx.array, tokens: list[int]) -> None:
+        """Takes in tokens that the target's cache now holds.
+
+        Args:
+            hidden: The target's hidden states after the final norm, [1, S, H].
+            tokens: The S tokens themselves.
+        """
+
+    def ready(self, root: int) -> bool:
+        """Whether there is anything to propose after `root`. Never reads the device."""
+
+    def draft(self, root: int, total_tokens: int, max_depth: int) -> Tree:
+        """Proposes a tree under the last known token, which the cache does not hold.
+
+        Args:
+            root: The token that follows those observed.
+            total_tokens: Most nodes, root included.
+            max_depth: Most tokens on a path below the root.
+        """
+
+
+@dataclass
+class SpeculationStats:
+    """What a run of the decoder did.
+
+    Attributes:
+        rounds: Target passes over a tree.
+        drafted: Tokens proposed in them.
+        accepted: Proposed tokens that were emitted.
+        round_tokens: Tokens that rounds emitted.
+        plain_tokens: Tokens decoded without a draft.
+        union_sum: Sum over rounds of the fraction of experts that the pass used.
+    """
+
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    round_tokens: int = 0
+    plain_tokens: int = 0
+    union_sum: float = 0.0
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Mean tokens a round, the target's own one included (the paper's acceptance length)."""
+        return self.round_tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def union_ratio(self) -> float:
+        """Mean fraction of experts that a round's chunk used: 1 - CLS_spec."""
+        return self.union_sum / self.rounds if self.rounds else 0.0
+
+    def as_dict(self) -> dict[str, int | float]:
+        """For `--json`."""
+        return {
+            "rounds": self.rounds,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
+            "plain_tokens": self.plain_tokens,
+            "tokens_per_round": self.tokens_per_round,
+            "union_ratio": self.union_ratio,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rounds} rounds, {self.drafted} drafted, {self.accepted} accepted, "
+            f"{self.tokens_per_round:.2f} tokens per round, union {self.union_ratio:.1%} of "
+            f"experts, {self.plain_tokens} plain tokens"
+        )
+
+
+def stream(
+    prompt: mx.array,
+    model: Any,
+    drafter: Drafter,
+    *,
+    policy: Policy | None = None,
+    stats: SpeculationStats | None = None,
+    max_tokens: int = 256,
+    sampler: Sampler | None = None,
+    logits_processors: list[LogitsProcessor] | None = None,
+    prompt_cache: list[Any] | None = None,
+    prefill_step_size: int = 2048,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+) -> Iterator[Step]:
+    """Decodes one sequence with a draft, in the manner of mlx-lm's speculative_generate_step.
+
+    Every token is the target's own sample in the pass that verified it, whatever the sampler.
+    When the generator ends or is closed, even inside an accepted path, the caches hold exactly
+    the prompt and the tokens that were yielded, the last one included, as after mlx-lm's
+    generate_step; the next turn passes its new tokens only.
+
+    Args:
+        prompt: Token ids [T], at least one.
+        model: The target, a BlockFFN model.
+        drafter: Proposes; it goes on where it was if its length matches the cache's.
+        policy: Width of each round; always 8 if None.
+        stats: Counts what happens.
+        max_tokens: The most tokens to yield; -1 for no limit.
+        sampler: Log-probabilities [n, V] -> tokens [n], independent by row; greedy if None.
+            mlx-lm's XTC sampler shares one draw between rows: wrap it in `verify.each_row`.
+        logits_processors: mlx-lm's kind; with any, a round reads the device once more.
+        prompt_cache: Plain KVCaches that hold what came before.
+        prefill_step_size: Prompt tokens per pass.
+        prompt_progress_callback: Called with (tokens done, tokens of the prompt).
+
+    Yields:
+        (token, its log-probabilities [V], whether a draft proposed it).
+
+    Raises:
+        ValueError: For a batch, an empty prompt, or caches that cannot drop rows.
+    """
+    decoder = Decoder(
+        model,
+        drafter,
+        policy or FixedWidth(DEFAULT_WIDTH),
+        stats or SpeculationStats(),
+        sampler or greedy_sampler,
+        logits_processors,
+        model.make_cache() if prompt_cache is None else prompt_cache,
+    )
+    if prompt.ndim != 1:
+        raise ValueError(f"speculation decodes one prompt at a time, got shape {prompt.shape}")
+    if prompt.size == 0:
+        raise ValueError("the prompt is empty")
+    with mx.stream(generation_stream):
+        try:
+            progress = prompt_progress_callback or (lambda done, total: None)
+            decoder.prefill(prompt.tolist(), prefill_step_size, progress)
+            with closing(decoder.decode(max_tokens)) as steps:
+                for count, step in enumerate(steps, start=1):
+                    if count == 1:
+                        progress(prompt.size, prompt.size)
+                    if count % CLEAR_INTERVAL == 0:
+                        mx.clear_cache()
+                    yield step
+        finally:
+            decoder.settle()
+
+
+class Decoder:
+    """State of one sequence between passes.
+
+    Attributes:
+        cached: Rows of the cache that are settled; whatever lies beyond is a pass under way.
+        root: The last known token if it is not among them, else None.
+        history: All tokens before the root, kept only for logits processors.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        drafter: Drafter,
+        policy: Policy,
+        stats: SpeculationStats,
+        sampler: Sampler,
+        logits_processors: list[LogitsProcessor] | None,
+        cache: list[Any],
+    ):
+        check_cache(cache)
+        self.model, self.cache = model, cache
+        self.drafter, self.policy, self.stats = drafter, policy, stats
+        self.sampler, self.logits_processors = sampler, logits_processors
+        self.cached: int = cache[0].offset
+        self.root: int | None = None
+        self.history = mx.array([], mx.int32) if logits_processors else None
+        if drafter.length != self.cached:
+            drafter.reset(self.cached)
+
+    def prefill(self, prompt: list[int], step_size: int, progress: Callable[[int, int], None]):
+        """Passes all of the prompt but its last token, the first root."""
+        progress(0, len(prompt))
+        for start in range(0, len(prompt) - 1, step_size):
+            tokens = prompt[start : min(start + step_size, len(prompt) - 1)]
+            hidden = self.model.model(mx.array([tokens]), self.cache)
+            mx.eval([c.state for c in self.cache], hidden)
+            self._take_in(hidden, tokens)
+            progress(start + len(tokens), len(prompt))
+            mx.clear_cache()
+        self.root = prompt[-1]
+
+    def decode(self, max_tokens: int) -> Iterator[Step]:
+        """Rounds where the policy and the drafter see a chance, plain steps elsewhere."""
+        count = 0
+        while count != max_tokens:
+            remaining = max_tokens - count if max_tokens > 0 else None
+            width = self.policy.width()
+            if width > 1 and remaining != 1 and self.drafter.ready(self.root):
+                steps = self.round(width, remaining)
+            else:
+                steps = self.plain(remaining)
+            # Closing settles what was taken of a round or a plain step under way.
+            with closing(steps):
+                for step in steps:
+                    count += 1
+                    yield step
+
+    def round(self, width: int, remaining: int | None) -> Iterator[Step]:
+        """Draft, one target pass, accept, compact. One wait for the device."""
+        start = time.perf_counter()
+        tree = self.drafter.draft(self.root, width, (remaining or MAX_NODES) - 1)
+        with watch_union(self.model) as watched:
+            hidden, logits = target_pass(self.model, self.cache, tree)
+        samples, logprobs = sample_nodes(
+            logits, self.sampler, self.logits_processors, tree, self.history
+        )
+        union = watched.ratio()
+        mx.eval(samples, logprobs, hidden, tree.tokens, tree.parents, tree.ranks, union)
+        seconds = time.perf_counter() - start
+
+        chosen = samples.tolist()
+        path = accepted_path(tree.tokens.tolist(), tree.parents.tolist(), chosen)[:remaining]
+        ranks = tree.ranks.tolist()
+        self.policy.record_round(len(tree), [ranks[i] for i in path[1:]], seconds, union.item())
+        self.stats.rounds += 1
+        self.stats.drafted += len(tree) - 1
+        self.stats.union_sum += union.item()
+        taken = 0
+        try:
+            for taken, node in enumerate(path, start=1):
+                from_draft = taken < len(path)
+                self.stats.round_tokens += 1
+                self.stats.accepted += from_draft
+                yield chosen[node], logprobs[node], from_draft
+        finally:
+            # The path's row i + 1 holds the token that row i emitted; a whole path's last has none.
+            rows = path[: taken + 1]
+            keep_path(self.cache, len(tree), rows)
+            tokens = [self.root] + [chosen[node] for node in rows[:-1]]
+            self.root = chosen[path[-1]] if len(rows) == taken else None
+            self._take_in(hidden[:, mx.array(rows)], tokens)
+
+    def plain(self, remaining: int | None) -> Iterator[Step]:
+        """Single steps, each begun before the token before it is read, as in generate_step.
+
+        Goes on until the policy and the drafter see a chance again.
+        """
+        start = time.perf_counter()
+        sampled, logprobs, hidden = self._step(mx.array([self.root]))
+        self._take_in(hidden, [self.root])
+        self.root = None
+        last = remaining == 1
+        count = 0
+        while True:
+            if not last:
+                following = self._step(sampled)
+            token = sampled.item()
+            count += 1
+            self.stats.plain_tokens += 1
+            self.policy.record_plain(time.perf_counter() - start)
+            if last:
+                self.root = token
+                yield token, logprobs, False
+                return
+            wanted = self.policy.width() > 1 and self.drafter.ready(token)
+            last = wanted or count + 1 == remaining
+            self._take_in(following[2], [token])
+            yield token, logprobs, False
+            start = time.perf_counter()
+            sampled, logprobs, _ = following
+
+    def settle(self):
+        """Leaves the caches with exactly the tokens so far, whatever was under way."""
+        for layer_cache in self.cache:
+            layer_cache.trim(layer_cache.offset - self.cached)
+        if self.root is not None:
+            # Nothing computes this pass unless the caches are used again.
+            hidden = self.model.model(mx.array([[self.root]]), self.cache)
+            self._take_in(hidden, [self.root])
+            self.root = None
+
+    def _step(self, token: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Starts a pass over one token [1]; returns its sample, log-probabilities and hidden."""
+        tree = Tree.chain(token)
+        hidden, logits = target_pass(self.model, self.cache, tree)
+        sampled, logprobs = sample_nodes(
+            logits, self.sampler, self.logits_processors, tree, self.history
+        )
+        mx.async_eval(sampled, logprobs, hidden)
+        return sampled, logprobs[0], hidden
+
+    def _take_in(self, hidden: mx.array, tokens: list[int]):
+        """Notes that the cache holds these tokens now."""
+        self.cached += len(tokens)
+        if self.history is not None:
+            self.history = mx.concatenate([self.history, mx.array(tokens, mx.int32)])
+        self.drafter.observe(hidden, tokens)

@@ -1,0 +1,160 @@
+"""How many tokens to draft, and when to stop drafting: pure logic over costs and acceptance."""
+
+from typing import Protocol
+
+from .cost import PassCost
+from .tree import MAX_NODES, check_size
+
+# Speculation is taken up for a predicted gain of at least this much over plain decoding.
+MIN_GAIN = 1.02
+# Share of all time that trying speculation may lose, and what may be lost before any was spent,
+# in plain tokens. Together they keep an answer of 100 tokens within 5% of plain decoding.
+LOSS_SHARE = 0.02
+LOSS_ALLOWANCE = 2.0
+# Weight that a round's evidence keeps after each later round.
+MEMORY = 0.95
+# Before evidence, a node's chance is this fraction of the node's ranked before it.
+PRIOR_CHANCE, PRIOR_ROUNDS = 0.75, 2.0
+# Plain tokens between two looks at the decision.
+PLAIN_INTERVAL = 16
+
+
+class Policy(Protocol):
+    """Decides each round's width. Times are in seconds."""
+
+    def width(self) -> int:
+        """Nodes of the next tree, root included; 1 means to decode plainly for now."""
+
+    def record_plain(self, seconds: float) -> None:
+        """One token was decoded plainly."""
+
+    def record_round(
+        self, width: int, accepted_ranks: list[int], seconds: float, union: float
+    ) -> None:
+        """One round went over a tree of `width` nodes, of which those of these ranks held.
+
+        `union` is the fraction of experts that the pass used.
+        """
+
+
+class FixedWidth:
+    """Always the same width."""
+
+    def __init__(self, width: int):
+        check_size(width)
+        self._width = width
+
+    def width(self) -> int:
+        return self._width
+
+    def record_plain(self, seconds: float) -> None:
+        pass
+
+    def record_round(
+        self, width: int, accepted_ranks: list[int], seconds: float, union: float
+    ) -> None:
+        pass
+
+
+class AdaptiveWidth:
+    """The width that promises most tokens per second, or none.
+
+    Acceptance is learnt per rank: a tree's nodes of rank below m are what a tree of m nodes
+    would have held, so one round says something about every smaller width. A width's cost is
+    the measured pass, at the union of experts seen so far, plus what rounds take beyond that
+    (drafting, bookkeeping), until rounds of that very width were timed. While plain decoding
+    promises more, a round is only tried when its expected loss fits into a small share of the
+    time spent, so being wrong never costs much.
+
+    Args:
+        cost: What passes cost on this machine.
+        max_width: The largest width to consider.
+    """
+
+    def __init__(self, cost: PassCost, max_width: int = MAX_NODES):
+        check_size(max_width)
+        self.cost = cost
+        self.candidates = [w for w in cost.widths if 1 < w <= max_width]
+        self.plain_seconds = cost.seconds(1)
+        self.round_seconds: dict[int, float] = {}
+        self.overhead = 0.0
+        self.locality = 0.5
+        self.hits = [0.0] * MAX_NODES
+        self.counts = [0.0] * MAX_NODES
+        self.seen_widths: set[int] = set()
+        self.elapsed = 0.0
+        self.lost = 0.0
+        self._decision: int | None = None
+        self._plain_tokens = 0
+
+    def width(self) -> int:
+        if self._decision is None:
+            self._decision = self._decide()
+        return self._decision
+
+    def record_plain(self, seconds: float) -> None:
+        self.plain_seconds = _moved(self.plain_seconds, _capped(seconds, self.plain_seconds), 0.1)
+        self.elapsed += seconds
+        self._plain_tokens += 1
+        if self._plain_tokens % PLAIN_INTERVAL == 0:
+            self._decision = None
+
+    def record_round(
+        self, width: int, accepted_ranks: list[int], seconds: float, union: float
+    ) -> None:
+        accepted = set(accepted_ranks)
+        for rank in range(1, MAX_NODES):
+            self.hits[rank] *= MEMORY
+            self.counts[rank] *= MEMORY
+            if rank < width:
+                self.hits[rank] += rank in accepted
+                self.counts[rank] += 1
+        if (locality := self.cost.locality(width, union)) is not None:
+            self.locality = _moved(self.locality, locality, 0.1)
+        if width not in self.seen_widths:
+            # A width's first pass may build its kernels, which no later one pays for.
+            self.seen_widths.add(width)
+            seconds = min(seconds, self.seconds(width))
+        else:
+            seconds = _capped(seconds, self.seconds(width))
+            beyond = seconds - self.cost.seconds(width, self.locality)
+            self.overhead = _moved(self.overhead, max(beyond, 0.0), 0.3)
+            previous = self.round_seconds.get(width, seconds)
+            self.round_seconds[width] = _moved(previous, seconds, 0.3)
+        self.elapsed += seconds
+        self.lost = max(0.0, self.lost + seconds - (1 + len(accepted)) * self.plain_seconds)
+        self._decision = None
+
+    def chances(self) -> list[float]:
+        """Probability by rank that a node is accepted; 1 for the root."""
+        chances = [1.0]
+        for hits, count in zip(self.hits[1:], self.counts[1:], strict=True):
+            prior = PRIOR_CHANCE * chances[-1]
+            chances.append((PRIOR_ROUNDS * prior + hits) / (PRIOR_ROUNDS + count))
+        return chances
+
+    def seconds(self, width: int) -> float:
+        """Expected seconds of a round of this width."""
+        if width in self.round_seconds:
+            return self.round_seconds[width]
+        return self.cost.seconds(width, self.locality) + self.overhead
+
+    def _decide(self) -> int:
+        chances = self.chances()
+        rates = {w: sum(chances[:w]) / self.seconds(w) for w in self.candidates}
+        if not rates:
+            return 1
+        best = max(rates, key=rates.__getitem__)
+        gain = rates[best] * self.plain_seconds
+        room = LOSS_ALLOWANCE * self.plain_seconds + LOSS_SHARE * self.elapsed - self.lost
+        expected_loss = 0.0 if gain >= MIN_GAIN else self.seconds(best) * max(1 - gain, 0.0)
+        return best if expected_loss < room else 1
+
+
+def _moved(average: float, value: float, share: float) -> float:
+    return average + (value - average) * share
+
+
+def _capped(seconds: float, expected: float) -> float:
+    """A pause of the machine should not pass for the cost of a width."""
+    return min(seconds, 3 * expected)
