@@ -7,7 +7,8 @@ class AdaptiveFactor:
     """The adaptive factor scheduler of lambda_cs (paper section 3.3).
 
     After ``hold`` calls, and then every ``interval`` calls, the factor is multiplied by the ratio
-    of the loss's mean over the last ``interval`` calls to its mean over the ``interval`` before.
+    of the loss's mean over the last ``interval`` calls to its mean over the ``interval`` before
+    (if there were so many).
 
     Args:
         initial: The factor at the start.
@@ -30,8 +31,8 @@ class AdaptiveFactor:
         ramp: bool = True,
         warmup: int = 0,
     ):
-        if interval < 1 or hold < max(warmup, 2 * interval):
-            raise ValueError("AdaptiveFactor needs hold >= warmup and hold >= 2 * interval >= 2.")
+        if interval < 1 or hold < warmup:
+            raise ValueError("the adaptive factor needs interval >= 1 and hold >= warmup.")
         self.initial, self.hold, self.interval = initial, hold, interval
         self.min_ratio, self.max_ratio = min_ratio, max_ratio
         self.ramp, self.warmup = ramp, warmup
@@ -60,14 +61,15 @@ class AdaptiveFactor:
         factor = self.factor
         self.calls += 1
         self.losses.append(loss)
-        if self.calls >= self.hold and (self.calls - self.hold) % self.interval == 0:
+        past = self.calls - self.hold
+        if past >= 0 and past % self.interval == 0:
             self._adjust()
         return factor
 
     def _adjust(self):
         losses = [float(loss) for loss in self.losses]
-        before, last = sum(losses[: self.interval]), sum(losses[self.interval :])
-        ratio = last / before if before else 1.0
+        before, last = sum(losses[: -self.interval]), sum(losses[-self.interval :])
+        ratio = last / before if len(losses) == 2 * self.interval and before else 1.0
         if ratio > 1:
             ratio = max(ratio, self.min_ratio)
         self.source = self.target
