@@ -3,12 +3,15 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
 
 from ..version import __version__
 
@@ -81,6 +84,25 @@ def sampler_of(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array],
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
+
+
+@contextmanager
+def loading_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for downloads and conversions; nothing shows until the first report.
+
+    Yields:
+        The function to hand to `load` or `convert`: (stage, bytes done, bytes in all).
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeLeft())
+    with Progress(*columns, console=stderr_console(), transient=True) as progress:
+        tasks = {}
+
+        def report(stage: str, done: int, total: int):
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield report
 
 
 def stderr_console() -> Console:
