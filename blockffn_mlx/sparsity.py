@@ -16,13 +16,21 @@ PASS_LENGTH = 1024
 def record_router_scores(model: nn.Module) -> Iterator[list[list[mx.array]]]:
     """Collects each layer's finished router scores while the model runs inside the block.
 
+    An observer that was there before goes on watching.
+
     Yields:
         One list per layer, which gains an array [B, T, E] per pass.
     """
     recorded = [[] for _ in model.layers]
     previous = [layer.mlp.observer for layer in model.layers]
-    for layer, passes in zip(model.layers, recorded, strict=True):
-        layer.mlp.observer = lambda logits, scores, passes=passes: passes.append(scores)
+    for layer, passes, outer in zip(model.layers, recorded, previous, strict=True):
+
+        def observe(logits, scores, passes=passes, outer=outer):
+            passes.append(scores)
+            if outer is not None:
+                outer(logits, scores)
+
+        layer.mlp.observer = observe
     try:
         yield recorded
     finally:

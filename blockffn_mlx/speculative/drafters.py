@@ -1,0 +1,95 @@
+"""Turns what a user asks for, a kind of draft and a width, into a drafter and a policy."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.utils import load as load_mlx_lm
+
+from .. import checkpoint
+from .cost import pass_cost
+from .eagle_files import load_draft
+from .engine import Drafter
+from .lookup import LookupDraft
+from .model import ModelDraft
+from .policy import AdaptiveWidth, FixedWidth, Policy
+
+# Where a converted model's own draft head lies inside its folder.
+DRAFT_FOLDER = "draft"
+
+
+def make_draft(
+    spec: str | Path | Drafter | None,
+    model: Any,
+    tokenizer: Any = None,
+    model_path: str | Path | None = None,
+) -> Drafter | None:
+    """The drafter that `spec` names.
+
+    Args:
+        spec: "none" or None; "lookup"; "auto": the head in the model folder's `draft`, else
+            lookup; a folder with an EAGLE head or with a language model; or a drafter.
+        model: The target.
+        tokenizer: The target's tokenizer, which a draft model's has to equal.
+        model_path: The target's folder, for "auto".
+
+    Raises:
+        ValueError: If the folder holds no draft, or one that does not fit the target.
+    """
+    if spec is None or spec == "none":
+        return None
+    if spec == "auto":
+        own = Path(model_path or "") / DRAFT_FOLDER
+        spec = own if model_path and own.is_dir() else "lookup"
+    if spec == "lookup":
+        return LookupDraft()
+    if not isinstance(spec, (str, Path)):
+        return spec
+    path = Path(spec)
+    if not (path / "config.json").is_file():
+        raise ValueError(f"no draft at {path}: give auto, none, lookup, or a folder with a draft")
+    if "fc.weight" in checkpoint.open_checkpoint(path):
+        return load_draft(path, model)
+    return load_draft_model(path, model, tokenizer)
+
+
+def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDraft:
+    """A language model as the drafter: a BlockFFN, or whatever mlx-lm runs."""
+    config = checkpoint.read_json(path / "config.json")
+    if "model_type" not in config:
+        raise ValueError(f"{path} is no draft of a known kind: neither EAGLE head nor model")
+    if "expert_size" in config:
+        from ..load import load
+
+        draft, draft_tokenizer = load(str(path))
+    else:
+        draft, draft_tokenizer = load_mlx_lm(str(path))
+    if tokenizer is None or draft_tokenizer is None:
+        same = draft.args.vocab_size == model.args.vocab_size
+    else:
+        same = draft_tokenizer.get_vocab() == tokenizer.get_vocab()
+    if not same:
+        raise ValueError(
+            f"the draft model {path} has another tokenizer than the model: "
+            "take one of the same family, or --draft lookup"
+        )
+    return ModelDraft(draft, model.args.vocab_size)
+
+
+def make_policy(
+    width: int | str | Policy,
+    model: Any,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Policy:
+    """The policy for a width: a number of nodes, "auto" (measures once), or a policy.
+
+    Raises:
+        ValueError: For a number outside 1 to 64, or another word.
+    """
+    if width == "auto":
+        return AdaptiveWidth(pass_cost(model, on_progress=on_progress))
+    if isinstance(width, (int, str)):
+        if not str(width).isdecimal():
+            raise ValueError(f"a draft width is a number from 1 to 64 or auto, not {width!r}")
+        return FixedWidth(int(width))
+    return width
