@@ -1,0 +1,188 @@
+"""The kernels against float64: on Metal or CUDA where there is one, else in the Metal harness."""
+
+import itertools
+from contextlib import contextmanager
+
+import metal_host
+import mlx.core as mx
+import numpy as np
+import pytest
+from ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error
+
+import blockffn_mlx as bf
+from blockffn_mlx import kernels
+
+ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
+BACKEND = "cuda" if mx.cuda.is_available() else "metal"
+pytestmark = pytest.mark.skipif(
+    not ON_GPU and metal_host.compiler() is None, reason=metal_host.NO_COMPILER
+)
+in_harness = pytest.mark.skipif(ON_GPU, reason="shows what only the harness can see")
+
+TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64)
+EXPERTS = (1, 9, 40, 56, 128, 180, 256)
+EXPERT_SIZES = (32, 64, 96, 128)
+HIDDEN_SIZES = (64, 96, 128, 192, 256, 320, 512, 1024, 2048)
+PACKINGS = ((0, 64), *itertools.product((4, 8), (32, 64, 128)))  # bits, group size
+
+
+@contextmanager
+def running(mode: str = "fast", **options):
+    """Runs kernels on this machine's GPU, or in the harness; yields its runs, if any."""
+    kernels.build_kernel.cache_clear()
+    try:
+        if ON_GPU:
+            yield []
+        else:
+            with metal_host.harness(mode, **options) as runs:
+                yield runs
+            assert runs, "no kernel came to the harness"
+    finally:
+        kernels.build_kernel.cache_clear()
+
+
+def result(case: Case, operands) -> mx.array:
+    x, scores, up, down = operands
+    out = bf.ffn.chunk_union_ffn(x, scores, up, down, act=case.act, backend=BACKEND)
+    mx.eval(out)
+    assert out.dtype == case.dtype and out.shape == x.shape
+    return out
+
+
+def check(case: Case, mode: str = "fast", **options) -> list[metal_host.Run]:
+    *operands, expected = case.operands()
+    with running(mode, **options) as runs:
+        out = result(case, operands)
+    if case.union == "empty":
+        assert mx.array_equal(out, mx.zeros_like(out))
+    silent = float64(operands[1]).any(-1)  # tokens without any expert get exact zeros
+    assert not float64(out)[~silent].any()
+    assert relative_error(out, expected) < TOLERANCE[case.dtype]
+    return runs
+
+
+def sample(count_of_each: int, most_work: float, seed: int) -> list[Case]:
+    """Every number of tokens with every dtype and packing, the rest drawn at random.
+
+    most_work: of tokens x experts x expert size x hidden size, since the harness is slow.
+    """
+    rng = np.random.default_rng(seed)
+    cases = []
+    for tokens, dtype, packing in itertools.product(TOKENS, TOLERANCE, PACKINGS):
+        for _ in range(count_of_each):
+            while True:
+                experts, size, hidden = (
+                    int(rng.choice(c)) for c in (EXPERTS, EXPERT_SIZES, HIDDEN_SIZES)
+                )
+                if tokens * experts * size * hidden < most_work:
+                    break
+            union, act = str(rng.choice(UNIONS)), str(rng.choice(["silu", "relu"]))
+            sizes = (tokens, experts, size, hidden)
+            cases.append(Case(*sizes, dtype, union, act, *packing, seed=len(cases)))
+    return cases
+
+
+MATRIX = sample(1, 3e7, seed=20)
+# a few of them for every run of the tests: each number of tokens and each packing, once or twice
+QUICK = [c for i, c in enumerate(sample(1, 3e6, seed=21)) if i % 19 == 0]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_matches_float64(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_matrix_matches_float64(case):
+    check(case)
+
+
+@pytest.mark.parametrize("union", UNIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_unions(union, dtype):
+    """Empty, single, partial and full unions, and values that overflow beside active experts."""
+    check(Case(5, 40, 32, 64, dtype, union))
+
+
+@pytest.mark.parametrize("size", [(32, 2048), (128, 1024)], ids=str)
+def test_large_sizes(size):
+    check(Case(3, 128, *size, mx.bfloat16, "partial"))
+    check(Case(9, 9, *size, mx.float32, "full", act="relu"))
+
+
+# one case for each tile size, plain and packed, all dtypes
+CHECKED = [
+    Case(1, 40, 32, 96, mx.float32, "partial"),
+    Case(2, 9, 32, 64, mx.bfloat16, "overflow"),
+    Case(3, 9, 64, 128, mx.float16, "full", bits=4, group_size=32),
+    Case(8, 9, 32, 64, mx.bfloat16, "partial", act="relu"),
+    Case(9, 9, 32, 160, mx.float32, "full"),
+    Case(17, 9, 64, 64, mx.bfloat16, "partial", bits=8, group_size=64),
+    Case(33, 9, 32, 64, mx.float16, "overflow"),
+    Case(5, 1, 32, 64, mx.float32, "empty"),
+]
+
+
+@in_harness
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_every_access_is_sound(case):
+    """No access outside a buffer, no race, no read of what nothing wrote, whatever the order."""
+    runs = check(case, "check", order="shuffled", seed=case.tokens, poison=0x7F)
+    assert runs[-1].counters.unwritten == 0  # of y; scratch may stay partly unwritten
+
+
+@in_harness
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_captured_source_keeps_to_metals_limits(case):
+    for run in check(case, "as"):
+        assert metal_host.limits(run.launch) == []
+        assert run.counters.threadgroup_bytes <= 32768
+
+
+@in_harness
+@pytest.mark.parametrize("case", CHECKED[1:6:2], ids=str)
+def test_result_does_not_depend_on_the_order_of_threads(case):
+    *operands, _ = case.operands()
+    outputs = []
+    for order in ("forward", "backward"):
+        with running(order=order):
+            outputs.append(result(case, operands))
+    assert mx.array_equal(*outputs)
+
+
+def weight_bytes(case: Case, weights) -> int:
+    """Bytes of the experts that are active, in all parts of a projection."""
+    active = int(float64(case.operands()[1]).any(0).sum())
+    parts = [weights] if isinstance(weights, mx.array) else weights
+    return sum(p.nbytes for p in parts) * active // case.experts
+
+
+@in_harness
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_weights_are_loaded_once(tokens, bits):
+    case = Case(tokens, 24, 64, 128, mx.bfloat16, "partial", bits=bits)
+    _, _, up, down, _ = case.operands()
+    runs = {name: [] for name in ("up", "down")}
+    for run in check(case, "check", count=True):
+        for name in runs:
+            if name in run.name:
+                runs[name] += [run.counters.buffers.get(b) for b in ("weight", "scales", "biases")]
+    for name, weights in (("up", up), ("down", down)):
+        parts = [t for t in runs[name] if t]
+        active = weight_bytes(case, weights)
+        assert sum(t.distinct for t in parts) == active
+        assert sum(t.bytes for t in parts) <= 1.05 * active
+
+
+def test_golden_model(golden, monkeypatch):
+    """The original code's logits, with every feed-forward layer in the kernels."""
+    model, _, expected = golden("gqa_block")
+    ids = mx.array(expected["input_ids"][:1])
+    monkeypatch.setattr(kernels, "available_backend", lambda: BACKEND)
+    with running() as runs:
+        logits = model(ids)
+        mx.eval(logits)
+    assert ON_GPU or len(runs) >= 2 * len(model.layers)
+    assert relative_error(logits, expected["logits"][:1].astype(np.float64)) < 1e-4
