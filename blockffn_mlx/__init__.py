@@ -12,7 +12,9 @@ except ImportError:
     ) from None
 
 from . import checkpoint, ffn, kernels, speculative, training
+from .convert import convert
 from .generate import generate, stream_generate
+from .load import load
 from .model import Model, ModelArgs
 from .sparsity import router_scores, sparsity
 
@@ -21,9 +23,11 @@ __all__ = [
     "ModelArgs",
     "__version__",
     "checkpoint",
+    "convert",
     "ffn",
     "generate",
     "kernels",
+    "load",
     "router_scores",
     "sparsity",
     "speculative",

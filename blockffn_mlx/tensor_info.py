@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +10,7 @@ import numpy as np
 
 BFLOAT16 = "bfloat16"
 MLX_NAMES = {"bool": "bool_", "float64": "float32"}  # Metal has no float64
+ROWS_COMPARED = 4096
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,23 @@ class TensorInfo:
     def span(self) -> int:
         """Elements from the first to the last one that the view reaches."""
         return span(self.shape, self.strides)
+
+    def rows(self, start: int, stop: int) -> "TensorInfo":
+        """The part [start:stop] of the first dimension."""
+        stop = min(stop, self.shape[0])
+        skipped = start * self.strides[0] * stored_dtype(self.element).itemsize
+        shape = (max(stop - start, 0), *self.shape[1:])
+        return replace(self, offset=self.offset + skipped, shape=shape)
+
+    def equals(self, other: "TensorInfo") -> bool:
+        """Compares the data of two matrices a block of rows at a time."""
+        if self.shape != other.shape or self.dtype != other.dtype:
+            return False
+        blocks = range(0, self.shape[0], ROWS_COMPARED)
+        return all(
+            mx.array_equal(*(info.rows(i, i + ROWS_COMPARED).read() for info in (self, other)))
+            for i in blocks
+        )
 
     def read(self) -> mx.array:
         """Reads the tensor.

@@ -1,0 +1,96 @@
+"""Loads a model from an MLX folder; other checkpoints are converted once and kept."""
+
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_model, load_tokenizer
+from transformers import PreTrainedConfig
+
+from .checkpoint import open_checkpoint, read_json
+from .convert import MODEL_FILE, convert
+from .hub import Progress, commit_of, download, is_local
+from .model import Model, ModelArgs
+from .model_cache import cached_path, folder_state
+
+
+def load(
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    dtype: str | None = None,
+    q_mode: str = "affine",
+    lazy: bool = False,
+    on_progress: Progress | None = None,
+) -> tuple[Model, TokenizerWrapper | None]:
+    """Loads a model and its tokenizer.
+
+    A PyTorch checkpoint is converted into a cache folder first, once per revision, settings and
+    version of this package; the settings are those of `convert` and do not touch an MLX folder.
+
+    Args:
+        path_or_repo: A converted folder, a PyTorch checkpoint's folder, or a Hub id of either.
+        revision: Branch, tag or commit of a Hub id.
+        quantize, q_bits, q_group_size, dtype, q_mode: As in `convert`.
+        lazy: Whether weights are read only when they are used.
+        on_progress: Called with a stage ("download", "convert"), bytes done and bytes in all.
+
+    Returns:
+        The model, and mlx-lm's tokenizer, or None if the folder has no tokenizer files.
+
+    Raises:
+        ValueError: If the model cannot be used.
+        OSError: If files are missing or unreadable, the network is down or the disk is full.
+    """
+    settings = {
+        "quantize": quantize,
+        "q_bits": q_bits,
+        "q_group_size": q_group_size,
+        "dtype": dtype,
+        "q_mode": q_mode,
+    }
+    if is_local(path_or_repo):
+        folder = Path(path_or_repo).expanduser()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is no folder: give a model folder or a Hub id.")
+        if _is_converted(folder):
+            return _load_folder(folder, lazy)
+        source = str(folder.resolve())
+        cached = cached_path(source, folder_state(folder), settings)
+    else:
+        source = str(path_or_repo)
+        revision = commit_of(source, revision)
+        cached = cached_path(source, revision, settings)
+        if not cached.exists() and _is_converted(
+            snapshot := download(source, revision, on_progress)
+        ):
+            return _load_folder(snapshot, lazy)
+    if not cached.exists():
+        convert(source, cached, revision=revision, on_progress=on_progress, **settings)
+    return _load_folder(cached, lazy)
+
+
+def _is_converted(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.is_file() and read_json(config).get("model_file") == MODEL_FILE
+
+
+def _load_folder(folder: Path, lazy: bool) -> tuple[Model, TokenizerWrapper | None]:
+    open_checkpoint(folder)  # names what is missing or truncated, which mlx-lm does not
+    try:
+        # Without model_file mlx-lm asks for no trust: the classes are ours, not the folder's.
+        model, config = load_model(
+            folder,
+            lazy=lazy,
+            model_config={"model_file": None},
+            get_model_classes=lambda config: (Model, ModelArgs),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{folder} cannot be loaded ({str(error)[:200]}).") from error
+    if not (folder / "tokenizer.json").exists():
+        return model, None
+    # Given a config, transformers reads only the tokenizer's own files.
+    extra: dict[str, Any] = {"trust_remote_code": False, "config": PreTrainedConfig()}
+    return model, load_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))

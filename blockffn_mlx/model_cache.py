@@ -1,0 +1,90 @@
+"""The folder where models that were converted on the way in are kept."""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import read_json
+from .version import __version__
+
+
+@dataclass(frozen=True)
+class CachedModel:
+    """A model that was converted by `load`.
+
+    Attributes:
+        path: Its folder.
+        source: Hub id or folder name it came from.
+        nbytes: Size on disk.
+        modified: When it was written, in seconds since 1970.
+    """
+
+    path: Path
+    source: str
+    nbytes: int
+    modified: float
+
+
+def cache_folder() -> Path:
+    """The platform's place for files that can be made again."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        # The desktop standard's variable for this very place.
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "blockffn-mlx"
+
+
+def cached_path(source: str, state: Any, settings: dict[str, Any]) -> Path:
+    """Where the conversion of a source is kept.
+
+    Args:
+        source: Hub id or folder.
+        state: What tells one state of the source from another: a commit, or files and their times.
+        settings: The arguments of the conversion.
+    """
+    key = json.dumps([source, state, settings, __version__], sort_keys=True)
+    name = source.strip("/").replace("/", "--")[-60:]
+    return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def folder_state(folder: Path) -> list[list[Any]]:
+    """Names, sizes and times of a folder's files."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def cached_models() -> list[CachedModel]:
+    """What the cache holds, newest first."""
+    models = []
+    for folder in _folders():
+        if not folder.name.startswith(".") and (folder / "config.json").is_file():
+            origin = read_json(folder / "config.json").get("blockffn_mlx", {})
+            models.append(
+                CachedModel(
+                    path=folder,
+                    source=str(origin.get("source", folder.name)),
+                    nbytes=sum(file.stat().st_size for file in folder.iterdir()),
+                    modified=folder.stat().st_mtime,
+                )
+            )
+    return sorted(models, key=lambda model: -model.modified)
+
+
+def clear_cache() -> int:
+    """Removes every cached model, and what killed runs left; returns the bytes that were freed."""
+    freed = 0
+    for folder in _folders():
+        freed += sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        shutil.rmtree(folder)
+    return freed
+
+
+def _folders() -> list[Path]:
+    cache = cache_folder()
+    return [folder for folder in cache.iterdir() if folder.is_dir()] if cache.is_dir() else []

@@ -1,0 +1,176 @@
+"""Streams canonical weights into safetensors shards, a layer at a time, quantised on the way."""
+
+import json
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from .experts import Quantization, largest_group_size
+from .hub import Progress
+from .layouts import LAYER, Weight
+from .model import Model
+
+SHARD_BYTES = 512 << 20  # what is held in memory before it is written
+AFFINE_BITS = (2, 3, 4, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
+MODE_DEFAULTS = {  # mlx-lm's; the modes other than affine have no choice
+    "affine": Quantization(64, 4, "affine"),
+    "mxfp4": Quantization(32, 4, "mxfp4"),
+    "nvfp4": Quantization(16, 4, "nvfp4"),
+    "mxfp8": Quantization(32, 8, "mxfp8"),
+}
+
+
+def resolve_quantization(bits: int | None, group_size: int | None, mode: str) -> Quantization:
+    """Fills in a mode's defaults.
+
+    Raises:
+        ValueError: If MLX has no such quantisation.
+    """
+    if mode not in MODE_DEFAULTS:
+        raise ValueError(f"q_mode {mode!r} is not one of {', '.join(MODE_DEFAULTS)}.")
+    default = MODE_DEFAULTS[mode]
+    chosen = Quantization(group_size or default.group_size, bits or default.bits, mode)
+    if mode == "affine":
+        if chosen.bits not in AFFINE_BITS:
+            raise ValueError(f"q_bits {bits} is not one of {AFFINE_BITS}.")
+        if chosen.group_size not in AFFINE_GROUP_SIZES:
+            raise ValueError(f"q_group_size {group_size} is not one of {AFFINE_GROUP_SIZES}.")
+    elif chosen != default:
+        raise ValueError(
+            f"q_mode {mode} is {default.bits} bits in groups of {default.group_size} only."
+        )
+    return chosen
+
+
+def plan_quantization(model: Model, settings: Quantization) -> dict[str, Quantization]:
+    """Settings of each module that will be quantised: its width may need a smaller group.
+
+    Raises:
+        ValueError: If no module can be quantised so.
+    """
+    plan = {}
+    for path, module in _leaf_modules(model).items():
+        if not hasattr(module, "to_quantized") or not model.quant_predicate(path, module):
+            continue
+        group_size = largest_group_size(module.weight.shape[-1], settings.group_size)
+        if group_size is not None:
+            plan[path] = settings._replace(group_size=group_size)
+    if not plan:
+        raise ValueError(f"no tensor's width can be divided into groups of {settings.group_size}.")
+    return plan
+
+
+def quantization_config(settings: Quantization, plan: dict[str, Quantization]) -> dict[str, Any]:
+    """The entry of config.json in mlx-lm's format: the default, and the modules that differ."""
+    own = {path: chosen._asdict() for path, chosen in plan.items() if chosen != settings}
+    return {**settings._asdict(), **own}
+
+
+def stream(
+    weights: dict[str, Weight],
+    model: Model,
+    plan: dict[str, Quantization],
+    dtype: mx.Dtype | None = None,
+    on_progress: Progress | None = None,
+) -> Iterator[dict[str, mx.array]]:
+    """Reads, casts and quantises the weights, yielding what one layer becomes at a time.
+
+    Args:
+        weights: Every tensor in canonical form.
+        model: The model that they belong to; its own weights are never evaluated.
+        plan: What to quantise; nothing if empty.
+        dtype: Type of all floating-point tensors; each one's own if None.
+        on_progress: Told of the bytes read.
+    """
+    modules = _leaf_modules(model)
+    total, done = sum(weight.info.nbytes for weight in weights.values()), 0
+    for _, names in groupby(weights, lambda n: match[1] if (match := LAYER.match(n)) else n):
+        arrays = {}
+        for name in names:
+            array = weights[name].read()
+            arrays[name] = array.astype(dtype) if dtype is not None else array
+            mx.eval(arrays[name])
+            done += weights[name].info.nbytes
+            if on_progress:
+                on_progress("convert", done, total)
+        if plan:
+            arrays = model.sanitize(arrays)
+            for path in [path for path in plan if f"{path}.weight" in arrays]:
+                _quantize(arrays, path, modules[path], plan[path])
+        yield arrays
+
+
+def _leaf_modules(model: Model) -> dict[str, nn.Module]:
+    return dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
+
+
+def _quantize(arrays: dict[str, mx.array], path: str, module: nn.Module, settings: Quantization):
+    """Replaces one module's arrays by those of its quantised form."""
+    own = [name for name in arrays if name.rpartition(".")[0] == path]
+    module.update({name.rpartition(".")[2]: arrays.pop(name) for name in own})
+    packed = module.to_quantized(**settings._asdict()).parameters()
+    module.update({name: mx.array(0.0) for name in module.parameters()})
+    mx.eval(packed)
+    arrays.update({f"{path}.{name}": array for name, array in packed.items()})
+
+
+class ShardWriter:
+    """Writes arrays as mlx-lm names its shards; notes what a report wants to know.
+
+    Attributes:
+        nbytes: Size of all arrays so far.
+        min_router_norm: Smallest router norm weight so far; None before the first.
+        dtype: Name of the type that the norms are kept in.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.nbytes = 0
+        self.min_router_norm: float | None = None
+        self.dtype = ""
+        self._held: dict[str, mx.array] = {}
+        self._files: list[list[str]] = []
+
+    def add(self, arrays: dict[str, mx.array]):
+        for name, array in arrays.items():
+            held = sum(array.nbytes for array in self._held.values())
+            if self._held and held + array.nbytes > SHARD_BYTES:
+                self._write()
+            self._held[name] = array
+            self.nbytes += array.nbytes
+            if name.endswith("norm.weight"):
+                self.dtype = str(array.dtype).rpartition(".")[2]
+            if name.endswith("router_norm.weight"):
+                smallest = array.min().item()
+                self.min_router_norm = min(smallest, self.min_router_norm or smallest)
+
+    def finish(self, parameters: int):
+        """Writes what is left, gives the shards their names and writes the index."""
+        self._write()
+        count = len(self._files)
+        weight_map = {}
+        for number, names in enumerate(self._files, 1):
+            shard = f"model-{number:05d}-of-{count:05d}.safetensors"
+            shard = "model.safetensors" if count == 1 else shard
+            self._path(number).rename(self.folder / shard)
+            weight_map.update(dict.fromkeys(names, shard))
+        metadata = {"total_size": self.nbytes, "total_parameters": parameters}
+        with open(self.folder / "model.safetensors.index.json", "w", encoding="utf-8") as file:
+            index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+            json.dump(index, file, indent=4)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"shard-{number}.safetensors"
+
+    def _write(self):
+        self._files.append(list(self._held))
+        # Through a Python file, so that a full disk is an OSError that says so.
+        with open(self._path(len(self._files)), "wb") as file:
+            mx.save_safetensors(file, self._held, metadata={"format": "mlx"})
+        self._held = {}

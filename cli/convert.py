@@ -1,0 +1,109 @@
+"""blockffn-convert: a PyTorch checkpoint becomes an MLX folder."""
+
+import argparse
+import dataclasses
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from ..convert import DTYPES, ConversionReport, convert
+from ..model_cache import cache_folder, cached_models, clear_cache
+from ..shards import AFFINE_BITS, MODE_DEFAULTS
+from .common import loading_progress, make_parser, print_json, run_main
+
+PROG = "blockffn-convert"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags: mlx_lm.convert's names and defaults."""
+    parser = make_parser(PROG, "Convert a PyTorch BlockFFN checkpoint to an MLX folder.")
+    parser.add_argument("--hf-path", "--model", help="a checkpoint's folder, or a Hub id")
+    parser.add_argument("--mlx-path", default="mlx_model", help="the folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model at --mlx-path")
+    parser.add_argument("-q", "--quantize", action="store_true", help="quantise the weights")
+    parser.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="bits per weight (4)")
+    parser.add_argument("--q-group-size", type=int, help="weights per scale (64)")
+    parser.add_argument("--q-mode", choices=tuple(MODE_DEFAULTS), default="affine")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of the unquantised weights")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--upload-repo", help="Hub id to upload the result to")
+    parser.add_argument(
+        "--cache", choices=("list", "clear"), help="models that were converted while loading"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser
+
+
+def main() -> int:
+    """Entry point."""
+    args = parser().parse_args()
+    return run_main(PROG, lambda: manage_cache(args) if args.cache else run(args))
+
+
+def run(args: argparse.Namespace):
+    """Converts and reports."""
+    if args.hf_path is None:
+        raise ValueError("--hf-path is missing: give a checkpoint's folder or a Hub id.")
+    if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
+        raise ValueError("the --q settings need -q.")
+    with loading_progress() as progress:
+        report = convert(
+            args.hf_path,
+            args.mlx_path,
+            quantize=args.quantize,
+            q_bits=args.q_bits,
+            q_group_size=args.q_group_size,
+            dtype=args.dtype,
+            q_mode=args.q_mode,
+            revision=args.revision,
+            overwrite=args.overwrite,
+            upload_repo=args.upload_repo,
+            on_progress=progress,
+        )
+    if args.json:
+        print_json(dataclasses.asdict(report))
+    else:
+        show_report(report)
+
+
+def show_report(report: ConversionReport):
+    """A table of what was written, and the warnings."""
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(show_header=False, box=None)
+    smallest = report.min_router_norm
+    for name, value in (
+        ("source", report.source),
+        ("layout", report.layout),
+        ("parameters", f"{report.parameters:,}"),
+        ("size", f"{report.bytes / 1e9:.3f} GB"),
+        ("bits per weight", f"{report.bits_per_weight:.3f}"),
+        ("min(router_norm.weight)", "no router norm" if smallest is None else f"{smallest:.4g}"),
+        ("written to", report.path),
+    ):
+        table.add_row(name, value)
+    console.print(table)
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+
+
+def manage_cache(args: argparse.Namespace):
+    """Lists or empties the folder of models that were converted while loading."""
+    if args.cache == "clear":
+        freed = clear_cache()
+        if args.json:
+            print_json({"freed_bytes": freed})
+        else:
+            print(f"freed {freed / 1e9:.3f} GB in {cache_folder()}")
+        return
+    models = cached_models()
+    if args.json:
+        print_json([{**dataclasses.asdict(model), "path": str(model.path)} for model in models])
+        return
+    table = Table("source", "size", "converted", "folder")
+    for model in models:
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.modified))
+        table.add_row(model.source, f"{model.nbytes / 1e9:.3f} GB", date, model.path.name)
+    print(f"{len(models)} models in {cache_folder()}")
+    if models:
+        Console(highlight=False).print(table)

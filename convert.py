@@ -1,0 +1,6 @@
+"""The same as blockffn-convert, run from a checkout: python convert.py --hf-path ..."""
+
+from blockffn_mlx.cli.convert import main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
