@@ -94,15 +94,20 @@ def loading_progress() -> Iterator[Callable[[str, int, int], None]]:
         The function to hand to `load` or `convert`: (stage, bytes done, bytes in all).
     """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeLeft())
-    with Progress(*columns, console=stderr_console(), transient=True) as progress:
-        tasks = {}
+    progress = Progress(*columns, console=stderr_console(), transient=True)
+    tasks = {}
 
-        def report(stage: str, done: int, total: int):
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage)
-            progress.update(tasks[stage], completed=done, total=total)
+    def report(stage: str, done: int, total: int):
+        if stage not in tasks:
+            progress.start()
+            tasks[stage] = progress.add_task(stage)
+        progress.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield report
+    finally:
+        if tasks:
+            progress.stop()
 
 
 def stderr_console() -> Console:

@@ -1,5 +1,6 @@
 """The package as a user gets it: the wheel, its commands, and a machine without a backend."""
 
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,9 +18,11 @@ TOP_LEVEL = {"blockffn_mlx"}
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+    folder, checkout = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("copy") / "source"
+    # A copy, since setuptools writes into the tree that it builds.
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "build", "data", "*.egg*"))
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-w", folder, ROOT], check=True, timeout=120)
+    subprocess.run([*command, "-w", folder, checkout], check=True, timeout=120)
     return next(folder.glob("*.whl"))
 
 
