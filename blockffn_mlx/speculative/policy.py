@@ -11,12 +11,12 @@ MIN_GAIN = 1.02
 # in plain tokens. Together they keep an answer of 100 tokens within 5% of plain decoding.
 LOSS_SHARE = 0.02
 LOSS_ALLOWANCE = 2.0
-# Weight that a round's evidence keeps after each later round.
+# Weight that evidence keeps after each later round, and after so many plain tokens: while parked,
+# old evidence fades, and speculation gets a new chance now and then.
 MEMORY = 0.95
-# Before evidence, a node's chance is this fraction of the node's ranked before it.
-PRIOR_CHANCE, PRIOR_ROUNDS = 0.75, 2.0
-# Plain tokens between two looks at the decision.
 PLAIN_INTERVAL = 16
+# Before evidence, a node's chance is this fraction of that of the node ranked before it.
+PRIOR_CHANCE, PRIOR_ROUNDS = 0.75, 2.0
 
 
 class Policy(Protocol):
@@ -85,7 +85,7 @@ class AdaptiveWidth:
         self.elapsed = 0.0
         self.lost = 0.0
         self._decision: int | None = None
-        self._plain_tokens = 0
+        self._plain_run = 0
 
     def width(self) -> int:
         if self._decision is None:
@@ -95,20 +95,19 @@ class AdaptiveWidth:
     def record_plain(self, seconds: float) -> None:
         self.plain_seconds = _moved(self.plain_seconds, _capped(seconds, self.plain_seconds), 0.1)
         self.elapsed += seconds
-        self._plain_tokens += 1
-        if self._plain_tokens % PLAIN_INTERVAL == 0:
+        self._plain_run += 1
+        if self._plain_run % PLAIN_INTERVAL == 0:
+            self._fade()
             self._decision = None
 
     def record_round(
         self, width: int, accepted_ranks: list[int], seconds: float, union: float
     ) -> None:
         accepted = set(accepted_ranks)
-        for rank in range(1, MAX_NODES):
-            self.hits[rank] *= MEMORY
-            self.counts[rank] *= MEMORY
-            if rank < width:
-                self.hits[rank] += rank in accepted
-                self.counts[rank] += 1
+        self._fade()
+        for rank in range(width):
+            self.hits[rank] += rank == 0 or rank in accepted
+            self.counts[rank] += 1
         if (locality := self.cost.locality(width, union)) is not None:
             self.locality = _moved(self.locality, locality, 0.1)
         if width not in self.seen_widths:
@@ -123,14 +122,24 @@ class AdaptiveWidth:
             self.round_seconds[width] = _moved(previous, seconds, 0.3)
         self.elapsed += seconds
         self.lost = max(0.0, self.lost + seconds - (1 + len(accepted)) * self.plain_seconds)
+        self._plain_run = 0
         self._decision = None
 
     def chances(self) -> list[float]:
-        """Probability by rank that a node is accepted; 1 for the root."""
+        """Probability by rank that a node is accepted; 1 for the root.
+
+        What a rank lacks in evidence, the ranks before it give: the chance falls on from the
+        last one as it fell so far.
+        """
         chances = [1.0]
-        for hits, count in zip(self.hits[1:], self.counts[1:], strict=True):
-            prior = PRIOR_CHANCE * chances[-1]
-            chances.append((PRIOR_ROUNDS * prior + hits) / (PRIOR_ROUNDS + count))
+        held, tried = PRIOR_ROUNDS * PRIOR_CHANCE, PRIOR_ROUNDS
+        for rank in range(1, MAX_NODES):
+            prior = chances[-1] * min(held / tried, 1.0)
+            evidence = PRIOR_ROUNDS + self.counts[rank]
+            chances.append((PRIOR_ROUNDS * prior + self.hits[rank]) / evidence)
+            if self.counts[rank]:
+                reached = self.hits[rank - 1] * self.counts[rank] / self.counts[rank - 1]
+                held, tried = held + self.hits[rank], tried + reached
         return chances
 
     def seconds(self, width: int) -> float:
@@ -147,8 +156,14 @@ class AdaptiveWidth:
         best = max(rates, key=rates.__getitem__)
         gain = rates[best] * self.plain_seconds
         room = LOSS_ALLOWANCE * self.plain_seconds + LOSS_SHARE * self.elapsed - self.lost
-        expected_loss = 0.0 if gain >= MIN_GAIN else self.seconds(best) * max(1 - gain, 0.0)
-        return best if expected_loss < room else 1
+        if gain >= MIN_GAIN:
+            return best if room > 0 else 1
+        expected_loss = self.seconds(best) * max(1 - gain, 0.0)
+        return best if self._plain_run >= PLAIN_INTERVAL and expected_loss < room else 1
+
+    def _fade(self):
+        self.hits = [hits * MEMORY for hits in self.hits]
+        self.counts = [count * MEMORY for count in self.counts]
 
 
 def _moved(average: float, value: float, share: float) -> float:

@@ -1,0 +1,184 @@
+"""The width policy on simulated machines and drafts, and the kept cost tables."""
+
+import json
+import random
+
+import pytest
+from conftest import tiny_model
+
+from blockffn_mlx.speculative import AdaptiveWidth, FixedWidth, cost
+from blockffn_mlx.speculative.cost import PassCost
+
+WIDTHS = [1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 32, 33, 48, 64]
+# Seconds of a pass by width, in units of a plain step.
+CURVES = {
+    "flat": lambda width: 1 + 0.001 * width,
+    "linear": lambda width: 1 + 0.12 * (width - 1),
+    "step at 9": lambda width: 1.1 if width < 9 else 2.6 + 0.01 * width,
+    "step at 3": lambda width: 1.05 if width < 3 else 2.5 + 0.01 * width,
+    "every width loses": lambda width: 1 + 0.95 * (width - 1),
+    "kernel change at 17": lambda width: 1 + 0.02 * width if width < 17 else 3.0,
+}
+
+
+def table(curve) -> PassCost:
+    """A cost table in which the union of experts makes no difference."""
+    seconds = [curve(width) for width in WIDTHS]
+    return PassCost(WIDTHS, seconds, seconds, [0.1] * len(WIDTHS), [0.1] * len(WIDTHS))
+
+
+class Machine:
+    """Decodes with a policy: a chain of `width` nodes, each accepted with a fixed chance."""
+
+    def __init__(self, curve, acceptance, policy, draft_seconds=0.05, seed=0):
+        self.curve, self.acceptance, self.policy = curve, acceptance, policy
+        self.draft_seconds, self.random = draft_seconds, random.Random(seed)
+        self.seconds = self.tokens = 0.0
+        self.widths: list[int] = []
+
+    def rate(self, width: int) -> float:
+        """True tokens per second of a fixed width."""
+        if width == 1:
+            return 1 / self.curve(1)
+        tokens = sum(self.acceptance**depth for depth in range(width))
+        return tokens / (self.curve(width) + self.draft_seconds)
+
+    def best(self) -> float:
+        return max(self.rate(width) for width in WIDTHS)
+
+    def run(self, steps: int) -> "Machine":
+        for _ in range(steps):
+            width = self.policy.width()
+            self.widths.append(width)
+            if width == 1:
+                seconds, accepted = self.curve(1), []
+                self.policy.record_plain(seconds)
+            else:
+                accepted = []
+                while len(accepted) + 1 < width and self.random.random() < self.acceptance:
+                    accepted.append(len(accepted) + 1)
+                seconds = self.curve(width) + self.draft_seconds
+                self.policy.record_round(width, accepted, seconds, 0.1)
+            self.seconds += seconds
+            self.tokens += 1 + len(accepted)
+        return self
+
+    def settled_rate(self, last: int) -> float:
+        """Mean true rate of the widths chosen in the last steps, weighted by their time."""
+        chosen = self.widths[-last:]
+        costs = [self.curve(w) + (w > 1) * self.draft_seconds for w in chosen]
+        return sum(self.rate(w) * c for w, c in zip(chosen, costs, strict=True)) / sum(costs)
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.85])
+@pytest.mark.parametrize("name", CURVES)
+def test_the_best_width_is_found(name, acceptance):
+    machine = Machine(CURVES[name], acceptance, AdaptiveWidth(table(CURVES[name]))).run(1200)
+    assert machine.settled_rate(800) > 0.95 * machine.best()
+    if name == "every width loses":
+        assert machine.widths[-800:].count(1) > 0.9 * 800
+
+
+@pytest.mark.parametrize("acceptance", [0.0, 0.3, 0.6, 0.85])
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("tokens", [100, 400])
+def test_never_slower_than_plain_by_more_than_5_percent(name, acceptance, tokens):
+    for seed in range(5):
+        policy = AdaptiveWidth(table(CURVES[name]))
+        machine = Machine(CURVES[name], acceptance, policy, seed=seed)
+        while machine.tokens < tokens:
+            machine.run(1)
+        assert machine.seconds < 1.05 * machine.tokens * CURVES[name](1)
+
+
+def test_a_change_of_acceptance_is_followed_both_ways():
+    curve = CURVES["linear"]
+    machine = Machine(curve, 0.85, AdaptiveWidth(table(curve))).run(300)
+    assert min(machine.widths[-100:]) > 2
+    machine.acceptance = 0.05
+    machine.run(600)
+    assert machine.widths[-300:].count(1) > 240
+    assert machine.settled_rate(300) > 0.97 * machine.best()
+    machine.acceptance = 0.85
+    machine.run(600)
+    assert machine.widths[-100:].count(1) < 20
+    assert machine.settled_rate(100) > 0.9 * machine.best()
+
+
+def test_costs_that_the_table_gets_wrong_are_learnt():
+    """The table promises a flat cost, rounds take twice as long: it parks."""
+    machine = Machine(lambda w: 1 if w == 1 else 2.5, 0.3, AdaptiveWidth(table(CURVES["flat"])))
+    machine.run(600)
+    assert machine.widths[-400:].count(1) > 360
+
+
+def test_a_pause_of_the_machine_is_not_taken_for_a_cost():
+    curve = CURVES["step at 9"]
+    policy = AdaptiveWidth(table(curve))
+    machine = Machine(curve, 0.85, policy).run(200)
+    policy.record_round(8, [1, 2, 3], 500.0, 0.1)
+    machine.run(200)
+    assert machine.settled_rate(100) > 0.95 * machine.best()
+
+
+def test_the_union_of_experts_moves_the_cost():
+    """Chunks that share their experts make wide passes cheap."""
+    low = [1.0 + 0.01 * width for width in WIDTHS]
+    high = [1.0 + 0.40 * width for width in WIDTHS]
+    shared, distinct = [0.2] * len(WIDTHS), [0.2 + 0.01 * width for width in WIDTHS]
+    prices = PassCost(WIDTHS, low, high, shared, distinct)
+    assert prices.seconds(8, 0) == pytest.approx(1.08) and prices.seconds(8, 1) == 1 + 3.2
+    assert prices.seconds(10, 0) == pytest.approx(1.10)  # between measured widths
+    assert prices.locality(8, 0.2) == 0 and prices.locality(8, 0.5) == 1
+    assert prices.union(8, 0.5) == pytest.approx(0.24)
+    widths = {}
+    for union in (0.0, 1.0):
+        policy = AdaptiveWidth(prices)
+        for _ in range(60):
+            policy.record_round(4, [1, 2, 3], 1.5, union)
+        widths[union] = policy.width()
+    assert widths[0.0] > widths[1.0]
+
+
+def test_fixed_width_never_changes():
+    policy = FixedWidth(5)
+    policy.record_round(5, [], 100.0, 1.0)
+    policy.record_plain(0.001)
+    assert policy.width() == 5
+
+
+def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
+    model, seen = tiny_model(), []
+    monkeypatch.setattr(cost, "WIDTHS", (1, 2, 4))
+    monkeypatch.setattr(cost.measure, "__defaults__", ((1, 2, 4), 1, None))
+    first = cost.pass_cost(model, folder=tmp_path, on_progress=lambda *done: seen.append(done))
+    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert first.widths == [1, 2, 4] and min(first.shared + first.distinct) > 0
+    assert all(0 < u <= 1 for u in first.shared_union + first.distinct_union)
+
+    monkeypatch.setattr(cost, "measure", lambda *a, **k: pytest.fail("measured again"))
+    assert cost.pass_cost(model, folder=tmp_path) == first
+    (file,) = tmp_path.iterdir()
+    kept = json.loads(file.read_text())
+    assert kept["device"] == cost.device_name() and kept["mlx"] == cost.mx.__version__
+
+    for damaged in ("", "{", "[]", '{"widths": []}', file.read_text().replace("[1, 2, 4]", "[1]")):
+        file.write_text(damaged)
+        assert cost.read_cost(file) is None
+
+
+def test_measuring_leaves_the_random_numbers_alone():
+    model = tiny_model()
+    cost.mx.random.seed(5)
+    expected = cost.mx.random.uniform(shape=(4,)).tolist()
+    cost.mx.random.seed(5)
+    cost.measure(model, (1, 2), repeats=1)
+    assert cost.mx.random.uniform(shape=(4,)).tolist() == expected
+
+
+def test_tables_are_kept_apart_by_model_and_precision():
+    model, other = tiny_model(), tiny_model(num_experts=7)
+    half = tiny_model()
+    half.set_dtype(cost.mx.bfloat16)
+    assert len({cost.fingerprint(m) for m in (model, other, half)}) == 3
+    assert cost.fingerprint(tiny_model()) == cost.fingerprint(model)
