@@ -192,7 +192,8 @@ def _kept(config: dict[str, Any]) -> dict[str, Any]:
 
 def _write_json(path: Path, content: dict[str, Any]):
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(dict(sorted(content.items())), file, ensure_ascii=False, indent=4)
+        content = {key: value for key, value in sorted(content.items()) if value is not None}
+        json.dump(content, file, ensure_ascii=False, indent=4)
 
 
 def _model_card(name: str, origin: dict[str, str]) -> str:

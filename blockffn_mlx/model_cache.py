@@ -49,7 +49,7 @@ def cached_path(source: str, state: Any, settings: dict[str, Any]) -> Path:
         settings: The arguments of the conversion.
     """
     key = json.dumps([source, state, settings, __version__], sort_keys=True)
-    name = source.strip("/").replace("/", "--")[-60:]
+    name = "--".join(Path(source).parts[-2:])[-60:]
     return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import time
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from ..convert import DTYPES, ConversionReport, convert
@@ -76,7 +77,7 @@ def show_report(report: ConversionReport):
         ("source", report.source),
         ("layout", report.layout),
         ("parameters", f"{report.parameters:,}"),
-        ("size", f"{report.bytes / 1e9:.3f} GB"),
+        ("size", decimal(report.bytes)),
         ("bits per weight", f"{report.bits_per_weight:.3f}"),
         ("min(router_norm.weight)", "no router norm" if smallest is None else f"{smallest:.4g}"),
         ("written to", report.path),
@@ -94,7 +95,7 @@ def manage_cache(args: argparse.Namespace):
         if args.json:
             print_json({"freed_bytes": freed})
         else:
-            print(f"freed {freed / 1e9:.3f} GB in {cache_folder()}")
+            print(f"freed {decimal(freed)} in {cache_folder()}")
         return
     models = cached_models()
     if args.json:
@@ -103,7 +104,7 @@ def manage_cache(args: argparse.Namespace):
     table = Table("source", "size", "converted", "folder")
     for model in models:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.modified))
-        table.add_row(model.source, f"{model.nbytes / 1e9:.3f} GB", date, model.path.name)
+        table.add_row(model.source, decimal(model.nbytes), date, model.path.name)
     print(f"{len(models)} models in {cache_folder()}")
     if models:
         Console(highlight=False).print(table)
