@@ -9,10 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
+from ..convert import DTYPES
+from ..load import load
+from ..model import Model
 from ..version import __version__
 
 
@@ -47,14 +51,41 @@ def run_main(prog: str, command: Callable[[], int | None]) -> int:
         return 130
 
 
-def add_model_flags(parser: argparse.ArgumentParser, required: bool = True):
-    """`--model`, `--revision` and the settings of a conversion on the way in."""
+def add_model_flags(
+    parser: argparse.ArgumentParser, default: str | None = None, positional: bool = False
+):
+    """`--model` (or the first argument), and how a checkpoint is converted on its way in."""
     parser.add_argument(
-        "--model",
-        required=required,
+        "model" if positional else "--model",
+        **({} if positional else {"default": default, "required": default is None}),
         help="a converted folder, a PyTorch checkpoint folder, or a Hub id (converted once, kept)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("-q", "--quantize", action="store_true", help="quantise what is converted")
+    parser.add_argument("--q-bits", type=int, help="bits per weight (4)")
+    parser.add_argument("--q-group-size", type=int, help="weights per scale (64)")
+    parser.add_argument("--dtype", choices=DTYPES, help="type of what is converted unquantised")
+
+
+def load_for_text(args: argparse.Namespace) -> tuple[Model, TokenizerWrapper]:
+    """The model that `add_model_flags` names, with a tokenizer, showing progress.
+
+    Raises:
+        ValueError: If the model has no tokenizer files, besides what `load` raises.
+    """
+    with loading_progress() as progress:
+        model, tokenizer = load(
+            args.model,
+            revision=args.revision,
+            quantize=args.quantize,
+            q_bits=args.q_bits,
+            q_group_size=args.q_group_size,
+            dtype=args.dtype,
+            on_progress=progress,
+        )
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer files: text needs them.")
+    return model, tokenizer
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int = 100):

@@ -8,11 +8,10 @@ from typing import Any
 from mlx_lm.generate import GenerationResponse
 
 from ..generate import stream_generate
-from ..load import load
 from .common import (
     add_model_flags,
     add_sampling_flags,
-    loading_progress,
+    load_for_text,
     make_parser,
     print_json,
     run_main,
@@ -66,10 +65,7 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """Loads, generates, prints."""
     text = sys.stdin.read() if args.prompt == "-" else unescape(args.prompt)
-    with loading_progress() as progress:
-        model, tokenizer = load(args.model, revision=args.revision, on_progress=progress)
-    if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer files: text needs them")
+    model, tokenizer = load_for_text(args)
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     prompt = build_prompt(args, model, tokenizer, text)

@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..load import load
 from ..sparsity import Sparsity, router_scores, sparsity_of_scores
-from .common import loading_progress, make_parser, print_json, run_main
+from .common import add_model_flags, load_for_text, make_parser, print_json, run_main
 
 PROG = "blockffn-inspect"
 
@@ -27,8 +26,7 @@ SHADES = ("grey23", "dark_green", "green4", "green3", "yellow3", "bright_yellow"
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = make_parser(PROG, "Show which experts a text activates and how sparse that is.")
-    parser.add_argument("model", help="a converted folder, a checkpoint folder, or a Hub id")
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    add_model_flags(parser, positional=True)
     parser.add_argument("--prompt", "-p", help="the text to look at; - reads stdin")
     parser.add_argument("--text", metavar="FILE", help="a text whose loss is measured")
     parser.add_argument("--chunk", type=int, default=8, help="window of chunk-level sparsity")
@@ -50,10 +48,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("nothing to look at: give --prompt TEXT or --text FILE")
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     text = Path(args.text).read_text(encoding="utf-8") if args.text else None
-    with loading_progress() as progress:
-        model, tokenizer = load(args.model, revision=args.revision, on_progress=progress)
-    if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer files: text needs them")
+    model, tokenizer = load_for_text(args)
     document: dict[str, Any] = {}
     console = Console()
     if prompt is not None:
