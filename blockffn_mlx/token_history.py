@@ -1,0 +1,99 @@
+"""What a prompt cache holds, as tokens and as text, and what of it a new text can reuse."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+# Bytes of the longest UTF-8 character: byte tokens that make none by then are junk.
+MAX_CHARACTER_BYTES = 4
+
+
+@dataclass
+class TokenText:
+    """Tokens and the text that they make.
+
+    Attributes:
+        ids: Token ids.
+        ends: For each token the length of the text up to its end, or None where the token ends
+            inside a character.
+        text: The text of all tokens.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    ends: list[int | None] = field(default_factory=list)
+    text: str = ""
+
+    def cut(self, count: int) -> "TokenText":
+        """The first `count` tokens."""
+        known = [end for end in self.ends[:count] if end is not None]
+        return TokenText(self.ids[:count], self.ends[:count], self.text[: max(known, default=0)])
+
+    def joined(self, other: "TokenText") -> "TokenText":
+        """These tokens followed by others."""
+        shifted = [None if end is None else end + len(self.text) for end in other.ends]
+        return TokenText(self.ids + other.ids, self.ends + shifted, self.text + other.text)
+
+
+def encode_text(tokenizer: Any, text: str) -> TokenText:
+    """Tokens of a whole text, with a BOS unless the text begins with one.
+
+    Raises:
+        ValueError: If the tokenizer cannot say which characters a token covers.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError("the tokenizer is not a fast one: convert the model again")
+    bos = tokenizer.bos_token
+    encoding = backend.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
+    starts = [start for start, _ in encoding.offsets] + [len(text)]
+    # The bytes of one character share its span, so that only the last of them ends it.
+    ends = [
+        end if following >= end else None
+        for (_, end), following in zip(encoding.offsets, starts[1:], strict=True)
+    ]
+    return TokenText(encoding.ids, ends, text)
+
+
+def decode_tokens(tokenizer: Any, ids: list[int]) -> TokenText:
+    """The text of sampled tokens, markers included, and where in it each token ends.
+
+    Each piece is decoded behind a fixed token, so that a leading space is one.
+    """
+    backend = tokenizer.backend_tokenizer
+    anchor = backend.encode("a", add_special_tokens=False).ids
+    skipped = len(backend.decode(anchor, skip_special_tokens=False))
+    ends, text, waiting = [], "", []
+    for token in ids:
+        waiting.append(token)
+        piece = backend.decode(anchor + waiting, skip_special_tokens=False)[skipped:]
+        if piece.endswith("\ufffd") and len(waiting) < MAX_CHARACTER_BYTES:
+            ends.append(None)
+            continue
+        text += piece
+        ends.append(len(text))
+        waiting = []
+    return TokenText(list(ids), ends, text)
+
+
+def reuse(cached: TokenText, wanted: TokenText) -> tuple[int, int]:
+    """Where a new text can go on from the tokens that a cache holds.
+
+    The cached tokens need not be those that the tokenizer would choose: a model's own samples stay
+    as they are. They are kept up to the last place where the texts still agree and both have the
+    border of two tokens, so a token that merges over the end of an answer is taken anew. At least
+    one wanted token is left to do, since a model needs one to answer.
+
+    Returns:
+        (cached tokens to keep, wanted tokens that these stand for).
+    """
+    same = len(os.path.commonprefix([cached.text, wanted.text]))
+    borders = {
+        end: index
+        for index, end in enumerate(wanted.ends[:-1], start=1)
+        if end is not None and end <= same
+    }
+    for count in range(len(cached.ends), 0, -1):
+        end = cached.ends[count - 1]
+        if end in borders:
+            return count, borders[end]
+    return 0, 0
