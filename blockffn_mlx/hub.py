@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 # Called with what is being done ("download", "convert"), the bytes done and the bytes in all.
 Progress = Callable[[str, int, int], None]
 
-# Weights, configs and tokenizer files; never code.
-ALLOWED = ["*.json", "*.jinja", "tokenizer.model", "*.bin", "*.pt", "*.safetensors"]
+# Weights, configs, tokenizer files and a draft's frequency lists; never code.
+ALLOWED = ["*.json", "*.jinja", "tokenizer.model", "*.bin", "*.pt", "*.safetensors", "freq_*"]
 FREE_SPACE_MARGIN = 256 << 20  # what stays free on the disk after a download, in bytes
 
 

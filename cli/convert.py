@@ -9,6 +9,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from ..convert import DTYPES, ConversionReport, convert
+from ..convert_draft import convert_draft
+from ..load import load
 from ..model_cache import cache_folder, cached_models, clear_cache
 from ..shards import AFFINE_BITS, MODE_DEFAULTS
 from .common import loading_progress, make_parser, print_json, run_main
@@ -30,6 +32,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--upload-repo", help="Hub id to upload the result to")
     parser.add_argument(
+        "--draft-for", metavar="MODEL", help="convert an EAGLE draft head, for this model"
+    )
+    parser.add_argument(
         "--cache", choices=("list", "clear"), help="models that were converted while loading"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -48,10 +53,10 @@ def run(args: argparse.Namespace):
         raise ValueError("--hf-path is missing: give a checkpoint's folder or a Hub id.")
     if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
         raise ValueError("the --q settings need -q.")
+    if args.draft_for and args.upload_repo:
+        raise ValueError("--upload-repo uploads models only: leave it out with --draft-for.")
     with loading_progress() as progress:
-        report = convert(
-            args.hf_path,
-            args.mlx_path,
+        settings = dict(
             quantize=args.quantize,
             q_bits=args.q_bits,
             q_group_size=args.q_group_size,
@@ -59,9 +64,14 @@ def run(args: argparse.Namespace):
             q_mode=args.q_mode,
             revision=args.revision,
             overwrite=args.overwrite,
-            upload_repo=args.upload_repo,
             on_progress=progress,
         )
+        if args.draft_for:
+            model, _ = load(args.draft_for, lazy=True, on_progress=progress)
+            report = convert_draft(args.hf_path, args.mlx_path, model, **settings)
+        else:
+            settings["upload_repo"] = args.upload_repo
+            report = convert(args.hf_path, args.mlx_path, **settings)
     if args.json:
         print_json(dataclasses.asdict(report))
     else:

@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,6 +13,7 @@ import pytest
 from conftest import GOLDEN, tiny_model
 from mlx.utils import tree_flatten
 
+from blockffn_mlx.convert_draft import convert_draft
 from blockffn_mlx.speculative import load_draft
 from blockffn_mlx.speculative.eagle import EagleDraft, EagleHead, HeadArgs, head_rows
 
@@ -288,3 +291,44 @@ def test_rows_start_where_an_unseen_conversation_ended(target, data):
     tree = draft.propose(hidden, mx.array([[0] * 40 + [5, 6, 7, 8]]), 2, 1, 5)
     assert draft.length == 43 and len(tree) == 5
     assert isinstance(draft, EagleDraft) and draft.cache[0].offset == 3
+
+
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_a_converted_head_drafts_like_the_published_one(converted, target, data, tmp_path, bits):
+    shutil.copytree(HEAD, tmp_path / "published")
+    (tmp_path / "published" / "freq_384.pkl").write_bytes(pickle.dumps(list(range(384))))
+    out = tmp_path / "out"
+    command = ["--hf-path", tmp_path / "published", "--mlx-path", out]
+    command += ["--draft-for", converted("gqa_block"), "--json"]
+    command += ["-q", "--q-bits", bits] if bits else []
+    code = "import sys; from blockffn_mlx.cli.convert import main; sys.exit(main())"
+    run = [sys.executable, "-c", code, *map(str, command)]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    parameters = sum(w.size for w in mx.load(str(HEAD / "model.safetensors")).values())
+    assert report["layout"] == "EAGLE head" and report["parameters"] == parameters
+    assert not list(out.glob("*.pkl")) and (out / "freq_384.json").exists()
+    draft = load_draft(out, target)
+    assert draft.frequent.size == 384
+    if bits is None:
+        assert report["bits_per_weight"] == 32
+        assert_golden_trees(draft, data)
+    else:
+        assert report["bits_per_weight"] < bits + 1.5
+        assert isinstance(draft.head.fc, nn.QuantizedLinear) and draft.head.fc.bits == bits
+        ids = data["token_ids"][0].tolist()
+        draft.observe(mx.array(data["hidden"]), ids[:-1])
+        error = mx.abs(draft.catch_up(ids[-1]) - mx.array(data["out_hidden"])).mean().item()
+        assert error < {4: 0.2, 8: 0.02}[bits] * np.abs(data["out_hidden"]).mean()
+
+
+def test_a_conversion_that_fails_writes_nothing(tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="hidden_size 128 and the model 48"):
+        convert_draft(HEAD, tmp_path / "out", model)
+    save_head(tmp_path / "head", random_head(model))
+    (tmp_path / "head" / "freq_1.json").write_text("[99]")
+    with pytest.raises(ValueError, match="freq_1.json is no list of token ids below 61"):
+        convert_draft(tmp_path / "head", tmp_path / "out", model)
+    assert [f.name for f in tmp_path.iterdir()] == ["head"]

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..model_cache import cache_folder
 from .tree import MAX_NODES, Tree
 from .union import watch_union
 from .verify import target_pass
@@ -85,8 +86,8 @@ def pass_cost(
         on_progress: Called with (widths done, widths in all) while measuring.
         folder: Where tables are kept; the user's cache folder if None.
     """
-    folder = folder or cache_folder()
-    file = folder / f"widths-{fingerprint(model)}.json"
+    folder = folder or cache_folder() / "widths"
+    file = folder / f"{fingerprint(model)}.json"
     if not refresh and (kept := read_cost(file)):
         return kept
     cost = measure(model, on_progress=on_progress)
@@ -165,8 +166,3 @@ def device_name() -> str:
     """The device that MLX computes on, by name."""
     device = mx.default_device()
     return f"{device.type.name} {mx.device_info(device).get('device_name', '')}".strip()
-
-
-def cache_folder() -> Path:
-    """Where measured tables are kept for this user."""
-    return Path.home() / ".cache" / "blockffn-mlx"

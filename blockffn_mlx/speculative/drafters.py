@@ -7,6 +7,8 @@ from typing import Any
 from mlx_lm.utils import load as load_mlx_lm
 
 from .. import checkpoint
+from ..hub import download, is_local
+from ..load import load
 from .cost import pass_cost
 from .eagle_files import load_draft
 from .engine import Drafter
@@ -28,7 +30,7 @@ def make_draft(
 
     Args:
         spec: "none" or None; "lookup"; "auto": the head in the model folder's `draft`, else
-            lookup; a folder with an EAGLE head or with a language model; or a drafter.
+            lookup; a folder or Hub id of an EAGLE head or a language model; or a drafter.
         model: The target.
         tokenizer: The target's tokenizer, which a draft model's has to equal.
         model_path: The target's folder, for "auto".
@@ -45,9 +47,9 @@ def make_draft(
         return LookupDraft()
     if not isinstance(spec, (str, Path)):
         return spec
-    path = Path(spec)
+    path = Path(spec).expanduser() if is_local(spec) else download(str(spec))
     if not (path / "config.json").is_file():
-        raise ValueError(f"no draft at {path}: give auto, none, lookup, or a folder with a draft")
+        raise ValueError(f"no draft at {path}: give auto, none, lookup, or a draft's folder")
     if "fc.weight" in checkpoint.open_checkpoint(path):
         return load_draft(path, model)
     return load_draft_model(path, model, tokenizer)
@@ -59,8 +61,6 @@ def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDraft:
     if "model_type" not in config:
         raise ValueError(f"{path} is no draft of a known kind: neither EAGLE head nor model")
     if "expert_size" in config:
-        from ..load import load
-
         draft, draft_tokenizer = load(str(path))
     else:
         draft, draft_tokenizer = load_mlx_lm(str(path))

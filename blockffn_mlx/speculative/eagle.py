@@ -78,6 +78,10 @@ class EagleHead(nn.Module):
             self[name] = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.layers = [EagleLayer(args, i) for i in range(args.num_hidden_layers)]
 
+    def quant_predicate(self, path: str, module: nn.Module) -> bool:
+        """Whether a module is quantised by a conversion: every projection."""
+        return isinstance(module, nn.Linear)
+
     def __call__(
         self,
         embeddings: mx.array,

@@ -66,8 +66,14 @@ def build_head(
         setattr(args, name, getattr(target, name))
     head = EagleHead(args)
     if quantization := config.get("quantization"):
+        # mlx-lm's format: the settings of all, and by name those of modules that differ.
+        common = {name: quantization[name] for name in ("group_size", "bits", "mode")}
         nn.quantize(
-            head, **quantization, class_predicate=lambda name, _: f"{name}.scales" in weights
+            head,
+            **common,
+            class_predicate=lambda name, _: (
+                f"{name}.scales" in weights and quantization.get(name, True)
+            ),
         )
     dtype = model.model.norm.weight.dtype
     weights = {
@@ -88,12 +94,7 @@ def read_frequent(path: Path, vocab_size: int, draft_vocab: int | None = None) -
     Raises:
         ValueError: For a list that is not one of token ids, or none of the length asked for.
     """
-    lists = {}
-    for file in frequency_files(path):
-        ids = read_ids(file)
-        if not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-            raise ValueError(f"{file} is no list of token ids below {vocab_size}")
-        lists[len(ids)] = ids
+    lists = frequency_lists(path, vocab_size)
     if draft_vocab is not None and draft_vocab not in lists | {vocab_size: None}:
         raise ValueError(
             f"{path} has no list of {draft_vocab} frequent tokens, only {sorted(lists) or 'none'}"
@@ -104,9 +105,19 @@ def read_frequent(path: Path, vocab_size: int, draft_vocab: int | None = None) -
     return mx.array(lists[length], mx.int32)
 
 
-def frequency_files(path: Path) -> list[Path]:
-    """The frequency lists beside a head."""
-    return sorted(f for f in path.glob("freq_*") if f.suffix in (".pkl", ".npy", ".json"))
+def frequency_lists(path: Path, vocab_size: int) -> dict[int, list[int]]:
+    """The frequency lists (freq_*) beside a head, by length.
+
+    Raises:
+        ValueError: For a list that is not one of token ids.
+    """
+    lists = {}
+    for file in sorted(path.glob("freq_*")):
+        ids = read_ids(file)
+        if not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+            raise ValueError(f"{file} is no list of token ids below {vocab_size}")
+        lists[len(ids)] = ids
+    return lists
 
 
 def read_ids(file: Path) -> list[Any]:
@@ -115,7 +126,7 @@ def read_ids(file: Path) -> list[Any]:
         if file.suffix == ".npy":
             content = np.load(file, allow_pickle=False).tolist()
         elif file.suffix == ".json":
-            content = json.loads(file.read_text())
+            content = json.loads(file.read_text(encoding="utf-8"))
         else:
             content = checkpoint.load_pickle(file)
     except ValueError as error:
