@@ -1,18 +1,21 @@
 """What a run starts from and leaves behind: model, tokenizer and corpus; the finished folder."""
 
 import json
-import os
-import shutil
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import load_tokenizer
 
+from ..atomic_folder import atomic_folder
+from ..convert import MODEL_FILE, MODEL_FILE_TEXT
 from ..model import Model, ModelArgs
 from .config import Data, Initialisation, TrainingConfig
 from .data import Corpus, read_documents, read_files, read_packed, train_tokenizer
+from .lora import add_lora, fuse_lora
 
 
 def build_model(args: ModelArgs, settings: Initialisation, seed: int) -> Model:
@@ -33,7 +36,7 @@ def build_model(args: ModelArgs, settings: Initialisation, seed: int) -> Model:
     return model
 
 
-def build_corpus(data: Data, tokenizer=None) -> tuple[Corpus, object]:
+def build_corpus(data: Data, tokenizer: Any = None) -> tuple[Corpus, Any]:
     """Reads a run's text.
 
     Args:
@@ -65,20 +68,55 @@ def build_corpus(data: Data, tokenizer=None) -> tuple[Corpus, object]:
     return read_files(paths, tokenizer, data.held_out), tokenizer
 
 
-def prepare(config: TrainingConfig) -> tuple[Model, Corpus, object]:
+def prepare(config: TrainingConfig) -> tuple[Model, Corpus, Any]:
     """Model, corpus and tokenizer of a run from scratch.
+
+    A tokenizer that the run trains is kept in its output folder, so that a resumed run has it.
 
     Raises:
         ValueError: The text's token ids do not fit the model's vocabulary, or other misfits.
     """
+    kept = Path(config.output) / "tokenizer"
+    if config.data.tokenizer is None and kept.exists():
+        config.data.tokenizer = str(kept)
     corpus, tokenizer = build_corpus(config.data)
+    if config.data.tokenizer is None and tokenizer is not None:
+        tokenizer.save_pretrained(kept)
     args = config.model_args()
     check_vocabulary(corpus, args.vocab_size)
     return build_model(args, config.initialisation, config.seed), corpus, tokenizer
 
 
+def prepare_finetune(config: TrainingConfig, path_or_repo: str) -> tuple[Model, Corpus, Any]:
+    """A converted model with its tokenizer, and the corpus in its tokens; LoRA if configured.
+
+    Raises:
+        ValueError: The model is quantised and LoRA is off, or it has no tokenizer for files.
+    """
+    from ..load import load
+
+    if config.model:
+        raise ValueError("fine-tuning keeps the model's sizes: remove the [model] table.")
+    model, tokenizer = load(path_or_repo)
+    packed = config.data.path and Path(config.data.path[0]).is_dir()
+    if tokenizer is None and not packed:
+        raise ValueError(f"{path_or_repo} has no tokenizer, which the text needs.")
+    corpus, _ = build_corpus(config.data, tokenizer)
+    check_vocabulary(corpus, model.args.vocab_size)
+    if config.lora:
+        add_lora(model, config.lora)
+    elif is_quantized(model):
+        raise ValueError("a quantised model can only be fine-tuned with LoRA: add a [lora] table.")
+    return model, corpus, tokenizer
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether some weight is packed."""
+    return any(name.endswith("scales") for name, _ in tree_flatten(model.parameters()))
+
+
 def check_vocabulary(corpus: Corpus, vocab_size: int):
-    """Refuses text whose largest token id the model has no embedding for."""
+    """Refuses text with a token id that the model has no embedding for."""
     for source in (*corpus.train.values(), *corpus.validation.values()):
         if len(source.tokens) and (largest := int(source.tokens.max())) >= vocab_size:
             raise ValueError(
@@ -86,30 +124,38 @@ def check_vocabulary(corpus: Corpus, vocab_size: int):
             )
 
 
-def save_model(
-    path: str | Path, model: nn.Module, config: dict, tokenizer, dtype: mx.Dtype
-) -> Path:
-    """Writes a model folder as the converter does, whole or not at all.
+def save_model(path: str | Path, model: Model, tokenizer: Any, dtype: mx.Dtype):
+    """Writes a model folder as the converter does, whole or not at all; LoRA is merged.
 
     Args:
-        path: The folder; replaced if there.
+        path: The folder; replaced if a model is there.
         model: The model.
-        config: Its config.json.
         tokenizer: A tokenizer with `save_pretrained`, or None.
         dtype: The weights' dtype; packed weights keep theirs.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {
-        name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
-        for name, value in tree_flatten(model.parameters())
+    fuse_lora(model)
+    weights = dict(tree_flatten(model.parameters()))
+    config = asdict(model.args) | {"model_file": MODEL_FILE}
+    if is_quantized(model):
+        config["quantization"] = config["quantization_config"] = _quantization(model)
+    else:
+        weights = {name: weight.astype(dtype) for name, weight in weights.items()}
+    config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
+    with atomic_folder(Path(path), overwrite=True) as partial:
+        mx.save_safetensors(str(partial / "model.safetensors"), weights, {"format": "mlx"})
+        (partial / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True))
+        (partial / MODEL_FILE).write_text(MODEL_FILE_TEXT, encoding="utf-8")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+
+
+def _quantization(model: Model) -> dict[str, Any]:
+    """The config entry of a packed model: the commonest settings, and the modules that differ."""
+    modules = {
+        name: {"group_size": m.group_size, "bits": m.bits, "mode": m.mode}
+        for name, m in model.named_modules()
+        if "scales" in m
     }
-    mx.save_safetensors(str(temporary / "model.safetensors"), weights, {"format": "mlx"})
-    (temporary / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(temporary)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
-    return path
+    settings = list(modules.values())
+    common = max(settings, key=settings.count)
+    return common | {name: own for name, own in modules.items() if own != common}

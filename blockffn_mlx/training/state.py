@@ -1,16 +1,17 @@
 """Checkpoints of a run: written whole or not at all, and enough to go on as if never stopped."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..atomic_folder import atomic_folder
+
 
 def save_checkpoint(folder: Path, step: int, arrays: dict, state: dict, keep: int) -> Path:
-    """Writes ``folder/step-00000123`` under a temporary name, then renames it; prunes older ones.
+    """Writes ``folder/step-00000123`` and removes the oldest but ``keep``.
 
     Args:
         folder: The run's checkpoint folder.
@@ -20,13 +21,9 @@ def save_checkpoint(folder: Path, step: int, arrays: dict, state: dict, keep: in
         keep: How many checkpoints to keep.
     """
     path = folder / f"step-{step:08d}"
-    temporary = folder / f".{path.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    mx.save_safetensors(str(temporary / "arrays.safetensors"), dict(tree_flatten(arrays)))
-    (temporary / "state.json").write_text(json.dumps(state))
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
+    with atomic_folder(path) as partial:
+        mx.save_safetensors(str(partial / "arrays.safetensors"), dict(tree_flatten(arrays)))
+        (partial / "state.json").write_text(json.dumps(state))
     for old in sorted(folder.glob("step-*"))[:-keep]:
         shutil.rmtree(old)
     return path

@@ -84,19 +84,20 @@ class Trainer:
 
     def _start_stage(self, index: int, first_step: int):
         self.stage_index, self.stage_first_step = index, first_step
-        stage = self.stage
+        self.sampler = self._make_sampler(self.stage, seed=[self.config.seed, index])
+
+    def _make_sampler(self, stage: Stage, seed: list[int]) -> WindowSampler | DocumentPacker:
         options = dict(
             weights=stage.weights,
             context=stage.context,
-            seed=[self.config.seed, index],
+            seed=seed,
             assistant_only=stage.assistant_only,
             isolate=stage.isolate,
         )
         if stage.packing == "windows":
-            self.sampler = WindowSampler(self.corpus, **options)
-        else:
-            multiple = self.config.sparsity.chunk_length if stage.isolate else 1
-            self.sampler = DocumentPacker(self.corpus, **options, multiple=multiple)
+            return WindowSampler(self.corpus, **options)
+        multiple = self.config.sparsity.chunk_length if stage.isolate else 1
+        return DocumentPacker(self.corpus, **options, multiple=multiple)
 
     def train(self, max_seconds: float = math.inf) -> bool:
         """Runs to the end, from the latest checkpoint if the run has one.
@@ -110,7 +111,8 @@ class Trainer:
         Raises:
             ValueError: The loss is not finite. The last checkpoint is kept.
         """
-        self.resume()
+        if not self.resume():
+            self._log_evaluation()
         config, begin, spent = self.config, time.perf_counter(), self.seconds
         window, unchecked, log_begin = [], None, begin
         batch = self._draw()
@@ -147,6 +149,15 @@ class Trainer:
             if stop and not last:
                 return False
         return True
+
+    def measure(self, stage: Stage, rows: int):
+        """Runs a step of ``rows`` rows for timing, at learning rate 0: weights stay as they are."""
+        batch = self._make_sampler(stage, seed=[0]).batch(rows)
+        share = mx.ones(4)
+        self.optimizer.set_learning_rate(0.0)
+        arrays = Batch(*(None if array is None else mx.array(array) for array in batch))
+        mx.eval(self._run_step(arrays, share, mx.array(self.adaptive.factor), None, 1))
+        mx.eval(self.model.state, self.optimizer.state)
 
     def _draw(self) -> list[tuple[Batch, mx.array]]:
         """This process's rows of the next step's micro-batches, and their shares."""

@@ -1,0 +1,142 @@
+"""Fine-tuning converted models, whole and with LoRA."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from conftest import tiny_model
+from mlx.utils import tree_flatten
+from mlx_lm.utils import quantize_model
+
+import blockffn_mlx as bf
+from blockffn_mlx.training.build import prepare_finetune, save_model
+from blockffn_mlx.training.config import Lora, load_config
+from blockffn_mlx.training.data import train_tokenizer
+from blockffn_mlx.training.lora import add_lora, fuse_lora
+from blockffn_mlx.training.trainer import Trainer
+
+CONFIG = """
+output = "{folder}/run"
+[data]
+path = ["{folder}/text.txt"]
+held_out = 0.2
+[optimizer]
+dtype = "float32"
+[sparsity]
+chunk_length = 8
+[[stage]]
+steps = 4
+batch_size = 2
+context = 16
+lr = 1e-2
+"""
+TEXT = "a tale of two mice and one very old owl. " * 40
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path))
+    save_model(tmp_path / "base", base_model(), train_tokenizer([TEXT], 300), mx.float32)
+    return tmp_path
+
+
+def base_model(**sizes) -> bf.Model:
+    return tiny_model(**{"vocab_size": 300, "hidden_size": 64, "expert_size": 32, **sizes})
+
+
+def weights_of(model: bf.Model) -> dict[str, np.ndarray]:
+    return {name: np.array(weight) for name, weight in tree_flatten(model.parameters())}
+
+
+@pytest.mark.parametrize("attention", ["vanilla", "mla"])
+def test_lora_starts_as_the_base_and_fuses_to_what_it_computes(attention):
+    model = base_model(attention_type=attention, num_hidden_layers=3)
+    ids = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    before = np.array(model(ids))
+    add_lora(model, Lora(rank=4, num_layers=2))
+    np.testing.assert_allclose(np.array(model(ids)), before, atol=1e-5)
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    assert {name.rpartition(".")[2] for name in trained} == {"lora_a", "lora_b"}
+    assert {name.split(".")[2] for name in trained} == {"1", "2"}
+    assert any("up_proj" in name for name in trained) and any("o_proj" in name for name in trained)
+    model.update_modules({})
+    for name, weight in trained.items():
+        noise = mx.random.normal(weight.shape) * 0.05
+        model.load_weights([(name, weight + noise)], strict=False)
+    adapted = np.array(model(ids))
+    assert np.abs(adapted - before).max() > 1e-2
+    fuse_lora(model)
+    assert not any("lora" in name for name in weights_of(model))
+    np.testing.assert_allclose(np.array(model(ids)), adapted, atol=1e-3)
+
+
+def test_finetuning_whole(folder):
+    config = load_config(folder / "run.toml")
+    model, corpus, tokenizer = prepare_finetune(config, str(folder / "base"))
+    before = weights_of(model)
+    trainer = Trainer(config, model, corpus)
+    trainer.train()
+    save_model(folder / "tuned", model, tokenizer, mx.float32)
+    tuned, _ = bf.load(str(folder / "tuned"))
+    assert all((weight != before[name]).any() for name, weight in weights_of(tuned).items())
+    records = [json.loads(line) for line in (folder / "run" / "log.jsonl").open()]
+    losses = [r["all"]["loss"] for r in records if r["kind"] == "evaluation"]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_finetuning_a_quantised_model_needs_lora(folder):
+    base = base_model()
+    _, config = quantize_model(base, {}, 32, 4, quant_predicate=base.quant_predicate)
+    save_model(folder / "packed", base, train_tokenizer([TEXT], 300), mx.float32)
+    settings = load_config(folder / "run.toml")
+    with pytest.raises(ValueError, match=r"only be fine-tuned with LoRA: add a \[lora\] table"):
+        prepare_finetune(settings, str(folder / "packed"))
+    settings = load_config(folder / "run.toml", ["lora.rank=4"])
+    model, corpus, tokenizer = prepare_finetune(settings, str(folder / "packed"))
+    Trainer(settings, model, corpus).train()
+    save_model(folder / "tuned", model, tokenizer, mx.float32)
+    tuned, _ = bf.load(str(folder / "tuned"))
+    assert tuned.layers[0].mlp.up_proj.bits == 4
+    ids = mx.array([[3, 1, 4]])
+    model.eval()
+    np.testing.assert_allclose(np.array(tuned(ids)), np.array(model(ids)), atol=1e-4)
+
+
+def test_a_model_table_is_refused(folder):
+    config = load_config(folder / "run.toml", ["model.hidden_size=8"])
+    with pytest.raises(ValueError, match=r"remove the \[model\] table"):
+        prepare_finetune(config, str(folder / "base"))
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    run = "import sys; from blockffn_mlx.cli.train import main; sys.exit(main())"
+    return subprocess.run([sys.executable, "-c", run, *arguments], capture_output=True, text=True)
+
+
+def test_the_command_reports_sparsity_before_and_after(folder):
+    done = command(f"{folder}/run.toml", "--finetune", f"{folder}/base", "--set", "lora.rank=2")
+    assert done.returncode == 0, done.stderr
+    for name in ("TLS", "CLS_8"):
+        assert re.search(rf"^{name}: \d+\.\d\d% before, \d+\.\d\d% after$", done.stdout, re.M)
+    assert Path(f"{folder}/run/model/model.safetensors").exists()
+
+
+def test_the_command_refuses_in_one_line(folder):
+    done = command(f"{folder}/run.toml", "--set", "sparsity.speed=1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("blockffn-train: ") and done.stderr.count("\n") == 1
+    assert "unknown key speed" in done.stderr
+
+
+def test_dry_run_trains_nothing(folder):
+    done = command(f"{folder}/run.toml", "--finetune", f"{folder}/base", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"parameters: [\d,]+ \([\d,]+ trained\)\ntokens: 128 in 4 steps\n", done.stdout)
+    assert "memory: " in done.stdout and "time: " in done.stdout
+    assert not (folder / "run").exists()
