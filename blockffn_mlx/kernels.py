@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .experts import ExpertWeights, infer_quantization
+from .experts import infer_quantization
 
 
 class Tile(NamedTuple):
@@ -19,6 +19,7 @@ class Tile(NamedTuple):
         octets: Rows, in eights.
         simdgroups: Simdgroups that share the inner dimension.
         depth: Windows of weights that a simdgroup keeps on their way.
+        ahead: Whether the tokens are loaded that early too.
     """
 
     tokens: int
@@ -26,6 +27,7 @@ class Tile(NamedTuple):
     octets: int
     simdgroups: int
     depth: int
+    ahead: bool = False
 
 
 # (up, down) by the largest number of tokens. Metal: threadgroup memory stays under 32 KB.
@@ -47,30 +49,25 @@ TILES = {
     ],
 }
 
-# How much of the down projection the up kernel may ask for ahead, in bytes: what the second-level
-# cache holds beside the rest. Metal has no such request.
-PREFETCH_BYTES = {"metal": 0, "cuda": 24 << 20}
-
-THREADGROUP_MEMORY = """
-    threadgroup uint masks[SIMDGROUPS < 8 ? 8 : SIMDGROUPS];
-    threadgroup ushort list[256];
-    threadgroup float partials[SIMDGROUPS * TOKENS * Partials<8 * OCTETS>::stride];
-"""
-
-PLACE = """masks, list, partials, threadgroup_position_in_grid.x,
-        simdgroup_index_in_threadgroup, thread_index_in_simdgroup"""
+# Threadgroups of the up projection at most: what keeps the machine busy. They go round the tiles.
+MAX_GROUPS = {"metal": 1024, "cuda": 512}
 
 SOURCES = {
-    "up": f"""{THREADGROUP_MEMORY}
-    up_projection<T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, HIDDEN, EXPERT_SIZE, SILU,
-                  PREFETCH, DOWN_BYTES>(
-        x, scores, WEIGHTS, (const device uchar*)down, h, x_shape[0], scores_shape[1],
-        {PLACE});
+    "up": """
+    threadgroup uint masks[SIMDGROUPS < 8 ? 8 : SIMDGROUPS];
+    threadgroup ushort list[EXPERTS];
+    threadgroup float partials[SIMDGROUPS * TOKENS * Partials<8 * OCTETS>::stride];
+    up_projection<T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, AHEAD, EXPERTS, HIDDEN,
+                  EXPERT_SIZE, SILU>(
+        x, scores, WEIGHTS, h, active, x_shape[0], masks, list, partials,
+        threadgroup_position_in_grid.x, threadgroups_per_grid.x, simdgroup_index_in_threadgroup,
+        thread_index_in_simdgroup);
 """,
-    "down": f"""{THREADGROUP_MEMORY}
-    down_projection<T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, HIDDEN, EXPERT_SIZE>(
-        h, scores, WEIGHTS, y, scores_shape[0], scores_shape[1],
-        {PLACE});
+    "down": """
+    threadgroup float partials[SIMDGROUPS * TOKENS * Partials<8 * OCTETS>::stride];
+    down_projection<T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, AHEAD, HIDDEN, EXPERT_SIZE>(
+        h, active, WEIGHTS, y, h_shape[1], partials, threadgroup_position_in_grid.x,
+        simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
 }
 
@@ -102,7 +99,10 @@ class KernelText(NamedTuple):
 
 def kernel_text(name: str, backend: str, quantized: bool) -> KernelText:
     """The text of the projection `name` ("up" or "down") for a backend."""
-    inputs, output = (["x", "scores", "down"], "h") if name == "up" else (["h", "scores"], "y")
+    inputs, outputs = {
+        "up": (["x", "scores"], ["h", "active"]),
+        "down": (["h", "active"], ["y"]),
+    }[name]
     source = SOURCES[name]
     if quantized:
         inputs += ["weight", "scales", "biases"]
@@ -112,10 +112,10 @@ def kernel_text(name: str, backend: str, quantized: bool) -> KernelText:
         weights = "PlainWeights<T>{weight}"
     source = source.replace("WEIGHTS", weights)
     if backend == "metal":
-        return KernelText(inputs, [output], source, read_source(f"{name}.metal"))
+        return KernelText(inputs, outputs, source, read_source(f"{name}.metal"))
     header = read_source(f"{name}.metal", {"simdgroup.metal": "cuda.h"})
     header = re.sub(r"#include <metal_\w+>\n", "", header)
-    return KernelText(inputs, [output], source.replace("threadgroup ", "__shared__ "), header)
+    return KernelText(inputs, outputs, source.replace("threadgroup ", "__shared__ "), header)
 
 
 @functools.cache
@@ -129,29 +129,23 @@ def build_kernel(name: str, backend: str, quantized: bool):
     )
 
 
-def launch(name, tile, inputs, weights, *, backend, groups, shape, template):
+def launch(name, tile, inputs, weights, *, backend, groups, shapes, dtypes, template):
     """Launches a projection with `groups` threadgroups."""
     quantized = not isinstance(weights, mx.array)
-    dtype = inputs[0].dtype
     threads = 32 * tile.simdgroups
     template = {
-        "T": dtype,
-        "MATRIX": tile.matrix,
-        "TOKENS": tile.tokens,
-        "OCTETS": tile.octets,
-        "SIMDGROUPS": tile.simdgroups,
-        "DEPTH": tile.depth,
+        "T": inputs[0].dtype,
+        **{field.upper(): value for field, value in tile._asdict().items()},
         **template,
     }
-    (out,) = build_kernel(name, backend, quantized)(
+    return build_kernel(name, backend, quantized)(
         inputs=[*inputs, *(weights if quantized else [weights])],
         template=list(template.items()),
         grid=(groups * threads, 1, 1),
         threadgroup=(threads, 1, 1),
-        output_shapes=[shape],
-        output_dtypes=[dtype],
+        output_shapes=shapes,
+        output_dtypes=dtypes,
     )
-    return out
 
 
 def quantization_template(weights, width):
@@ -164,26 +158,26 @@ def quantization_template(weights, width):
 def union_ffn(x, scores, up, down, *, act, backend, group_size=None, bits=None):
     num_tokens, hidden_size = x.shape
     num_experts = scores.shape[1]
-    packed_down = down if isinstance(down, mx.array) else down[0]
     expert_size = (up if isinstance(up, mx.array) else up[0]).shape[1]
-    down_bytes = packed_down.nbytes // num_experts
     tile_up, tile_down = next(t for t in TILES[backend] if t[0].tokens >= num_tokens)
     dims = {"HIDDEN": hidden_size, "EXPERT_SIZE": expert_size}
-    h = launch(
-        "up", tile_up, [x, scores, packed_down], up, backend=backend,
-        groups=num_experts * expert_size // (8 * tile_up.octets),
-        shape=(num_experts, num_tokens, expert_size),
+    tiles = num_experts * expert_size // (8 * tile_up.octets)
+    h, active = launch(
+        "up", tile_up, [x, scores], up, backend=backend,
+        groups=min(tiles, MAX_GROUPS[backend]),
+        shapes=[(num_experts, num_tokens, expert_size), (1 + num_experts,)],
+        dtypes=[x.dtype, mx.uint32],
         template={
-            **dims, "SILU": act == "silu", "DOWN_BYTES": down_bytes,
-            "PREFETCH": min(PREFETCH_BYTES[backend] // down_bytes, num_experts),
+            **dims, "EXPERTS": num_experts, "SILU": act == "silu",
             **quantization_template(up, hidden_size),
         },
     )
-    return launch(
-        "down", tile_down, [h, scores], down, backend=backend,
-        groups=hidden_size // (8 * tile_down.octets), shape=x.shape,
+    (y,) = launch(
+        "down", tile_down, [h, active], down, backend=backend,
+        groups=hidden_size // (8 * tile_down.octets), shapes=[x.shape], dtypes=[x.dtype],
         template={**dims, **quantization_template(down, expert_size)},
     )
+    return y
 
 
 def available_backend() -> str | None:

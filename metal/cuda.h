@@ -46,6 +46,7 @@ __forceinline__ void threadgroup_barrier(mem_flags) {
 }
 
 #define threadgroup_position_in_grid blockIdx
+#define threadgroups_per_grid gridDim
 #define simdgroup_index_in_threadgroup (threadIdx.x / 32)
 #define thread_index_in_simdgroup (threadIdx.x % 32)
 #define inline __forceinline__
@@ -76,14 +77,16 @@ inline uint4 load_once(const uint4* source) {
   return out;
 }
 
-// Asks for `bytes` (a multiple of 16) that the next kernel reads; they come while this one ends.
-inline void prefetch(const void* source, uint bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes));
-}
-
 // Exact below 2^23, and cheaper here than a conversion.
 inline float to_float(uint value) {
   return as_type<float>(0x4b000000u | value) - 8388608.0f;
+}
+
+inline uint pack_pair(float low, float high, half) {
+  return as_type<uint>(__floats2half2_rn(low, high));
+}
+inline uint pack_pair(float low, float high, bfloat) {
+  return as_type<uint>(__floats2bfloat162_rn(low, high));
 }
 
 // The 16-row instruction takes two octets at once.

@@ -1,18 +1,17 @@
 // Down projection: y = sum over the union's experts of h down^T.
 #include <metal_stdlib>
 #include "tile.metal"
-#include "union.metal"
 using namespace metal;
 
 // What the tile multiplies. The experts of the union stand behind one another along k, so one
 // product over all of them is the sum: expert k / EXPERT_SIZE of the list, column k % EXPERT_SIZE.
-template <typename T, int HIDDEN, int EXPERT_SIZE>
+template <typename T, int HIDDEN, int EXPERT_SIZE, typename Active>
 struct DownOperands {
   const device T* h;  // [slots, tokens, EXPERT_SIZE]
   uint tokens;
   uint first_row;  // of the output
   uint length;     // active experts * EXPERT_SIZE
-  const threadgroup ushort* list;
+  Active list;
 
   template <int OCTETS, typename Weights>
   void load_rows(thread typename Weights::Span* out, Weights down, uint row, uint k) const {
@@ -46,27 +45,21 @@ struct DownOperands {
 };
 
 // One threadgroup: outputs [group * 8 * OCTETS, ...) of every token. An empty union gives zeros.
-//   h: as up_projection leaves it   scores: [tokens, experts]
-//   down: [experts, HIDDEN, EXPERT_SIZE]   y: [tokens, HIDDEN]
+//   h, active: as up_projection leaves them   down: [experts, HIDDEN, EXPERT_SIZE]
+//   y: [tokens, HIDDEN]
 template <
-    typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, int HIDDEN,
-    int EXPERT_SIZE, typename Weights, typename Scores>
+    typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD,
+    int HIDDEN, int EXPERT_SIZE, typename Weights, typename Active>
 void down_projection(
-    const device T* h, Scores scores, Weights down, device T* y, uint tokens, uint experts,
-    threadgroup uint* masks, threadgroup ushort* list, threadgroup float* partials, uint group,
-    uint simdgroup, uint lane) {
+    const device T* h, Active active, Weights down, device T* y, uint tokens,
+    threadgroup float* partials, uint group, uint simdgroup, uint lane) {
   const int ROWS = 8 * OCTETS;
-  const uint count = list_active_experts<SIMDGROUPS>(
-      scores, tokens, experts, masks, list, simdgroup, lane);
   const uint first_row = group * ROWS;
-
-  typedef DownOperands<T, HIDDEN, EXPERT_SIZE> Operands;
-  const Operands operands = {h, tokens, first_row, count * EXPERT_SIZE, list};
+  typedef DownOperands<T, HIDDEN, EXPERT_SIZE, Active> Operands;
+  const Operands operands = {h, tokens, first_row, active[0] * EXPERT_SIZE, active + 1};
   Tile<MATRIX, T, Weights, OCTETS, TOKENS> tile;
-  stream_rows<OCTETS, SIMDGROUPS, DEPTH>(tile, down, operands, simdgroup, lane);
-  tile.store(
-      partials + simdgroup * TOKENS * Partials<ROWS>::stride, Partials<ROWS>::stride,
-      lane_row(lane), lane_quarter(lane));
+  stream_rows<OCTETS, SIMDGROUPS, DEPTH, AHEAD>(tile, down, operands, simdgroup, lane);
+  store_partials<TOKENS, ROWS>(tile, partials, simdgroup, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   for (uint i = simdgroup * 32 + lane; i < tokens * ROWS; i += SIMDGROUPS * 32) {

@@ -25,9 +25,6 @@ inline uint4 load_once(const device uint4* source) {
   return *source;
 }
 
-// Asks for memory that the next kernel reads; Metal has no such request.
-inline void prefetch(const device void*, uint) {}
-
 inline float to_float(uint value) {
   return float(value);
 }

@@ -17,6 +17,9 @@ struct Tile;
 template <typename T, typename Weights, int OCTETS, int TOKENS>
 struct Tile<false, T, Weights, OCTETS, TOKENS> {
   enum { span = Weights::span, words = span * sizeof(T) / 4 };
+  struct Tokens {
+    uint x[TOKENS][words];
+  };
   float sums[OCTETS][TOKENS];
 
   void clear() {
@@ -27,20 +30,25 @@ struct Tile<false, T, Weights, OCTETS, TOKENS> {
     }
   }
 
-  // Adds the window that begins at `start`; `weights` are this lane's spans of it.
+  // Loads this lane's part of the tokens for the window that begins at `start`.
   template <typename Operands>
-  void add(
-      const thread typename Weights::Span* weights, Operands operands, uint start, uint,
-      uint quarter) {
+  static void load(thread Tokens& out, Operands operands, uint start, uint, uint quarter) {
 #pragma unroll
     for (int t = 0; t < TOKENS; ++t) {
-      uint x[words];
-      operands.template load_token<words>(x, t, start + quarter * span);
+      operands.template load_token<words>(out.x[t], t, start + quarter * span);
+    }
+  }
+
+  // Adds a window; `weights` are this lane's spans of it.
+  void add(const thread typename Weights::Span* weights, const thread Tokens& tokens) {
 #pragma unroll
-      for (int i = 0; i < OCTETS; ++i) {
+    for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
-        for (int j = 0; j < span; ++j) {
-          sums[i][t] += weights[i].value(j) * element(x, j, T(0));
+      for (int j = 0; j < span; ++j) {
+        const float weight = weights[i].value(j);
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+          sums[i][t] += weight * element(tokens.x[t], j, T(0));
         }
       }
     }
@@ -65,6 +73,9 @@ struct Tile<false, T, Weights, OCTETS, TOKENS> {
 template <typename T, typename Weights, int OCTETS, int TOKENS>
 struct Tile<true, T, Weights, OCTETS, TOKENS> {
   enum { span = Weights::span, half_words = span * sizeof(T) / 8 };
+  struct Tokens {
+    uint x[TOKENS / 8][2][half_words];
+  };
   float sums[OCTETS][TOKENS / 8][2];  // rows 8 * i + row, tokens 8 * n + 2 * quarter + {0, 1}
 
   void clear() {
@@ -75,21 +86,27 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
     }
   }
 
+  // Each lane brings two half spans of every eight tokens; which, is the matrix unit's choice.
   template <typename Operands>
-  void add(
-      const thread typename Weights::Span* weights, Operands operands, uint start, uint row,
-      uint quarter) {
-    const MatrixRows<T, span, OCTETS> rows(weights);
-    // Each lane brings half a span of two columns; which ones is the matrix unit's choice.
+  static void load(thread Tokens& out, Operands operands, uint start, uint row, uint quarter) {
     const TokenHalves halves(row, quarter, span);
 #pragma unroll
     for (int n = 0; n < TOKENS / 8; ++n) {
-      uint x[2][half_words];
-      operands.template load_token<half_words>(x[0], 8 * n + halves.token0, start + halves.k0);
-      operands.template load_token<half_words>(x[1], 8 * n + halves.token1, start + halves.k1);
+      operands.template load_token<half_words>(
+          out.x[n][0], 8 * n + halves.token0, start + halves.k0);
+      operands.template load_token<half_words>(
+          out.x[n][1], 8 * n + halves.token1, start + halves.k1);
+    }
+  }
+
+  void add(const thread typename Weights::Span* weights, const thread Tokens& tokens) {
+    const MatrixRows<T, span, OCTETS> rows(weights);
+#pragma unroll
+    for (int n = 0; n < TOKENS / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < OCTETS; i += ROW_STEP) {
-        rows.multiply(i, x[0], x[1], sums[i][n], sums[i + ROW_STEP - 1][n]);
+        rows.multiply(
+            i, tokens.x[n][0], tokens.x[n][1], sums[i][n], sums[i + ROW_STEP - 1][n]);
       }
     }
   }
@@ -108,27 +125,39 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
 };
 
 // Streams the weight rows of a tile: the windows go round the simdgroups of the threadgroup, and
-// each simdgroup keeps DEPTH windows on their way while it works.
-template <int OCTETS, int SIMDGROUPS, int DEPTH, typename TileType, typename Weights, typename Operands>
+// each simdgroup keeps DEPTH windows of weights on their way while it works, with their tokens if
+// AHEAD. Otherwise those are loaded when their turn comes, which takes fewer registers.
+template <
+    int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD, typename TileType, typename Weights,
+    typename Operands>
 inline void stream_rows(
     thread TileType& tile, Weights weights, Operands operands, uint simdgroup, uint lane) {
   const uint window = 4 * Weights::span, step = SIMDGROUPS * window;
   const uint row = lane_row(lane), quarter = lane_quarter(lane);
   typename Weights::Span spans[DEPTH][OCTETS];
+  typename TileType::Tokens tokens[AHEAD ? DEPTH : 1];
   tile.clear();
 #pragma unroll
   for (int i = 0; i < DEPTH; ++i) {
-    const uint start = (simdgroup + i * SIMDGROUPS) * window;
+    const uint start = simdgroup * window + i * step;
     operands.template load_rows<OCTETS>(spans[i], weights, row, start + quarter * Weights::span);
+    if (AHEAD) {
+      TileType::load(tokens[AHEAD ? i : 0], operands, start, row, quarter);
+    }
   }
   for (uint first = simdgroup * window; first < operands.length; first += DEPTH * step) {
 #pragma unroll
     for (int i = 0; i < DEPTH; ++i) {
-      const uint start = first + i * step;
+      const uint start = first + i * step, next = start + DEPTH * step;
       if (start < operands.length) {
-        tile.add(spans[i], operands, start, row, quarter);
-        operands.template load_rows<OCTETS>(
-            spans[i], weights, row, start + DEPTH * step + quarter * Weights::span);
+        if (!AHEAD) {
+          TileType::load(tokens[0], operands, start, row, quarter);
+        }
+        tile.add(spans[i], tokens[AHEAD ? i : 0]);
+        operands.template load_rows<OCTETS>(spans[i], weights, row, next + quarter * Weights::span);
+        if (AHEAD) {
+          TileType::load(tokens[AHEAD ? i : 0], operands, next, row, quarter);
+        }
       }
     }
   }
@@ -140,6 +169,14 @@ template <int ROWS>
 struct Partials {
   enum { stride = ROWS + 4 };
 };
+
+template <int TOKENS, int ROWS, typename TileType>
+inline void store_partials(
+    thread TileType& tile, threadgroup float* partials, uint simdgroup, uint lane) {
+  const int stride = Partials<ROWS>::stride;
+  tile.store(
+      partials + simdgroup * TOKENS * stride, stride, lane_row(lane), lane_quarter(lane));
+}
 
 template <int SIMDGROUPS, int TOKENS, int ROWS>
 inline float add_partials(const threadgroup float* partials, uint token, uint row) {

@@ -5,7 +5,7 @@
 using namespace metal;
 
 // What the tile multiplies: rows of one expert by the tokens of the chunk.
-template <typename T, int HIDDEN, int SPAN>
+template <typename T, int HIDDEN>
 struct UpOperands {
   const device T* x;  // [tokens, HIDDEN]
   uint tokens;
@@ -27,7 +27,7 @@ struct UpOperands {
   // Tokens past the last repeat it; nobody reads their columns.
   template <int WORDS>
   void load_token(thread uint* out, uint token, uint k) const {
-    if (HIDDEN % (4 * SPAN) == 0 || k < uint(HIDDEN)) {
+    if (k < uint(HIDDEN)) {
       copy_words<WORDS>(out, (const device uint*)(x + (min(token, tokens - 1) * HIDDEN + k)));
     } else {
       for (int i = 0; i < WORDS; ++i) {
@@ -41,45 +41,45 @@ inline float activate(float z, bool silu) {
   return silu ? z / (1.0f + exp(-z)) : max(z, 0.0f);
 }
 
-// One threadgroup: rows [tile * 8 * OCTETS, ...) of the expert in one slot of the union.
-//   x: [tokens, HIDDEN]   scores: [tokens, experts]   up: [experts, EXPERT_SIZE, HIDDEN]
-//   h: [slots, tokens, EXPERT_SIZE], slot i for the i-th active expert; later slots stay unwritten
-//   down: the bytes of the down projection, which the first PREFETCH slots ask for ahead of time
+// The threadgroups go round the tiles of 8 * OCTETS rows of the union's experts; `group` of
+// `groups` may find none.
+//   x: [tokens, HIDDEN]   scores: [tokens, EXPERTS]   up: [EXPERTS, EXPERT_SIZE, HIDDEN]
+//   active: [1 + EXPERTS], the count of active experts and the ascending list of them
+//   h: [slots, tokens, EXPERT_SIZE], slot i for the i-th active expert
+// What lies behind the last slot of active and h stays unwritten.
 template <
-    typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, int HIDDEN,
-    int EXPERT_SIZE, bool SILU, int PREFETCH, int DOWN_BYTES, typename Weights, typename Scores>
+    typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD,
+    int EXPERTS, int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights, typename Scores>
 void up_projection(
-    const device T* x, Scores scores, Weights up, const device uchar* down, device T* h,
-    uint tokens, uint experts, threadgroup uint* masks, threadgroup ushort* list,
-    threadgroup float* partials, uint group, uint simdgroup, uint lane) {
-  const int ROWS = 8 * OCTETS;
-  const uint count = list_active_experts<SIMDGROUPS>(
-      scores, tokens, experts, masks, list, simdgroup, lane);
-  const uint slot = group / (EXPERT_SIZE / ROWS), first_row = group % (EXPERT_SIZE / ROWS) * ROWS;
-  if (slot >= count) {
-    return;
+    const device T* x, Scores scores, Weights up, device T* h, device uint* active, uint tokens,
+    threadgroup uint* masks, threadgroup ushort* list, threadgroup float* partials, uint group,
+    uint groups, uint simdgroup, uint lane) {
+  const int ROWS = 8 * OCTETS, TILES = EXPERT_SIZE / ROWS;
+  const uint count = list_active_experts<EXPERTS, TOKENS, SIMDGROUPS>(
+      scores, tokens, masks, list, simdgroup, lane);
+  if (group == 0) {
+    for (uint i = simdgroup * 32 + lane; i <= count; i += SIMDGROUPS * 32) {
+      active[i] = i == 0 ? count : list[i - 1];
+    }
   }
-  const uint expert = list[slot];
 
-  typedef UpOperands<T, HIDDEN, Weights::span> Operands;
-  const Operands operands = {x, tokens, expert * EXPERT_SIZE + first_row, HIDDEN};
-  Tile<MATRIX, T, Weights, OCTETS, TOKENS> tile;
-  stream_rows<OCTETS, SIMDGROUPS, DEPTH>(tile, up, operands, simdgroup, lane);
-  if (slot < uint(PREFETCH) && simdgroup == 0 && lane == 0) {
-    const uint share = uint(DOWN_BYTES) / EXPERT_SIZE * ROWS;
-    prefetch(down + (ulong(expert) * DOWN_BYTES + first_row / ROWS * share), share);
-  }
-  tile.store(
-      partials + simdgroup * TOKENS * Partials<ROWS>::stride, Partials<ROWS>::stride,
-      lane_row(lane), lane_quarter(lane));
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = group; i < count * TILES; i += groups) {
+    const uint slot = i / TILES, first_row = i % TILES * ROWS, expert = list[slot];
+    typedef UpOperands<T, HIDDEN> Operands;
+    const Operands operands = {x, tokens, expert * EXPERT_SIZE + first_row, HIDDEN};
+    Tile<MATRIX, T, Weights, OCTETS, TOKENS> tile;
+    stream_rows<OCTETS, SIMDGROUPS, DEPTH, AHEAD>(tile, up, operands, simdgroup, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile's partials have been read
+    store_partials<TOKENS, ROWS>(tile, partials, simdgroup, lane);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  for (uint i = simdgroup * 32 + lane; i < tokens * ROWS; i += SIMDGROUPS * 32) {
-    const uint token = i / ROWS, row = i % ROWS;
-    const float score = float(scores[token * experts + expert]);
-    const float z = add_partials<SIMDGROUPS, TOKENS, ROWS>(partials, token, row);
-    // Not a product with 0: the activation may be infinite.
-    const float value = score != 0.0f ? activate(z, SILU) * score : 0.0f;
-    h[(slot * tokens + token) * EXPERT_SIZE + first_row + row] = T(value);
+    for (uint j = simdgroup * 32 + lane; j < tokens * ROWS; j += SIMDGROUPS * 32) {
+      const uint token = j / ROWS, row = j % ROWS;
+      const float score = float(scores[token * EXPERTS + expert]);
+      const float z = add_partials<SIMDGROUPS, TOKENS, ROWS>(partials, token, row);
+      // Not a product with 0: the activation may be infinite.
+      const float value = score != 0.0f ? activate(z, SILU) * score : 0.0f;
+      h[(slot * tokens + token) * EXPERT_SIZE + first_row + row] = T(value);
+    }
   }
 }

@@ -47,14 +47,13 @@ struct AffineWeights {
   struct Span {
     uint words[4];
     float scale, bias;
+    // Bits stay where they lie as long as that is below 2^23, and the scale makes up for it.
     float value(int j) const {
-      const uint packed = words[j * BITS / 32] >> (j * BITS % 32) & ((1u << BITS) - 1);
-      return float(T(to_float(packed) * scale + bias));
+      const int bit = j * BITS % 32, shift = bit + BITS <= 23 ? 0 : 16;
+      const uint packed = words[j * BITS / 32] >> shift & (((1u << BITS) - 1) << (bit - shift));
+      return to_float(packed) * (scale / float(1u << (bit - shift))) + bias;
     }
-    uint pair(int j) const {
-      const ushort low = as_type<ushort>(T(value(2 * j)));
-      return low | uint(as_type<ushort>(T(value(2 * j + 1)))) << 16;
-    }
+    uint pair(int j) const { return pack_pair(value(2 * j), value(2 * j + 1), T(0)); }
   };
   const device uint* data;
   const device T* scales;
