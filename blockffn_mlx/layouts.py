@@ -148,6 +148,8 @@ def canonicalize(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Cano
         if not mx.issubdtype(named[name].dtype, mx.floating):
             raise ValueError(f"{raw_names[name]} holds {named[name].element}, not weights.")
         weights[name] = Weight(named[name], shape, transform)
+    if bmtrain:
+        layout += " (BMTrain)"
     return CanonicalCheckpoint(args, weights, layout, warnings)
 
 

@@ -121,14 +121,19 @@ def sampler_of(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array],
 def loading_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for downloads and conversions; nothing shows until the first report.
 
+    Nothing shows in a pipe either, where rich would leave an empty line.
+
     Yields:
         The function to hand to `load` or `convert`: (stage, bytes done, bytes in all).
     """
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeLeft())
-    progress = Progress(*columns, console=stderr_console(), transient=True)
+    console = stderr_console()
+    progress = Progress(*columns, console=console, transient=True)
     tasks = {}
 
     def report(stage: str, done: int, total: int):
+        if not console.is_interactive:
+            return
         if stage not in tasks:
             progress.start()
             tasks[stage] = progress.add_task(stage)
