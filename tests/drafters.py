@@ -15,6 +15,9 @@ class ScriptedDraft:
         self.offset = offset
         self.tokens = []
 
+    def rewind(self, length):
+        self.tokens = self.tokens[: length - self.offset]
+
     @property
     def length(self):
         return self.offset + len(self.tokens)

@@ -8,7 +8,7 @@ import pytest
 from conftest import GOLDEN, tiny_model
 from drafters import OracleDraft, RandomDraft, ScriptedDraft
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 import blockffn_mlx as bf
@@ -156,6 +156,32 @@ def test_closing_inside_an_accepted_path_keeps_what_was_yielded(attention, taken
     expected = plain(model, held + question, 6)
     found = speculate(model, question, LookupDraft(), max_tokens=6, prompt_cache=cache)
     assert found == expected
+    assert_continues(model, cache, held + question + expected)
+
+
+@pytest.mark.parametrize("kind", ["oracle", "lookup", "model", "eagle"])
+def test_the_next_turn_on_a_trimmed_cache(golden, kind):
+    """A chat takes back the answer's last tokens before the next question."""
+    model, _, _ = golden("gqa_block")
+    prompt, question = [3, 1, 4, 1, 5] * 3, [9, 2, 6]
+    text = prompt + plain(model, prompt, 12)
+    drafter = {
+        "oracle": OracleDraft(text, 384),
+        "lookup": LookupDraft(min_ngram=1),
+        "model": ModelDraft(model, 384),
+        "eagle": bf.speculative.load_draft(GOLDEN / "gqa_block_eagle", model),
+    }[kind]
+    cache = model.make_cache()
+    speculate(model, prompt, drafter, max_tokens=12, prompt_cache=cache)
+    trim_prompt_cache(cache, 5)
+    held = text[:-5]
+    expected = plain(model, held + question, 12)
+    if kind == "oracle":
+        drafter.text = held + question + expected
+    stats = SpeculationStats()
+    options = dict(max_tokens=12, prompt_cache=cache, stats=stats)
+    assert speculate(model, question, drafter, **options) == expected
+    assert drafter.length == cache[0].offset and (stats.accepted or kind in ("lookup", "eagle"))
     assert_continues(model, cache, held + question + expected)
 
 

@@ -48,6 +48,17 @@ def test_reset_forgets_the_text_and_counts_from_the_offset():
     assert drafter.length == 10 and not drafter.ready(2)
 
 
+def test_rewind_forgets_the_end_only():
+    drafter = LookupDraft(draft_per_match=1)
+    drafter.reset(4)
+    drafter.observe(None, [1, 2, 3, 1, 2, 5, 1])
+    assert proposal(drafter, 2) == [2, 5, 1]
+    drafter.rewind(8)
+    assert drafter.length == 8 and proposal(drafter, 2) == [2, 3, 1]
+    drafter.rewind(2)
+    assert drafter.length == 2 and not drafter.ready(2)
+
+
 def test_random_texts_match_a_plain_search():
     rng = random.Random(0)
     for _ in range(200):

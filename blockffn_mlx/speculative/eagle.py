@@ -1,5 +1,6 @@
 """EAGLE-2: one decoder layer that continues the target's hidden states, and a dynamic tree."""
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,9 +143,23 @@ class EagleDraft:
     def reset(self, offset: int = 0) -> None:
         """Starts a new sequence; rows begin at position `offset`."""
         self.cache = [KVCache() for _ in self.head.layers]
-        self.start = self.length = offset
+        self.length = offset
+        # Position of each row of the cache; one is skipped wherever a rewind left a gap.
+        self.positions: list[int] = []
         self.waiting: list[mx.array] = []
         self.waiting_tokens: list[int] = []
+
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens.
+
+        The last one's hidden state went into a row with the token that followed then, so that
+        row is missing from now on.
+        """
+        kept = bisect_left(self.positions, length - 1)
+        for layer_cache in self.cache:
+            layer_cache.trim(len(self.positions) - kept)
+        self.positions, self.waiting, self.waiting_tokens = self.positions[:kept], [], []
+        self.length = length
 
     def observe(self, hidden: mx.array, tokens: list[int]) -> None:
         """Takes in positions; the last one's row waits for the token that follows it."""
@@ -204,10 +219,10 @@ class EagleDraft:
         """Runs all waiting rows, the last one with `next_token`; returns their output."""
         hidden = mx.concatenate(self.waiting, axis=1)
         tokens = mx.array(self.waiting_tokens[1:] + [next_token])
-        first = self.start + self.cache[0].offset
-        positions = mx.arange(first, first + tokens.size)
+        first = self.length - len(self.waiting_tokens)
+        self.positions += range(first, self.length)
         self.waiting, self.waiting_tokens = [], []
-        return self.head(self.embed(tokens), hidden, self.cache, positions)
+        return self.head(self.embed(tokens), hidden, self.cache, mx.arange(first, self.length))
 
     def grow(self, root: int, top_k: int, depth: int, total_tokens: int) -> Tree:
         """EAGLE-2's tree by cumulative log-probability, built on the device.
@@ -229,7 +244,7 @@ class EagleDraft:
         for level in range(depth):
             ancestors = mx.concatenate([ancestors, mx.eye(top_k) > 0], axis=1)
             mask = mx.concatenate([mx.ones((top_k, num_rows), mx.bool_), ancestors], axis=1)
-            positions = mx.full(top_k, self.start + num_rows + level, mx.int32)
+            positions = mx.full(top_k, self.length + level, mx.int32)
             out = self.head(self.embed(beam_tokens), hidden, self.cache, positions, mask)
             children, logprobs = self.top_tokens(out, top_k)
             children, child_scores = children.flatten(), (scores[:, None] + logprobs).flatten()

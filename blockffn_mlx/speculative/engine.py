@@ -41,6 +41,9 @@ class Drafter(Protocol):
     def reset(self, offset: int = 0) -> None:
         """Starts a new sequence, of which the first `offset` tokens were never seen."""
 
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+
     def observe(self, hidden: mx.array, tokens: list[int]) -> None:
         """Takes in tokens that the target's cache now holds.
 
@@ -135,7 +138,8 @@ def stream(
     Args:
         prompt: Token ids [T], at least one.
         model: The target, a BlockFFN model.
-        drafter: Proposes; it goes on where it was if its length matches the cache's.
+        drafter: Proposes. One that followed this conversation before goes on where the cache
+            ends; to another, what the cache holds stays unknown.
         policy: Width of each round; always 8 if None.
         stats: Counts what happens.
         max_tokens: The most tokens to yield; -1 for no limit.
@@ -206,7 +210,9 @@ class Decoder:
         self.cached: int = cache[0].offset
         self.root: int | None = None
         self.history = mx.array([], mx.int32) if logits_processors else None
-        if drafter.length != self.cached:
+        if drafter.length > self.cached:
+            drafter.rewind(self.cached)
+        elif drafter.length < self.cached:
             drafter.reset(self.cached)
 
     def prefill(self, prompt: list[int], step_size: int, progress: Callable[[int, int], None]):

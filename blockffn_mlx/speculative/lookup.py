@@ -41,12 +41,18 @@ class LookupDraft:
         # Where each n-gram of the shortest length ends: the index of the token after it.
         self.ends: dict[tuple[int, ...], list[int]] = defaultdict(list)
 
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        kept = self.tokens[: max(length - self.offset, 0)]
+        self.reset(min(length, self.offset))
+        self.observe(None, kept)
+
     @property
     def length(self) -> int:
         """Tokens that the target's cache holds, as far as this drafter was told."""
         return self.offset + len(self.tokens)
 
-    def observe(self, hidden: mx.array, tokens: list[int]) -> None:
+    def observe(self, hidden: mx.array | None, tokens: list[int]) -> None:
         """Takes in tokens that the target's cache now holds."""
         for token in tokens:
             self.tokens.append(token)

@@ -36,6 +36,15 @@ class ModelDraft:
         self.settled = 0
         self.proposed = mx.array([], mx.int32)
 
+    def rewind(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        kept = max(length - self.length + len(self.tokens), 0)
+        held = self.settled + self.proposed.size
+        self.tokens, self.length = self.tokens[:kept], length
+        self.settled = min(self.settled, kept)
+        self.proposed = mx.array([], mx.int32)
+        trim_prompt_cache(self.cache, held - self.settled)
+
     def observe(self, hidden: mx.array, tokens: list[int]) -> None:
         """Takes in tokens; the draft model runs over them when it drafts again."""
         self.tokens += tokens
@@ -48,7 +57,7 @@ class ModelDraft:
     def draft(self, root: int, total_tokens: int, max_depth: int) -> Tree:
         """A chain of the draft model's likeliest tokens."""
         sequence = self.tokens + [root]
-        self._rewind(sequence)
+        self._keep_accepted(sequence)
         fresh = sequence[self.settled :]
         while len(fresh) > PREFILL_STEP_SIZE:
             self.model(mx.array([fresh[:PREFILL_STEP_SIZE]]), cache=self.cache)
@@ -66,7 +75,7 @@ class ModelDraft:
         self.proposed = mx.concatenate(chain[1:-1] or [mx.array([], mx.int32)])
         return Tree.chain(mx.concatenate(chain))
 
-    def _rewind(self, sequence: list[int]):
+    def _keep_accepted(self, sequence: list[int]):
         """Keeps the rows of proposed tokens that were accepted, drops those that were not."""
         proposed = self.proposed.tolist()
         held = self.settled + len(proposed)
