@@ -53,6 +53,7 @@ def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
             replaced.rename(target)
         shutil.rmtree(replaced, ignore_errors=True)
         try:
+            check_target(target, overwrite)
             yield partial
             _sync(partial)
             check_target(target, overwrite)

@@ -93,10 +93,18 @@ def download(repo: str, revision: str | None = None, on_progress: Progress | Non
 
 
 def upload(folder: Path, repo: str):
-    """Uploads a converted folder to a repository of the user's, which is created if need be."""
-    api = HfApi()
-    api.create_repo(repo, exist_ok=True)
-    api.upload_folder(folder_path=folder, repo_id=repo)
+    """Uploads a converted folder to a repository of the user's, which is created if need be.
+
+    Raises:
+        OSError: If the Hub does not take it; the folder stays where it is.
+    """
+    try:
+        api = HfApi()
+        api.create_repo(repo, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repo)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise OSError(f"{folder} is written, but {repo} could not be uploaded: {reason}") from error
 
 
 def _unreachable(repo: str) -> OSError:
