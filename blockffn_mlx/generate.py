@@ -2,12 +2,16 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
 from mlx_lm.models.cache import RotatingKVCache
+
+from . import speculative
 
 
 def stream_generate(
@@ -26,8 +30,11 @@ def stream_generate(
     kv_group_size: int = 64,
     quantized_kv_start: int = 5000,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    draft: str | Path | speculative.Drafter | None = None,
+    draft_width: int | str | speculative.Policy = "auto",
+    draft_stats: speculative.SpeculationStats | None = None,
 ) -> Iterator[GenerationResponse]:
-    """Generates token by token.
+    """Generates token by token, or by rounds that verify a draft.
 
     Args:
         model: A BlockFFN model.
@@ -44,6 +51,12 @@ def stream_generate(
         kv_group_size: Group size of the quantised cache.
         quantized_kv_start: Tokens after which the cache is quantised.
         prompt_progress_callback: Called with (tokens done, tokens of the prompt).
+        draft: What to speculate with: "auto", "lookup", a folder or Hub id of an EAGLE head or of
+            a smaller model, or a drafter to go on with over turns; None or "none" for nothing.
+            The output stays the model's own choice, with any sampler.
+        draft_width: Nodes of a draft tree, 1 to 64; "auto" picks them by what passes cost on this
+            machine (measured once) and stops drafting while that does not pay; or a policy.
+        draft_stats: Counts rounds, drafted and accepted tokens.
 
     Yields:
         One GenerationResponse per token; the last one has a finish_reason, "stop" or "length".
@@ -58,22 +71,34 @@ def stream_generate(
         raise ValueError("a quantised cache does not fit MLA: its latent cache is small already")
     if max_kv_size is not None and prompt_cache is None:
         prompt_cache = [RotatingKVCache(max_size=max_kv_size, keep=4) for _ in model.layers]
-    options = {"prompt_progress_callback": prompt_progress_callback}
-    steps = generate_step(
-        prompt,
-        model,
+    options = dict(
         max_tokens=max_tokens,
         sampler=sampler,
         logits_processors=logits_processors,
         prompt_cache=prompt_cache,
         prefill_step_size=prefill_step_size,
-        kv_bits=kv_bits,
-        kv_group_size=kv_group_size,
-        quantized_kv_start=quantized_kv_start,
-        **{name: value for name, value in options.items() if value is not None},
     )
-    tokens = ((token, logprobs, False) for token, logprobs in steps)
-    with wired_limit(model, [generation_stream]):
+    if prompt_progress_callback is not None:
+        options["prompt_progress_callback"] = prompt_progress_callback
+    drafter = speculative.make_draft(draft, model, tokenizer)
+    if drafter is None:
+        steps = generate_step(
+            prompt,
+            model,
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
+            **options,
+        )
+        tokens = ((token, logprobs, False) for token, logprobs in steps)
+    elif kv_bits is not None:
+        raise ValueError("a quantised cache excludes a draft: leave out one of the two")
+    else:
+        policy = speculative.make_policy(draft_width, model)
+        tokens = speculative.stream(
+            prompt, model, drafter, policy=policy, stats=draft_stats, **options
+        )
+    with wired_limit(model, [generation_stream]), closing(tokens):
         yield from respond(tokens, tokenizer, prompt.size, max_tokens, stop)
 
 

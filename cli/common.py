@@ -11,12 +11,13 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from ..convert import DTYPES
 from ..load import load
 from ..model import Model
+from ..speculative.verify import each_row
 from ..version import __version__
 
 
@@ -105,7 +106,7 @@ def sampler_of(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array],
     """mlx-lm's sampler for the sampling flags; seeds the generator if a seed was given."""
     if args.seed is not None:
         mx.random.seed(args.seed)
-    return make_sampler(
+    sampler = make_sampler(
         args.temp,
         args.top_p,
         args.min_p,
@@ -115,18 +116,26 @@ def sampler_of(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array],
         xtc_threshold=args.xtc_threshold,
         xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
     )
+    # A draft is verified in rows, and XTC would flip one coin for all of them.
+    return each_row(sampler) if args.xtc_probability > 0 else sampler
 
 
 @contextmanager
-def loading_progress() -> Iterator[Callable[[str, int, int], None]]:
+def loading_progress(
+    amount: ProgressColumn | None = None,
+) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for downloads and conversions; nothing shows until the first report.
 
     Nothing shows in a pipe either, where rich would leave an empty line.
 
+    Args:
+        amount: How far it is; in bytes if None.
+
     Yields:
         The function to hand to `load` or `convert`: (stage, bytes done, bytes in all).
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeLeft())
+    amount = amount or DownloadColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), amount, TimeLeft())
     console = stderr_console()
     progress = Progress(*columns, console=console, transient=True)
     tasks = {}

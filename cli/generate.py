@@ -18,6 +18,7 @@ from .common import (
     sampler_of,
     stderr_console,
 )
+from .draft import add_draft_flags, draft_options
 
 PROG = "blockffn-generate"
 
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--extra-eos-token", nargs="+", default=(), help="more tokens that end it")
     parser.add_argument("--stop", nargs="+", default=(), help="texts that end the answer")
     add_sampling_flags(parser)
+    add_draft_flags(parser)
     parser.add_argument("--max-kv-size", type=int, help="most positions the cache keeps")
     parser.add_argument("--prefill-step-size", type=int, default=2048)
     parser.add_argument("--kv-bits", type=int, help="quantise the cache to so many bits")
@@ -69,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
     for token in args.extra_eos_token:
         tokenizer.add_eos_token(token)
     prompt = build_prompt(args, model, tokenizer, text)
+    drafting = draft_options(args, model, tokenizer)
     responses = stream_generate(
         model,
         tokenizer,
@@ -81,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         kv_bits=args.kv_bits,
         kv_group_size=args.kv_group_size,
         quantized_kv_start=args.quantized_kv_start,
+        **drafting,
     )
     show = args.verbose and not args.json
     if show:
@@ -92,9 +96,12 @@ def run(args: argparse.Namespace) -> int:
         if show:
             print(response.text, end="", flush=True)
     if args.json:
-        print_json({"text": "".join(pieces), "tokens": tokens, **summary(response)})
+        stats = {"draft": drafting["draft_stats"].as_dict()} if drafting else {}
+        print_json({"text": "".join(pieces), "tokens": tokens, **summary(response), **stats})
     elif show:
         print_summary(response)
+        if drafting:
+            print(f"Draft: {drafting['draft_stats']}")
     else:
         print("".join(pieces))
     return 0

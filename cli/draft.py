@@ -1,0 +1,43 @@
+"""The flags for speculation, and what they come to."""
+
+import argparse
+from functools import partial
+from typing import Any
+
+from rich.progress import MofNCompleteColumn
+
+from ..speculative import SpeculationStats, make_draft, make_policy
+from .common import loading_progress
+
+
+def add_draft_flags(parser: argparse.ArgumentParser, default: str = "none"):
+    """`--draft` and `--draft-width`."""
+    parser.add_argument(
+        "--draft",
+        default=default,
+        metavar="auto|none|lookup|PATH",
+        help="what to speculate with: an EAGLE head or a smaller model (folder or Hub id), "
+        "lookup in the text so far, or auto: the head in the model's folder, else lookup "
+        f"({default})",
+    )
+    parser.add_argument(
+        "--draft-width",
+        default="auto",
+        metavar="N|auto",
+        help="tokens per verified chunk, 1 to 64; auto measures this machine once, and drafts "
+        "only while it pays (auto)",
+    )
+
+
+def draft_options(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """The flags as arguments of `stream_generate`; empty without a draft.
+
+    Hand the same ones to every turn of a conversation: the drafter follows it, and the policy
+    and the counts go on.
+    """
+    drafter = make_draft(args.draft, model, tokenizer, args.model)
+    if drafter is None:
+        return {}
+    with loading_progress(MofNCompleteColumn()) as progress:
+        policy = make_policy(args.draft_width, model, partial(progress, "measure passes"))
+    return {"draft": drafter, "draft_width": policy, "draft_stats": SpeculationStats()}
