@@ -1,7 +1,6 @@
 """blockffn-inspect: which experts a text uses, layer by layer, and how well it is predicted."""
 
 import argparse
-import io
 import math
 import sys
 from pathlib import Path
@@ -12,15 +11,12 @@ import mlx.nn as nn
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ..sparsity import Sparsity, router_scores, sparsity_of_scores
 from .common import add_model_flags, load_for_text, make_parser, print_json, run_main
+from .sparsity_view import heat_map, layer_table, save_svg
 
 PROG = "blockffn-inspect"
-
-# From unused to used by every token, readable on dark and on light grounds.
-SHADES = ("grey23", "dark_green", "green4", "green3", "yellow3", "bright_yellow")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -98,49 +94,6 @@ def sparsity_document(
     }
 
 
-def heat_map(active: np.ndarray, width: int = 80) -> Table:
-    """Layers by experts, coloured by the share of tokens that use the expert.
-
-    Args:
-        active: Booleans [L, T, E].
-        width: Columns of the terminal; experts share a cell where they would not fit.
-    """
-    share = active.mean(axis=1)
-    per_cell = -(-share.shape[1] // max(1, width - 12))
-    table = Table(title="Share of tokens that use each expert", box=None, pad_edge=False)
-    table.add_column("layer", justify="right", style="dim")
-    table.add_column(f"experts 0 to {share.shape[1] - 1}", no_wrap=True)
-    for index, row in enumerate(share):
-        cells = [row[i : i + per_cell].mean() for i in range(0, len(row), per_cell)]
-        line = Text()
-        for value in cells:
-            line.append("█", style=SHADES[math.ceil(value * (len(SHADES) - 1))])
-        table.add_row(str(index), line)
-    legend = Text()
-    for step, shade in enumerate(SHADES):
-        label = "0" if step == 0 else f"to {100 * step // (len(SHADES) - 1)}%"
-        legend.append("█ ", style=shade).append(f"{label}  ", style="dim")
-    table.add_row("", legend)
-    return table
-
-
-def layer_table(result: Sparsity, active: np.ndarray) -> Table:
-    """TLS, CLS and reuse per layer, and their means."""
-    table = Table(title=f"Sparsity over {active.shape[1]} tokens")
-    for name in ("layer", "TLS %", f"CLS_{result.chunk} %", "reuse %", "experts a token"):
-        table.add_column(name, justify="right")
-    per_token = active.sum(axis=2).mean(axis=1)
-    rows = zip(
-        result.tls_per_layer, result.cls_per_layer, result.reuse_per_layer, per_token, strict=True
-    )
-    for index, (*shares, count) in enumerate(rows):
-        table.add_row(str(index), *(f"{100 * s:.1f}" for s in shares), f"{count:.1f}")
-    table.add_section()
-    shares = (result.tls, result.cls, result.reuse)
-    table.add_row("mean", *(f"{100 * s:.1f}" for s in shares), f"{per_token.mean():.1f}")
-    return table
-
-
 def token_table(active: np.ndarray, tokens: list[str]) -> Table:
     """The experts that each token uses in each layer."""
     table = Table(title="Experts of each token")
@@ -153,15 +106,6 @@ def token_table(active: np.ndarray, tokens: list[str]) -> Table:
             table.add_row(repr(token)[1:-1] if layer == 0 else "", str(layer), used)
         table.add_section()
     return table
-
-
-def save_svg(path: str, active: np.ndarray, result: Sparsity):
-    """Writes the heat map and the table as an SVG picture."""
-    width = active.shape[2] + 14
-    console = Console(record=True, width=max(64, width), file=io.StringIO(), force_terminal=True)
-    console.print(heat_map(active, width))
-    console.print(layer_table(result, active))
-    console.save_svg(path, title="BlockFFN expert activation")
 
 
 def text_loss(model: nn.Module, tokenizer: Any, text: str, window: int = 512) -> dict[str, float]:

@@ -1,0 +1,70 @@
+"""Pictures of which experts a text uses, for the terminal and as SVG."""
+
+import io
+import math
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..sparsity import Sparsity
+
+# From unused to used by every token, readable on dark and on light grounds.
+SHADES = ("grey23", "dark_green", "green4", "green3", "yellow3", "bright_yellow")
+DENSITIES = "·-░▒▓█"
+
+
+def heat_map(active: np.ndarray, width: int = 80, in_color: bool = True) -> Table:
+    """Layers by experts, coloured by the share of tokens that use the expert.
+
+    Args:
+        active: Booleans [L, T, E].
+        width: Columns of the terminal; experts share a cell where they would not fit.
+        in_color: Whether colours tell the shares apart; otherwise the cells' density does.
+    """
+    share = active.mean(axis=1)
+    glyphs = "█" * len(SHADES) if in_color else DENSITIES
+    per_cell = -(-share.shape[1] // max(1, width - 12))
+    table = Table(title="Share of tokens that use each expert", box=None, pad_edge=False)
+    table.add_column("layer", justify="right", style="dim")
+    table.add_column(f"experts 0 to {share.shape[1] - 1}", no_wrap=True)
+    for index, row in enumerate(share):
+        cells = [row[i : i + per_cell].mean() for i in range(0, len(row), per_cell)]
+        line = Text()
+        for value in cells:
+            level = math.ceil(value * (len(SHADES) - 1))
+            line.append(glyphs[level], style=SHADES[level])
+        table.add_row(str(index), line)
+    legend = Text()
+    for step, shade in enumerate(SHADES):
+        label = "0" if step == 0 else f"to {100 * step // (len(SHADES) - 1)}%"
+        legend.append(f"{glyphs[step]} ", style=shade).append(f"{label}  ", style="dim")
+    table.add_row("", legend)
+    return table
+
+
+def layer_table(result: Sparsity, active: np.ndarray) -> Table:
+    """TLS, CLS and reuse per layer, and their means."""
+    table = Table(title=f"Sparsity over {active.shape[1]} tokens")
+    for name in ("layer", "TLS %", f"CLS_{result.chunk} %", "reuse %", "experts a token"):
+        table.add_column(name, justify="right")
+    per_token = active.sum(axis=2).mean(axis=1)
+    rows = zip(
+        result.tls_per_layer, result.cls_per_layer, result.reuse_per_layer, per_token, strict=True
+    )
+    for index, (*shares, count) in enumerate(rows):
+        table.add_row(str(index), *(f"{100 * s:.1f}" for s in shares), f"{count:.1f}")
+    table.add_section()
+    shares = (result.tls, result.cls, result.reuse)
+    table.add_row("mean", *(f"{100 * s:.1f}" for s in shares), f"{per_token.mean():.1f}")
+    return table
+
+
+def save_svg(path: str, active: np.ndarray, result: Sparsity):
+    """Writes the heat map and the table as an SVG picture."""
+    width = active.shape[2] + 14
+    console = Console(record=True, width=max(64, width), file=io.StringIO(), force_terminal=True)
+    console.print(heat_map(active, width))
+    console.print(layer_table(result, active))
+    console.save_svg(path, title="BlockFFN expert activation")
