@@ -49,6 +49,18 @@ def test_failed_overwrite_keeps_the_old_folder(tmp_path):
     assert [file.name for file in tmp_path.rglob("*")] == ["target", "config.json"]
 
 
+def test_what_killed_runs_left_is_cleaned_or_brought_back(tmp_path):
+    target, stale, old = (tmp_path / n for n in ("target", ".target.partial", ".target.replaced"))
+    stale.mkdir(), old.mkdir()
+    (stale / "model-00002-of-00002.safetensors").touch()
+    (old / "config.json").touch()
+    with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True) as partial:
+        assert not any(partial.iterdir())
+        assert (target / "config.json").exists()
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_two_writers_do_not_meet(tmp_path):
     with atomic_folder(tmp_path / "target") as partial:
         (partial / "file").touch()

@@ -249,7 +249,9 @@ def test_script_is_the_same_command(tmp_path):
     assert bf.load(tmp_path / "m")[1] is not None
 
 
-@pytest.mark.parametrize("name", ["hostile_system", "hostile_eval", "truncated", "not_a_zip"])
+@pytest.mark.parametrize(
+    "name", ["hostile_system", "hostile_eval", "truncated", "short_storage", "not_a_zip"]
+)
 def test_hostile_checkpoints_end_in_one_line(capsys, monkeypatch, tmp_path, name):
     source = source_copy(tmp_path)
     (source / "model.safetensors").unlink()
