@@ -1,10 +1,8 @@
 """blockffn-train: trains a model from scratch, or continues a converted one."""
 
 import argparse
-import math
 
 import mlx.core as mx
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..training.build import prepare, prepare_finetune, save_model
 from ..training.config import load_config
@@ -12,6 +10,7 @@ from ..training.data import unigram_loss
 from ..training.estimate import Estimate, estimate
 from ..training.trainer import Trainer
 from .common import make_parser, run_main, stderr_console
+from .training_progress import add_run_flags, stopped_line, training_progress
 
 PROG = "blockffn-train"
 
@@ -23,21 +22,8 @@ def parser() -> argparse.ArgumentParser:
         "Train a BlockFFN model. A run that was stopped goes on from its last checkpoint; "
         "mlx.launch -n N -- blockffn-train ... shares each batch among N processes.",
     )
-    parser.add_argument("config", metavar="CONFIG.toml", help="the run; see docs/training.md")
+    add_run_flags(parser)
     parser.add_argument("--finetune", metavar="MODEL", help="continue this model: folder or Hub id")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="TABLE.KEY=VALUE",
-        help="override a setting, as sparsity.al=0 or stage.0.steps=100",
-    )
-    parser.add_argument(
-        "--max-seconds",
-        type=float,
-        default=math.inf,
-        help="stop with a checkpoint after this time; the same command goes on",
-    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -64,46 +50,31 @@ def run(args: argparse.Namespace) -> int:
         return 0
 
     console = stderr_console()
-    console.quiet = mx.distributed.init().rank() > 0
     if corpus.validation:
         unigram = unigram_loss(corpus, model.args.vocab_size)
         console.print(f"validation loss of unigram counts: {unigram:.3f} nats a token")
-    evaluations = []
-    progress = Progress(
-        TextColumn("steps"),
-        MofNCompleteColumn(),
-        BarColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    bar = progress.add_task("steps", total=config.steps)
-
-    def on_record(record: dict):
-        if record["kind"] == "evaluation":
-            evaluations.append(record)
-        console.print(line_of(record), soft_wrap=True)
-
-    trainer = Trainer(
-        config,
-        model,
-        corpus,
-        on_record=on_record,
-        on_step=lambda step: progress.update(bar, completed=step),
-    )
-    with progress:
+    with training_progress(config.steps, console, line_of) as callbacks:
+        trainer = Trainer(config, model, corpus, **callbacks)
         finished = trainer.train(args.max_seconds)
     if not finished:
-        console.print(f"stopped at step {trainer.step} with a checkpoint; the same command goes on")
+        console.print(stopped_line(trainer.step))
         return 0
-    path = trainer.output / "model"
     if trainer.group.rank() == 0:
+        path = trainer.output / "model"
         save_model(path, model, tokenizer, getattr(mx, config.optimizer.dtype))
-        if args.finetune and len(evaluations) > 1:
-            before, after = (figures["all"] for figures in (evaluations[0], evaluations[-1]))
-            for name, label in (("tls", "TLS"), ("cls_8", "CLS_8")):
-                print(f"{label}: {before[name]:.2%} before, {after[name]:.2%} after")
+        if args.finetune:
+            print_change(trainer.read_log())
         print(f"wrote {path}")
     return 0
+
+
+def print_change(records: list[dict]):
+    """Sparsity before and after, from the first and last evaluation of the run."""
+    evaluations = [record["all"] for record in records if record["kind"] == "evaluation"]
+    if evaluations:
+        for name, label in (("tls", "TLS"), ("cls_8", "CLS_8")):
+            before, after = evaluations[0][name], evaluations[-1][name]
+            print(f"{label}: {before:.2%} before, {after:.2%} after")
 
 
 def line_of(record: dict) -> str:

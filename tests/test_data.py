@@ -9,10 +9,8 @@ import pytest
 
 from blockffn_mlx.training.data import (
     Corpus,
-    DocumentPacker,
     Markers,
     Source,
-    WindowSampler,
     assistant_turns,
     encode_documents,
     read_documents,
@@ -20,8 +18,8 @@ from blockffn_mlx.training.data import (
     read_packed,
     train_tokenizer,
     unigram_loss,
-    validation_windows,
 )
+from blockffn_mlx.training.sampling import DocumentPacker, WindowSampler, validation_windows
 
 BOS, EOS, PAD, USER, ASSISTANT, END = 1, 2, 3, 4, 5, 6
 CHAT = [BOS, USER, 10, END, ASSISTANT, 11, 12, END, USER, 13, END, ASSISTANT, 14, END]
@@ -151,6 +149,17 @@ def test_only_assistants_are_scored():
     corpus = Corpus({"a": source("a", CHAT)}, pad=PAD)
     batch = DocumentPacker(corpus, None, context=13, seed=0, assistant_only=True).batch(1)
     assert batch.scored[0].tolist() == [bool(turn) for turn in CHAT_TURNS[1:]]
+
+
+def test_plain_text_is_scored_whole_beside_assistants():
+    corpus = Corpus({"a": counting("a", 100, [14])}, pad=PAD)
+    batch = WindowSampler(corpus, None, context=13, seed=0, assistant_only=True).batch(1)
+    assert batch.scored.all()
+
+
+def test_sources_are_left_out_by_pattern(packed):
+    corpus = read_packed(packed).without(["a*"])
+    assert list(corpus.train) == ["b"] and not corpus.validation
 
 
 def test_weights_must_name_sources():

@@ -16,10 +16,11 @@ import blockffn_mlx as bf
 from blockffn_mlx.sparsity import sparsity_of_scores
 from blockffn_mlx.training.build import build_corpus, build_model, prepare, save_model
 from blockffn_mlx.training.config import load_config
-from blockffn_mlx.training.data import Batch, unigram_loss
+from blockffn_mlx.training.data import unigram_loss
 from blockffn_mlx.training.estimate import estimate
 from blockffn_mlx.training.evaluate import evaluate
 from blockffn_mlx.training.objective import batch_share, objective, token_losses
+from blockffn_mlx.training.sampling import Batch
 from blockffn_mlx.training.step import GroupedAdamW
 from blockffn_mlx.training.trainer import Trainer
 

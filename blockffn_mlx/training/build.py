@@ -19,21 +19,27 @@ from .lora import add_lora, fuse_lora
 
 
 def build_model(args: ModelArgs, settings: Initialisation, seed: int) -> Model:
-    """A BlockFFN model with fresh weights: matrices normal, norms 1, biases 0."""
+    """A BlockFFN model with fresh weights."""
     model = Model(args)
+    initialise(model, settings, seed)
+    return model
+
+
+def initialise(model: nn.Module, settings: Initialisation, seed: int):
+    """Fresh weights: matrices normal, norms 1, biases 0."""
     mx.random.seed(seed)
-    outputs = settings.std / (2 * args.num_hidden_layers) ** 0.5 if settings.residual else None
+    into_residual = settings.std
+    if settings.residual:
+        into_residual /= (2 * model.args.num_hidden_layers) ** 0.5
 
     def initial(path: str, parameter: mx.array) -> mx.array:
         if parameter.ndim < 2:
             return mx.zeros_like(parameter) if path.endswith("bias") else mx.ones_like(parameter)
-        into_residual = "o_proj" in path or "down_proj" in path
-        std = outputs if outputs and into_residual else settings.std
+        std = into_residual if "o_proj" in path or "down_proj" in path else settings.std
         return std * mx.random.normal(parameter.shape)
 
     model.update(tree_map_with_path(initial, model.parameters()))
     mx.eval(model.parameters())
-    return model
 
 
 def build_corpus(data: Data, tokenizer: Any = None) -> tuple[Corpus, Any]:
@@ -59,13 +65,14 @@ def build_corpus(data: Data, tokenizer: Any = None) -> tuple[Corpus, Any]:
     if paths[0].is_dir():
         if len(paths) > 1 or not (paths[0] / "manifest.json").exists():
             raise ValueError("data.path must be one folder with a manifest.json, or files.")
-        return read_packed(paths[0]), tokenizer
+        return read_packed(paths[0]).without(data.exclude), tokenizer
     if tokenizer is None:
         texts = [text for path in paths for text in read_documents(path)]
         if not all(isinstance(text, str) for text in texts):
             raise ValueError("Messages need a chat template: set data.tokenizer.")
         tokenizer = train_tokenizer(texts, data.vocab_size)
-    return read_files(paths, tokenizer, data.held_out), tokenizer
+    corpus = read_files(paths, tokenizer, data.held_out)
+    return corpus.without(data.exclude), tokenizer
 
 
 def prepare(config: TrainingConfig) -> tuple[Model, Corpus, Any]:

@@ -22,6 +22,7 @@ class Data:
         vocab_size: Vocabulary of that BPE.
         held_out: Share at the end of each file kept for validation.
         validation_tokens: Tokens read of each validation source at an evaluation; None for all.
+        exclude: Name patterns of sources to leave out, of training and validation.
         template: Name patterns of generated sources, reported apart from real text.
     """
 
@@ -30,6 +31,7 @@ class Data:
     vocab_size: int = 512
     held_out: float = 0.05
     validation_tokens: int | None = None
+    exclude: list[str] = field(default_factory=list)
     template: list[str] = field(default_factory=list)
 
 
@@ -106,7 +108,7 @@ class Stage:
         packing: "windows" (contiguous, attention crosses documents: fast) or "documents" (whole
             documents, packed).
         isolate: Keep attention within documents, and pad packed ones to the chunk length.
-        assistant_only: Score only what assistants say.
+        assistant_only: In conversations, score only what assistants say.
         freeze_factor: Hold the chunk sparsification factor where the stage before left it.
     """
 
@@ -163,12 +165,34 @@ class Lora:
 
 
 @dataclass
+class Head:
+    """An EAGLE draft head, which `blockffn-train-draft` trains; heads and RoPE are the target's.
+
+    Attributes:
+        intermediate_size: Width of its dense SwiGLU.
+        num_hidden_layers: Layers.
+        fc_bias, input_norms: What its input projection has; the paper's heads have both norms.
+        feature: Weight of the smooth L1 loss on hidden states.
+        token: Weight of the cross-entropy against the target's distribution.
+        noise: Width of the uniform noise on hidden states, times 512 / context.
+    """
+
+    intermediate_size: int = 1024
+    num_hidden_layers: int = 1
+    fc_bias: bool = True
+    input_norms: bool = True
+    feature: float = 1.0
+    token: float = 0.1
+    noise: float = 0.2
+
+
+@dataclass
 class TrainingConfig:
     """A whole run; see the classes of its tables.
 
     Attributes:
         output: Folder for checkpoints, the log and the finished model.
-        model: The fields of the model's config.json; empty when fine-tuning.
+        model: The fields of the model's config.json; empty when fine-tuning or training a head.
         log_interval, eval_interval, checkpoint_interval: In optimiser steps.
         keep_checkpoints: Older ones are removed.
     """
@@ -181,6 +205,7 @@ class TrainingConfig:
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     sparsity: Sparsity = field(default_factory=Sparsity)
     lora: Lora | None = None
+    head: Head = field(default_factory=Head)
     seed: int = 0
     log_interval: int = 10
     eval_interval: int = 250

@@ -7,8 +7,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .data import Batch, Corpus, validation_windows
+from .data import Corpus
 from .objective import CHUNK, record_router, token_losses
+from .sampling import Batch, validation_windows
 
 # Columns of the per-row sums, numerator and count in turn.
 _COLUMNS = ("loss", "assistant_loss", "activation", "chunk_activation", "reuse")

@@ -9,7 +9,7 @@ import numpy as np
 
 from . import losses
 from .config import Sparsity
-from .data import Batch
+from .sampling import Batch
 
 # The entries of the metrics array that `objective` returns, in order.
 METRICS = ("loss", "al", "cs", "tls", "cls_8")
@@ -72,7 +72,7 @@ def objective(
     """
     scored, paired, real, chunks = share
     with record_router(model) as routers:
-        loss = scored * _mean(token_losses(model, batch), batch.scored)
+        loss = scored * masked_mean(token_losses(model, batch), batch.scored)
     norm = model.args.norm_after_router
     if settings.count_padded_chunks:
         chunks = 1.0
@@ -97,7 +97,7 @@ def objective(
         if settings.l1:
             penalties.append(settings.l1 * losses.router_l1_loss(scores, batch.real))
         used = scores != 0
-        active.append(_mean(used.mean(-1), batch.real))
+        active.append(masked_mean(used.mean(-1), batch.real))
         active_chunks.append(_chunk_activation(used, batch.real))
 
     def over_layers(values: list[mx.array]) -> mx.array:
@@ -132,7 +132,8 @@ def batch_share(rows: Batch, batch: Batch, world_size: int, chunk_length: int) -
     return world_size * counts(rows) / np.maximum(counts(batch), 1)
 
 
-def _mean(values: mx.array, mask: mx.array) -> mx.array:
+def masked_mean(values: mx.array, mask: mx.array) -> mx.array:
+    """Mean of values where the mask is True; 0 where it never is."""
     mask = mask.astype(mx.float32)
     return (values * mask).sum() / mx.maximum(mask.sum(), 1)
 
@@ -142,4 +143,4 @@ def _chunk_activation(used: mx.array, real: mx.array) -> mx.array:
     batch_size, tokens, experts = used.shape
     whole = tokens // CHUNK * CHUNK
     windows = used[:, :whole].reshape(batch_size, -1, CHUNK, experts).any(2).mean(-1)
-    return _mean(windows, real[:, :whole].reshape(batch_size, -1, CHUNK).all(-1))
+    return masked_mean(windows, real[:, :whole].reshape(batch_size, -1, CHUNK).all(-1))

@@ -7,9 +7,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from .config import OptimizerSettings, Sparsity
-from .data import Batch
-from .objective import objective
+from .config import OptimizerSettings
+from .sampling import Batch
 
 # Parameters that keep the full learning rate under muP; router_norm is not among them.
 FULL_RATE = ("layernorm", "embed_tokens", "lm_head", "model.norm")
@@ -50,14 +49,21 @@ class GroupedAdamW(optim.MultiOptimizer):
 def make_step(
     model: nn.Module,
     optimizer: GroupedAdamW,
-    sparsity: Sparsity,
+    objective: Callable,
     settings: OptimizerSettings,
     group: mx.distributed.Group,
 ) -> Callable:
     """Builds the step of a model whose trainable parameters are float32 masters.
 
+    Args:
+        model: The model.
+        optimizer: Its optimiser.
+        objective: (batch, cs_factor, share) -> (scalar to minimise, array of metrics).
+        settings: Gradient clipping, compute dtype, and whether to compile.
+        group: The processes of the run.
+
     Returns:
-        step(batch, share, cs_factor, gathered, micro_batches) -> (metrics [5], rest). Adds the
+        step(batch, share, cs_factor, gathered, micro_batches) -> (metrics, rest). Adds the
         micro-batch's gradients to ``gathered`` (None at first). With ``micro_batches`` 0, rest is
         the gradients so far; otherwise they are divided by it, averaged over the processes,
         clipped and applied, and rest is their norm.
@@ -67,7 +73,7 @@ def make_step(
     def loss(parameters, batch, share, cs_factor):
         # The passes see the masters in the compute dtype; their gradients come in float32.
         model.update(tree_map(lambda p: p.astype(dtype), parameters))
-        return objective(model, Batch(*batch), cs_factor, sparsity, share)
+        return objective(Batch(*batch), cs_factor, share)
 
     gradient = mx.value_and_grad(loss)
 

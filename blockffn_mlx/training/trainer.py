@@ -12,9 +12,10 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from .config import Stage, TrainingConfig
-from .data import Batch, Corpus, DocumentPacker, WindowSampler
+from .data import Corpus
 from .evaluate import evaluate
-from .objective import METRICS, batch_share
+from .objective import METRICS, batch_share, objective
+from .sampling import Batch, DocumentPacker, WindowSampler
 from .schedule import AdaptiveFactor, warmup_stable_decay
 from .state import latest_checkpoint, load_checkpoint, save_checkpoint
 from .step import GroupedAdamW, make_step
@@ -33,9 +34,14 @@ class Trainer:
         on_record: Called in the first process with each line of the log, a dict.
         on_step: Called after each step with the number of steps done.
 
+    Attributes:
+        metrics: Names of the numbers that a step reports.
+
     Raises:
         ValueError: The processes do not divide a micro-batch.
     """
+
+    metrics = METRICS
 
     def __init__(
         self,
@@ -75,8 +81,27 @@ class Trainer:
         self._start_stage(0, 0)
 
     def _make_step(self) -> Callable:
-        config = self.config
-        return make_step(self.model, self.optimizer, config.sparsity, config.optimizer, self.group)
+        settings = self.config.optimizer
+        return make_step(self.model, self.optimizer, self.objective, settings, self.group)
+
+    def objective(
+        self, batch: Batch, cs_factor: mx.array, share: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """What a step minimises, and the values of `metrics`; see `objective.objective`."""
+        return objective(self.model, batch, cs_factor, self.config.sparsity, share)
+
+    def evaluate(self) -> dict:
+        """The figures of an evaluation; the model is in the compute dtype."""
+        data, stage = self.config.data, self.stage
+        return evaluate(
+            self.model,
+            self.corpus,
+            stage.context,
+            stage.batch_size // stage.accumulate,
+            data.validation_tokens,
+            data.template,
+            self.config.optimizer.use_compile,
+        )
 
     @property
     def stage(self) -> Stage:
@@ -197,8 +222,8 @@ class Trainer:
 
     def _advance(self, metrics: mx.array):
         """Counts a step, tells the adaptive factor, and goes to the next stage when it is time."""
-        if not self.stage.freeze_factor:
-            self.adaptive.step(metrics[METRICS.index("cs")])
+        if "cs" in self.metrics and not self.stage.freeze_factor:
+            self.adaptive.step(metrics[self.metrics.index("cs")])
         self.step += 1
         done = self.step - self.stage_first_step == self.stage.steps
         if done and self.stage_index + 1 < len(self.config.stage):
@@ -221,7 +246,7 @@ class Trainer:
                 "kind": "train",
                 "step": self.step,
                 "stage": stage_name,
-                **dict(zip(METRICS, map(float, means), strict=True)),
+                **dict(zip(self.metrics, map(float, means), strict=True)),
                 "cs_factor": self.cs_factor,
                 "learning_rate": self.learning_rate,
                 "gradient_norm": norm,
@@ -237,16 +262,7 @@ class Trainer:
         masters = self.model.trainable_parameters()
         dtype = getattr(mx, self.config.optimizer.dtype)
         self.model.update(tree_map(lambda p: p.astype(dtype), masters))
-        data, stage = self.config.data, self.stage
-        figures = evaluate(
-            self.model,
-            self.corpus,
-            stage.context,
-            stage.batch_size // stage.accumulate,
-            data.validation_tokens,
-            data.template,
-            self.config.optimizer.use_compile,
-        )
+        figures = self.evaluate()
         self.model.update(masters)
         self._record({"kind": "evaluation", "step": self.step, **figures})
 
@@ -256,6 +272,10 @@ class Trainer:
             with (self.output / LOG_FILE).open("a") as log:
                 log.write(json.dumps(record) + "\n")
             self.on_record(record)
+
+    def read_log(self) -> list[dict]:
+        """The records of the run so far, those before a resume included."""
+        return [json.loads(line) for line in (self.output / LOG_FILE).read_text().splitlines()]
 
     def save(self):
         """Writes a checkpoint: weights, optimiser, schedules, sampler and random state."""
@@ -279,6 +299,7 @@ class Trainer:
         """
         path = latest_checkpoint(self.output / CHECKPOINTS)
         if path is None:
+            self._truncate_log(-1)
             return False
         arrays, state = load_checkpoint(path)
         saved = {name: array.shape for name, array in tree_flatten(arrays)}
@@ -295,19 +316,19 @@ class Trainer:
         self.step, self.seconds = state["step"], state["seconds"]
         # The compiled step holds on to the optimiser state that it was built with.
         self._run_step = self._make_step()
-        if self.group.rank() == 0:
-            _truncate_log(self.output / LOG_FILE, self.step)
+        self._truncate_log(self.step)
         return True
+
+    def _truncate_log(self, step: int):
+        """Drops the records after a step: a resumed run's log reads like an unbroken one's."""
+        path = self.output / LOG_FILE
+        if self.group.rank() == 0 and path.exists():
+            # A process killed while it wrote leaves a line without an end.
+            lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
+            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
     def _arrays(self) -> dict:
         return {
             "parameters": self.model.trainable_parameters(),
             "optimizer": self.optimizer.state,
         }
-
-
-def _truncate_log(path: Path, step: int):
-    """Drops the records after a step, so that a resumed run's log reads like an unbroken one's."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))

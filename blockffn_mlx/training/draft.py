@@ -1,0 +1,172 @@
+"""Training an EAGLE head on a frozen model's hidden states, and writing it."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache
+
+from ..atomic_folder import atomic_folder
+from ..convert_draft import DERIVED
+from ..load import load
+from ..model import Model
+from ..speculative.eagle import EagleHead, HeadArgs
+from .build import build_corpus, check_vocabulary, initialise
+from .config import Head, TrainingConfig
+from .data import Corpus
+from .objective import document_mask, masked_mean
+from .sampling import Batch, validation_windows
+from .trainer import Trainer
+
+METRICS = ("loss", "feature", "cross_entropy", "agreement")
+
+
+def prepare_head(config: TrainingConfig, path_or_repo: str) -> tuple[EagleHead, Model, Corpus]:
+    """A fresh head, its frozen target, and the corpus in the target's tokens.
+
+    Raises:
+        ValueError: The target has no tokenizer for the files, or the text does not fit it.
+    """
+    if config.model or config.lora:
+        raise ValueError("a draft head takes its sizes from [head]: remove [model] and [lora].")
+    target, tokenizer = load(path_or_repo)
+    corpus, _ = build_corpus(config.data, tokenizer)
+    check_vocabulary(corpus, target.args.vocab_size)
+    target.set_dtype(getattr(mx, config.optimizer.dtype))
+    target.freeze()
+    target.eval()
+    head = EagleHead(head_args(config.head, target))
+    initialise(head, config.initialisation, config.seed)
+    return head, target, corpus
+
+
+def head_args(settings: Head, target: Model) -> HeadArgs:
+    """The sizes of a head for a target."""
+    args = target.args
+    return HeadArgs(
+        hidden_size=args.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        num_attention_heads=args.num_attention_heads,
+        num_key_value_heads=None if args.attention_type == "mla" else args.num_key_value_heads,
+        vocab_size=args.vocab_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        fc_bias=settings.fc_bias,
+        input_norms=("input_norm1", "input_norm2") if settings.input_norms else (),
+        rms_norm_eps=args.rms_norm_eps,
+        rope_theta=args.rope_theta,
+        rope_scaling=args.rope_scaling,
+        max_position_embeddings=args.max_position_embeddings,
+    )
+
+
+def draft_objective(
+    head: EagleHead, target: Model, batch: Batch, settings: Head
+) -> tuple[mx.array, mx.array]:
+    """EAGLE's loss: smooth L1 on hidden states and cross-entropy against the target's softmax.
+
+    Row t takes the target's post-norm hidden state at t and the token at t + 1, and imitates the
+    hidden state at t + 1.
+
+    Args:
+        head: The head.
+        target: The frozen model.
+        batch: Arrays of MLX; every token of a document trains, whoever says it.
+        settings: Weights of the two losses, and the noise.
+
+    Returns:
+        (total, [4] float32 in the order of METRICS); agreement is the share of rows whose
+        likeliest token is the target's.
+    """
+    mask = None if batch.segments is None else document_mask(batch.segments)
+    hidden_states = mx.stop_gradient(target.model(batch.inputs, mask=mask))
+    given, wanted = hidden_states[:, :-1], hidden_states[:, 1:]
+    if settings.noise and head.training:
+        width = settings.noise * 512 / batch.inputs.shape[1]
+        noise = mx.random.uniform(-width / 2, width / 2, given.shape)
+        given = given + noise.astype(given.dtype)
+    embeddings = target.model.embed_tokens(batch.inputs[:, 1:]) * target.model.scale_emb
+    mask = None if batch.segments is None else document_mask(batch.segments[:, :-1])
+    cache = [KVCache() for _ in head.layers]
+    out = head(mx.stop_gradient(embeddings), given, cache, None, mask)
+
+    paired = batch.paired[:, 1:]
+    distance = nn.losses.smooth_l1_loss(
+        out.astype(mx.float32), wanted.astype(mx.float32), reduction="none"
+    )
+    feature = masked_mean(distance.mean(-1), paired)
+    logits = target.logits(out).astype(mx.float32)
+    goal = target.logits(wanted).astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    cross_entropy = masked_mean(-(mx.softmax(goal, axis=-1) * logprobs).sum(-1), paired)
+    agreement = masked_mean(logits.argmax(-1) == goal.argmax(-1), paired)
+    total = settings.feature * feature + settings.token * cross_entropy
+    return total, mx.stack([total, feature, cross_entropy, agreement])
+
+
+class DraftTrainer(Trainer):
+    """Trains a head; the loop, the checkpoints and the log are the Trainer's.
+
+    Args:
+        config: The run; its [head] table counts, [model] and [sparsity] do not.
+        head: The head.
+        target: Its frozen model, in the compute dtype.
+        corpus, callbacks: As for `Trainer`.
+    """
+
+    metrics = METRICS
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        head: EagleHead,
+        target: Model,
+        corpus: Corpus,
+        **callbacks: Any,
+    ):
+        self.target = target
+        super().__init__(config, head, corpus, **callbacks)
+
+    def objective(
+        self, batch: Batch, cs_factor: mx.array, share: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """`draft_objective`, weighed by this process's part of the token pairs."""
+        total, metrics = draft_objective(self.model, self.target, batch, self.config.head)
+        return share[1] * total, share[1] * metrics
+
+    def evaluate(self) -> dict:
+        """The metrics over all validation sources."""
+        stage, limit = self.stage, self.config.data.validation_tokens
+        rows = stage.batch_size // stage.accumulate
+        sums, pairs = np.zeros(len(METRICS)), 0
+        self.model.eval()
+        for source in self.corpus.validation.values():
+            windows, _ = validation_windows(source, stage.context, self.corpus.pad, limit)
+            for begin in range(0, len(windows.inputs), rows):
+                parts = (array[begin : begin + rows] for array in windows[:-1])
+                batch = Batch(*map(mx.array, parts), segments=None)
+                _, metrics = draft_objective(self.model, self.target, batch, self.config.head)
+                count = int(batch.paired[:, 1:].sum())
+                sums, pairs = sums + count * np.array(metrics), pairs + count
+        self.model.train()
+        return dict(zip(METRICS, (sums / max(pairs, 1)).tolist(), strict=True))
+
+
+def save_head(path: str | Path, head: EagleHead, dtype: mx.Dtype):
+    """Writes a head as the converter does, whole or not at all.
+
+    Args:
+        path: The folder; replaced if a head is there.
+        head: The head.
+        dtype: The weights' dtype.
+    """
+    fields = asdict(head.args)
+    config = {name: value for name, value in fields.items() if name not in DERIVED}
+    weights = {name: w.astype(dtype) for name, w in tree_flatten(head.parameters())}
+    with atomic_folder(Path(path), overwrite=True) as partial:
+        mx.save_safetensors(str(partial / "model.safetensors"), weights, {"format": "mlx"})
+        (partial / "config.json").write_text(json.dumps(config, indent=4))

@@ -1,0 +1,59 @@
+"""blockffn-train-draft: trains an EAGLE draft head for a model."""
+
+import argparse
+
+import mlx.core as mx
+
+from ..training.config import load_config
+from ..training.draft import DraftTrainer, prepare_head, save_head
+from .common import make_parser, run_main, stderr_console
+from .training_progress import add_run_flags, stopped_line, training_progress
+
+PROG = "blockffn-train-draft"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = make_parser(
+        PROG,
+        "Train an EAGLE draft head on a frozen model's hidden states. A run that was stopped goes "
+        "on from its last checkpoint.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="the target: a converted folder or Hub id")
+    add_run_flags(parser)
+    return parser
+
+
+def main() -> int:
+    """Entry point."""
+    args = parser().parse_args()
+    return run_main(PROG, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Loads the target, trains the head, writes it."""
+    config = load_config(args.config, args.set)
+    head, target, corpus = prepare_head(config, args.model)
+    console = stderr_console()
+    with training_progress(config.steps, console, line_of) as callbacks:
+        trainer = DraftTrainer(config, head, target, corpus, **callbacks)
+        finished = trainer.train(args.max_seconds)
+    if not finished:
+        console.print(stopped_line(trainer.step))
+        return 0
+    if trainer.group.rank() == 0:
+        path = trainer.output / "draft"
+        save_head(path, head, getattr(mx, config.optimizer.dtype))
+        print(f"wrote {path}")
+    return 0
+
+
+def line_of(record: dict) -> str:
+    """One line of the terminal's log."""
+    figures = (
+        f"loss {record['loss']:.4f}, feature {record['feature']:.4f}, "
+        f"cross-entropy {record['cross_entropy']:.3f}, agreement {record['agreement']:.1%}"
+    )
+    if record["kind"] == "evaluation":
+        return f"step {record['step']}: validation {figures}"
+    return f"step {record['step']}: {figures}, {record['tokens_per_second']:.0f} tokens/s"

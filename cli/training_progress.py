@@ -1,0 +1,60 @@
+"""What the training commands share: their flags, the progress bar and the log lines."""
+
+import argparse
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import mlx.core as mx
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def add_run_flags(parser: argparse.ArgumentParser):
+    """The configuration file, overrides of it, and a limit of time."""
+    parser.add_argument("config", metavar="CONFIG.toml", help="the run; see docs/training.md")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="TABLE.KEY=VALUE",
+        help="override a setting, as sparsity.al=0 or stage.0.steps=100",
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=math.inf,
+        help="stop with a checkpoint after this time; the same command goes on",
+    )
+
+
+@contextmanager
+def training_progress(
+    steps: int, console: Console, line_of: Callable[[dict], str]
+) -> Iterator[dict[str, Callable]]:
+    """A progress bar, and the trainer's callbacks that move it and print the log above it.
+
+    Args:
+        steps: Steps of the run.
+        console: Where to draw; only the first process of a parallel run does.
+        line_of: Turns a record of the log into a line.
+    """
+    console.quiet = mx.distributed.init().rank() > 0
+    progress = Progress(
+        TextColumn("steps"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    bar = progress.add_task("steps", total=steps)
+    with progress:
+        yield {
+            "on_record": lambda record: console.print(line_of(record), soft_wrap=True),
+            "on_step": lambda step: progress.update(bar, completed=step),
+        }
+
+
+def stopped_line(step: int) -> str:
+    """What a command says when its time is over."""
+    return f"stopped at step {step} with a checkpoint; the same command goes on"
