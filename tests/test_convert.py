@@ -221,10 +221,11 @@ def dequantized(model: bf.Model) -> bf.Model:
     return plain
 
 
-def test_stock_mlx_lm_generates(converted):
-    for name in ("gqa_block", "mla_linear"):
+def test_stock_mlx_lm_generates(tmp_path, converted):
+    bf.convert(GOLDEN / "mla_linear", tmp_path / "q", quantize=True)
+    for folder in (converted("gqa_block"), tmp_path / "q"):
         command = ["-m", "mlx_lm", "generate", "--trust-remote-code", "--max-tokens", "5"]
-        command += ["--model", str(converted(name)), "--prompt", "hello"]
+        command += ["--model", str(folder), "--prompt", "hello"]
         done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Generation: 5 tokens" in done.stdout
