@@ -5,13 +5,12 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
+from ffn_cases import TOLERANCE, relative_error
 
 import blockffn_mlx as bf
 from blockffn_mlx.experts import ExpertLinear, infer_quantization, largest_group_size
 from blockffn_mlx.ffn import BlockFFN, choose_backend, chunk_union_ffn
 
-# Relative error (norm) against float64, per dtype: rounding of the dtype times a few sums.
-TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
 BACKENDS = ("dense", "ops")
 
 
@@ -26,11 +25,6 @@ def reference(x, scores, up, down, act="silu") -> np.ndarray:
         hidden = hidden / (1 + np.exp(-hidden)) if act == "silu" else hidden.clip(0)
         out += (hidden * scores[:, e : e + 1]) @ down[e].T
     return out
-
-
-def relative_error(out: mx.array, expected: np.ndarray) -> float:
-    out = np.array(out.astype(mx.float32), np.float64)
-    return np.linalg.norm(out - expected) / np.linalg.norm(expected)
 
 
 def case(num_tokens, num_experts=11, expert_size=24, hidden_size=40, share=0.3, dtype=mx.float32):

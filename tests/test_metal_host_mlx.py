@@ -10,10 +10,10 @@ import metal_host
 import mlx.core as mx
 import numpy as np
 import pytest
+from ffn_cases import TOLERANCE, float64, relative_error
 
 pytestmark = pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)
 
-TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
 NAMES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
 KERNELS = "mlx/backend/metal/kernels/"
 QUANTIZED = ["steel/gemm/gemm.h", "quantized_utils.h", "quantized.h"]
@@ -69,10 +69,7 @@ def array(rng, *shape, dtype=mx.float32) -> mx.array:
 
 
 def assert_close(got: mx.array, want: mx.array):
-    dtype = got.dtype
-    got, want = (np.array(a.astype(mx.float32)).astype(np.float64) for a in (got, want))
-    error = np.linalg.norm(got - want) / np.linalg.norm(want)
-    assert error < TOLERANCE[dtype], f"relative error {error:.1e}"
+    assert relative_error(got, float64(want)) < TOLERANCE[got.dtype]
 
 
 @pytest.fixture

@@ -13,14 +13,12 @@ import mlx_lm.kernels  # noqa: F401 (before the harness stands in for Metal)
 import mlx_lm.models  # noqa: F401
 import numpy as np
 import pytest
+from ffn_cases import TOLERANCE, float64, relative_error
 
 ON_METAL = mx.metal.is_available()
 pytestmark = pytest.mark.skipif(
     not ON_METAL and metal_host.compiler() is None, reason=metal_host.NO_COMPILER
 )
-
-# Relative error: float32 sums in another order, or one rounding of the output.
-TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
 
 
 def load(name: str):
@@ -45,16 +43,10 @@ def array(rng, *shape, dtype=mx.float32, scale=1.0) -> mx.array:
     return mx.array((scale * rng.normal(size=shape)).astype(np.float32)).astype(dtype)
 
 
-def f64(a: mx.array) -> np.ndarray:
-    return np.array(a.astype(mx.float32)).astype(np.float64)
-
-
-def assert_close(got, want, dtype=mx.float32):
-    got = f64(got) if isinstance(got, mx.array) else got
-    want = f64(want) if isinstance(want, mx.array) else want
+def assert_close(got: mx.array, want, dtype=mx.float32):
+    want = float64(want) if isinstance(want, mx.array) else want
     assert got.shape == want.shape
-    error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
-    assert error < TOLERANCE[dtype], f"relative error {error:.1e}"
+    assert relative_error(got, want) < TOLERANCE[dtype]
 
 
 def rms(x, eps=1e-5):
@@ -77,8 +69,8 @@ def test_expert_routing(mode, rng):
         indices, weights = load("mlx_lm.kernels.expert_routing").expert_routing(
             logits, bias, top_k=6, multiplier=1.5, score_eps=1e-6, route_scale=2.0
         )
-    score = 1 / (1 + np.exp(-1.5 * f64(logits)))
-    want = np.argsort(-(score + f64(bias)), axis=-1)[:, :6]
+    score = 1 / (1 + np.exp(-1.5 * float64(logits)))
+    want = np.argsort(-(score + float64(bias)), axis=-1)[:, :6]
     assert np.array_equal(np.array(indices), want)
     chosen = np.take_along_axis(score, want, -1)
     assert_close(weights, 2.0 * chosen / (chosen.sum(-1, keepdims=True) + 1e-6))
@@ -97,9 +89,9 @@ def test_norm_add_norm(mode, rng, dtype):
             branch, stream, alpha=alpha, beta=beta, post_weight=None, post_eps=1e-5, next_norm=norm
         )
         again = module.pre_norm(new, norm, dtype=dtype)
-    want = f64(alpha) * f64(stream) + f64(beta) * rms(f64(branch))
+    want = float64(alpha) * float64(stream) + float64(beta) * rms(float64(branch))
     assert_close(new, want, dtype)
-    assert_close(normed, rms(want) * f64(pre), dtype)
+    assert_close(normed, rms(want) * float64(pre), dtype)
     assert mx.array_equal(again, normed)
 
 
@@ -109,7 +101,7 @@ def test_post_expert_norm_combine(mode, rng):
         out = load("mlx_lm.kernels.post_expert_norm_combine").post_expert_norm_combine(
             experts, weights, norm_weight=norm_w, eps=1e-5
         )
-    want = (rms(f64(experts) * f64(norm_w)) * f64(weights)[..., None]).sum(-2)
+    want = (rms(float64(experts) * float64(norm_w)) * float64(weights)[..., None]).sum(-2)
     assert_close(out, want)
 
 
@@ -121,7 +113,7 @@ def test_qk_norm(mode, rng, dtype):
         q, k = load("mlx_lm.kernels.qk_norm").qk_norm(
             x, n_heads=heads, n_kv_heads=kv_heads, head_dim=dim, eps=1e-5, query_scale=0.5
         )
-    rows = rms(f64(x).reshape(5, -1, dim))
+    rows = rms(float64(x).reshape(5, -1, dim))
     assert_close(q, 0.5 * rows[:, :heads], dtype)
     assert_close(k, rows[:, heads : heads + kv_heads], dtype)
 
@@ -134,7 +126,7 @@ def test_qk_norm_rope(mode, rng):
             x, n_heads=heads, n_kv_heads=kv_heads, head_dim=dim, eps=1e-5, query_scale=1.0,
             rope_base=10000.0, offset=7,
         )  # fmt: skip
-    rows = mx.array(rms(f64(x).reshape(1, 4, -1, dim)).astype(np.float32)).swapaxes(1, 2)
+    rows = mx.array(rms(float64(x).reshape(1, 4, -1, dim)).astype(np.float32)).swapaxes(1, 2)
     want = mx.fast.rope(rows, dim, traditional=True, base=10000.0, scale=1.0, offset=7)
     assert_close(q.swapaxes(1, 2), want[:, :heads])
     assert_close(k.swapaxes(1, 2), want[:, heads : heads + kv_heads])
@@ -191,7 +183,7 @@ def test_bitlinear(mode, rng):
         layer.weight, layer.weight_scale = packed, mx.array([0.7])
         out = layer(x)
     codes = np.concatenate([(np.array(packed) >> shift) & 3 for shift in (0, 2, 4, 6)])
-    assert_close(out, 0.7 * f64(x) @ (codes.astype(np.float64) - 1).T)
+    assert_close(out, 0.7 * float64(x) @ (codes.astype(np.float64) - 1).T)
 
 
 def test_rwkv7(mode, rng):

@@ -22,13 +22,19 @@ static void reserve_arena(const Buffer* buffers, int n) {
   group_memory = arena + kPage;
   mprotect(group_memory, kGroupArea - 2 * kPage, PROT_READ | PROT_WRITE);
 }
-static void reserve_stacks(size_t n) {
-  if (num_stacks >= n) return;
+// Released after every dispatch: each guard page costs the process one of its 65,530 mappings.
+static bool reserve_stacks(size_t n) {
+  void* p = mmap(nullptr, n * kStack, PROT_READ | PROT_WRITE,
+                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (p == MAP_FAILED) return false;
+  stacks = (char*)p, num_stacks = n;
+  for (size_t i = 0; i < n; ++i)
+    if (mprotect(stacks + i * kStack, kPage, PROT_NONE)) return false;
+  return true;
+}
+static void release_stacks() {
   if (stacks) munmap(stacks, num_stacks * kStack);
-  num_stacks = n;
-  stacks = (char*)mmap(nullptr, n * kStack, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  for (size_t i = 0; i < n; ++i) mprotect(stacks + i * kStack, kPage, PROT_NONE);
+  stacks = nullptr, num_stacks = 0;
 }
 static bool on_stack(uintptr_t address) {
   return address - (uintptr_t)stacks < num_stacks * kStack;

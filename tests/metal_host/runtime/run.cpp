@@ -161,11 +161,12 @@ extern "C" __attribute__((visibility("default"))) int msl_run(Buffer* buffers, i
     return 1;
   }
   reserve_arena(buffers, n);
-  if (!arena) {
+  if (!arena || !reserve_stacks(most_threads)) {
+    release_stacks();
+    if (arena) munmap(arena, size_t(arena_end - arena));
     snprintf(text, capacity, "FAIL not enough address space\n");
     return 1;
   }
-  reserve_stacks(most_threads);
   char* next = arena + kGroupArea;
   buffer_pointers.assign(n, nullptr);
   for (int i = 0; i < n; ++i) {
@@ -190,6 +191,7 @@ extern "C" __attribute__((visibility("default"))) int msl_run(Buffer* buffers, i
   drop_group_variables();
   for (int i = 0; i < n; ++i) finish_buffer(regions[i], buffers[i]);
   munmap(arena, size_t(arena_end - arena));
+  release_stacks();
 
   std::string all = failed ? "FAIL " + failure + "\n" : "";
   for (auto& r : reports)

@@ -1,0 +1,76 @@
+"""blockffn-doctor: says what runs here, and that wrong kernels are wrong."""
+
+import json
+
+import metal_host
+import mlx.core as mx
+import pytest
+from blockffn_mlx.cli import doctor as command
+
+from blockffn_mlx import doctor, kernels
+
+ON_GPU = doctor.gpu_backend() is not None
+
+
+@pytest.fixture(autouse=True)
+def few_checks(monkeypatch):
+    monkeypatch.setattr(doctor, "TOKENS", (1, 8))
+    monkeypatch.setattr(doctor, "TIMED", (1,))
+    monkeypatch.setattr(doctor, "SIZES", (9, 32, 64, 4))
+    monkeypatch.setattr(doctor, "seconds_per_call", lambda function, x: 1e-6)
+
+
+def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["blockffn-doctor", *arguments])
+    status = command.main()
+    return status, capsys.readouterr().out
+
+
+def test_every_line_is_right_here(monkeypatch, capsys):
+    status, out = run(monkeypatch, capsys)
+    assert status == 0 and "WRONG" not in out and out.count("right") >= len(doctor.PACKINGS)
+    if not ON_GPU:
+        assert "No Metal code was run" in " ".join(out.split())
+
+
+def test_json_is_one_document(monkeypatch, capsys):
+    status, out = run(monkeypatch, capsys, "--json")
+    document = json.loads(out)
+    assert status == 0 and document["right"] is True
+    assert document["mlx"] and document["device"] and document["memory_bytes"] > 2**30
+    assert {row["weights"] for row in document["kernels"]} == set(doctor.PACKINGS)
+    assert all(row["right"] and row["errors"]["8"] < 1e-2 for row in document["kernels"])
+
+
+@pytest.mark.parametrize("fault", [1.001, float("nan")])
+def test_a_wrong_result_is_status_1(monkeypatch, capsys, fault):
+    right = doctor.chunk_union_ffn
+
+    def wrong(*operands, backend, **rest):
+        y = right(*operands, backend=backend, **rest)
+        return y * fault if backend == (doctor.gpu_backend() or "ops") else y
+
+    monkeypatch.setattr(doctor, "chunk_union_ffn", wrong)
+    status, out = run(monkeypatch, capsys)
+    assert status == 1 and "WRONG" in out
+
+
+def test_a_kernel_that_does_not_build_is_status_1(monkeypatch, capsys):
+    """Without Metal a Metal kernel cannot run: that is a verdict, not a traceback."""
+    if mx.metal.is_available():
+        pytest.skip("builds here")
+    monkeypatch.setattr(doctor, "gpu_backend", lambda: "metal")
+    status, out = run(monkeypatch, capsys)
+    assert status == 1 and "WRONG" in out and "No Metal back-end" in out
+
+
+@pytest.mark.skipif(ON_GPU, reason="the kernels run on this GPU")
+@pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)
+def test_metal_kernels_in_the_harness(monkeypatch):
+    monkeypatch.setattr(doctor, "TIMED", ())
+    kernels.build_kernel.cache_clear()
+    with metal_host.harness() as runs:
+        verdicts = list(doctor.examine("metal"))
+    kernels.build_kernel.cache_clear()
+    assert runs and [v.failure for v in verdicts] == [None] * 9
+    assert all(v.right for v in verdicts)
