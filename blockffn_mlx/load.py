@@ -13,6 +13,9 @@ from .hub import Progress, commit_of, download, is_local
 from .model import Model, ModelArgs
 from .model_cache import cached_path, folder_state
 
+# The model that comes with the package, a converted folder.
+DEMO_FOLDER = Path(__file__).parent / "demo"
+
 
 def load(
     path_or_repo: str | Path,

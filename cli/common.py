@@ -15,10 +15,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from ..convert import DTYPES
-from ..load import load
+from ..load import DEMO_FOLDER, load
 from ..model import Model
 from ..speculative.verify import each_row
 from ..version import __version__
+
+# The name of the model that comes with the package.
+DEMO = "demo"
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -68,12 +71,18 @@ def add_model_flags(
     parser.add_argument("--dtype", choices=DTYPES, help="type of what is converted unquantised")
 
 
-def load_for_text(args: argparse.Namespace) -> tuple[Model, TokenizerWrapper]:
+def load_for_text(args: argparse.Namespace, lazy: bool = False) -> tuple[Model, TokenizerWrapper]:
     """The model that `add_model_flags` names, with a tokenizer, showing progress.
+
+    "demo" in `args.model` gives way to the embedded model's folder.
 
     Raises:
         ValueError: If the model has no tokenizer files, besides what `load` raises.
     """
+    if args.model == DEMO:
+        if not (DEMO_FOLDER / "config.json").exists():
+            raise ValueError("this installation holds no demo model: give --model PATH or HUB-ID")
+        args.model = str(DEMO_FOLDER)
     with loading_progress() as progress:
         model, tokenizer = load(
             args.model,
@@ -82,6 +91,7 @@ def load_for_text(args: argparse.Namespace) -> tuple[Model, TokenizerWrapper]:
             q_bits=args.q_bits,
             q_group_size=args.q_group_size,
             dtype=args.dtype,
+            lazy=lazy,
             on_progress=progress,
         )
     if tokenizer is None:

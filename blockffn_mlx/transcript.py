@@ -1,0 +1,73 @@
+"""Saved conversations: JSON Lines of role and content, one message a line."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from .chat_format import ROLES
+
+
+def save_transcript(path: str | Path, messages: Iterable[tuple[str, str]]):
+    """Writes (role, content) pairs. A file that was there is replaced once the new one is whole.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    path = Path(path).expanduser()
+    lines = [
+        json.dumps({"role": role, "content": content}, ensure_ascii=False) + "\n"
+        for role, content in messages
+    ]
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.writelines(lines)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def load_transcript(path: str | Path) -> list[tuple[str, str]]:
+    """Reads (role, content) pairs: at most one system message, first; then turns.
+
+    Raises:
+        ValueError: If the file holds something else; the sentence names the line.
+        OSError: If it cannot be read.
+    """
+    path = Path(path).expanduser()
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8") from error
+    messages: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            messages.append(_parse(line, f"{path}, line {number}", messages))
+    if not messages:
+        raise ValueError(f"{path} holds no messages")
+    return messages
+
+
+def _parse(line: str, where: str, before: list[tuple[str, str]]) -> tuple[str, str]:
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON") from error
+    if not isinstance(message, dict):
+        raise ValueError(f"{where}: not an object with role and content")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{where}: role is {role!r}, not one of {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"{where}: content is not text")
+    if role == "system" and before:
+        raise ValueError(f"{where}: a system message can only be the first")
+    previous = before[-1][0] if before else "system"
+    if role == "assistant" and previous != "user":
+        raise ValueError(f"{where}: an answer without a question before it")
+    if role == "user" and previous == "user":
+        raise ValueError(f"{where}: a question after an unanswered one")
+    return role, content

@@ -1,0 +1,288 @@
+"""blockffn-chat: a chat in the terminal."""
+
+import argparse
+import signal
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from ..conversation import Conversation
+from ..load import DEMO_FOLDER
+from ..memory import memory_need
+from .chat_commands import COMMANDS, Leave, is_command, run_command
+from .chat_input import LineInput, TerminalInput, make_input
+from .chat_stats import measured
+from .chat_view import View
+from .common import (
+    add_model_flags,
+    add_sampling_flags,
+    load_for_text,
+    make_parser,
+    run_main,
+    sampler_of,
+)
+from .draft import add_draft_flags, draft_options
+
+PROG = "blockffn-chat"
+HISTORY = "~/.blockffn_chat_history"
+DEMO_LINE = (
+    "BlockFFN demo: about twenty million parameters, stories and small talk, often wrong. "
+    "For a real model: blockffn-chat --model SparseLLM/BlockFFN-3B-SFT"
+)
+# The context is called nearly full from this share on.
+NEARLY_FULL = 0.75
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's flags: those of blockffn-generate, and mlx_lm.chat's defaults."""
+    parser = make_parser(PROG, "Chat with a BlockFFN model.")
+    add_model_flags(parser, default="demo")
+    parser.add_argument("--prompt", "-p", help="one message; - takes each line of stdin as a turn")
+    parser.add_argument("--system-prompt", help="system message")
+    parser.add_argument(
+        "--raw",
+        "--ignore-chat-template",
+        action="store_true",
+        help="complete each message as plain text",
+    )
+    add_draft_flags(parser)
+    parser.add_argument("--stats", action="store_true", help="always show live statistics")
+    parser.add_argument("--history", metavar="FILE", default=HISTORY, help="what was typed before")
+    parser.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does it too)")
+    add_sampling_flags(parser, max_tokens=256)
+    parser.add_argument("--max-kv-size", type=int, help="most tokens of context to keep")
+    parser.add_argument("--prefill-step-size", type=int, default=2048)
+    parser.add_argument("--kv-bits", type=int, help="quantise the cache to so many bits")
+    parser.add_argument("--kv-group-size", type=int, default=64)
+    parser.add_argument("--quantized-kv-start", type=int, default=5000)
+    return parser
+
+
+def main() -> int:
+    """Entry point."""
+    args = parser().parse_args()
+    return run_main(PROG, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """One message, the lines of stdin, or a chat."""
+    if args.max_tokens == 0:
+        raise ValueError("--max-tokens must not be 0 (-1 for no limit)")
+    chat = Chat(args, View(args.no_color))
+    chat.introduce()
+    if args.prompt is None:
+        chat.talk()
+    elif args.prompt != "-":
+        chat.reply_to(args.prompt)
+    else:
+        lines = LineInput(sys.stdin)
+        while (line := lines.read_line()) is not None:
+            if line.strip():
+                chat.reply_to(line)
+    return 0
+
+
+class Chat:
+    """One chat: the model, the conversation, the settings, and where they are shown.
+
+    Attributes:
+        settings: The command's flags; commands change them.
+        draft_message: What the next input line begins with.
+    """
+
+    def __init__(self, args: argparse.Namespace, view: View):
+        self.settings, self.view = args, view
+        self.draft_message = ""
+        self.input: TerminalInput | LineInput | None = None
+        self._take_model(args)
+
+    def _take_model(self, settings: argparse.Namespace):
+        """Loads the model that the settings name; on an error nothing has changed."""
+        model, tokenizer = load_for_text(settings, lazy=True)
+        context = settings.max_kv_size or model.args.max_position_embeddings
+        self._check_memory(settings.model, model, context)
+        mx.eval(model.parameters())
+        drafting = draft_options(settings, model, tokenizer)
+        conversation = Conversation(model, tokenizer, settings.system_prompt, settings.raw, context)
+        self.model, self.tokenizer, self.drafting = model, tokenizer, drafting
+        self.conversation, self.settings = conversation, settings
+        self.update_sampler()
+
+    def _check_memory(self, name: str, model: Any, context: int):
+        need = memory_need(model, context)
+        if need.fits:
+            return
+        total, limit = need.weights + need.cache, need.limit
+        smaller = need.smaller()
+        advice = "take a smaller model"
+        if smaller:
+            advice = f"convert it with -q --q-bits {smaller[0]} (about {smaller[1] / 1e9:.1f} GB)"
+        text = (
+            f"{name} needs {total / 1e9:.1f} GB with its context of {context:,} tokens, and this "
+            f"machine has {limit / 1e9:.1f} GB for it"
+        )
+        if not need.weights_fit:
+            raise ValueError(f"{text}: {advice}")
+        self.view.warn(f"{text}: it may become slow; {advice}, or give a smaller --max-kv-size")
+
+    def introduce(self):
+        """Says what the model is."""
+        settings, args = self.settings, self.model.args
+        name = Path(settings.model).name or settings.model
+        if settings.model == str(DEMO_FOLDER):
+            self.view.note(DEMO_LINE)
+        elif settings.raw:
+            self.view.note(f"{name}: each message is completed as plain text")
+        elif not args.chat_tuned:
+            self.view.warn(
+                f"{name} looks like a base model, not tuned for chat: it may ramble "
+                "(--raw completes plain text)"
+            )
+        else:
+            self.view.note(f"{name}, context of {self.conversation.max_context:,} tokens")
+
+    def talk(self):
+        """Reads messages and commands until the end."""
+        words = {name: command.words for name, command in COMMANDS.items()}
+        history = Path(self.settings.history).expanduser()
+        self.input = make_input(history, words, self.settings.no_color)
+        if self.can_edit:
+            self.view.note("/help lists commands, Ctrl-D leaves")
+            if self.input.problem:
+                self.view.note(self.input.problem)
+        warned = False
+        while True:
+            try:
+                line = self.input.read(self.draft_message)
+                self.draft_message = ""
+                if line is None:
+                    return
+                self.take(line)
+                warned = False
+            except Leave:
+                return
+            except KeyboardInterrupt:
+                if not self.is_interactive:
+                    raise
+                if warned:
+                    return
+                warned = True
+                self.view.note("Ctrl-C again, or Ctrl-D, leaves")
+
+    def take(self, line: str):
+        """A message or a command; what is wrong with it becomes one line."""
+        if not line.strip():
+            return
+        if is_command(line):
+            run_command(self, line)
+            return
+        try:
+            self.reply_to(line)
+        except ValueError as error:
+            self.view.error(str(error))
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether a person types the messages."""
+        return self.settings.prompt is None and sys.stdin is not None and sys.stdin.isatty()
+
+    @property
+    def can_edit(self) -> bool:
+        """Whether a message can come back to the input line."""
+        return isinstance(self.input, TerminalInput)
+
+    def reply_to(self, message: str):
+        """Answers a message on the screen.
+
+        Raises:
+            ValueError: If the message is too long for the context.
+            KeyboardInterrupt: If Ctrl-C ended the answer and nobody is there to go on.
+        """
+        chat = self.conversation
+        dropped = chat.ask(message, self.settings.max_tokens)
+        if dropped:
+            turns = "turn" if dropped == 1 else f"{dropped} turns"
+            self.view.warn(f"the context is full: the oldest {turns} no longer count")
+        options = self.generation_options()
+        with Interruption() as interruption, measured(chat, options.get("draft_stats")) as stats:
+            with self.view.answer(stats.panel if self.settings.stats else None) as shown:
+                options["should_stop"] = lambda: interruption.asked
+                options["on_prefill"] = shown.reading
+                with closing(chat.answer(self.settings.max_tokens, **options)) as responses:
+                    for response in responses:
+                        stats.update(response)
+                        shown.feed(response.text)
+        self._close_turn(stats, interruption.asked)
+
+    def generation_options(self) -> dict[str, Any]:
+        """What `stream_generate` is told, the draft included."""
+        settings = self.settings
+        return {
+            "sampler": self.sampler,
+            "prefill_step_size": settings.prefill_step_size,
+            "kv_bits": settings.kv_bits,
+            "kv_group_size": settings.kv_group_size,
+            "quantized_kv_start": settings.quantized_kv_start,
+            **self.drafting,
+        }
+
+    def _close_turn(self, stats: Any, stopped: bool):
+        """The remarks under an answer."""
+        if stopped and not self.is_interactive:
+            raise KeyboardInterrupt
+        if stopped:
+            self.view.note("stopped; the chat goes on")
+        if self.view.is_live or self.settings.stats:
+            self.view.note(stats.line())
+        self._warn_of_full_context()
+
+    def _warn_of_full_context(self):
+        chat = self.conversation
+        used = len(chat.held.ids)
+        if used >= chat.max_context:
+            self.view.warn("the answer ends here because the context is full")
+        elif chat.format.is_chat and used > NEARLY_FULL * chat.max_context:
+            self.view.warn(
+                f"the context is nearly full ({used:,} of {chat.max_context:,} tokens): the oldest "
+                "turns will be dropped soon (/clear starts anew)"
+            )
+
+    def update_sampler(self):
+        """Takes up changed sampling settings."""
+        self.sampler = sampler_of(self.settings, self.tokenizer)
+
+    def set_draft(self, spec: str):
+        """Changes the drafter."""
+        settings = argparse.Namespace(**{**vars(self.settings), "draft": spec})
+        self.drafting = draft_options(settings, self.model, self.tokenizer)
+        self.settings = settings
+
+    def open_model(self, name: str):
+        """Changes the model; the messages stay, the cache is computed anew."""
+        changed = {"model": name, "revision": None, "draft": "none"}
+        messages = [(m.role, m.content) for m in self.conversation.messages]
+        self._take_model(argparse.Namespace(**{**vars(self.settings), **changed}))
+        self.conversation.replace(messages)
+        self.introduce()
+
+
+class Interruption:
+    """Ctrl-C inside the block asks for an end instead of breaking a pass; a second one breaks."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interruption":
+        self.previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception):
+        signal.signal(signal.SIGINT, self.previous)
+
+    def _note(self, *signal_and_frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

@@ -1,0 +1,231 @@
+"""The chat's / commands: one function each, found by name."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from ..sparsity import router_scores, sparsity_of_scores
+from ..transcript import load_transcript, save_transcript
+from .sparsity_view import heat_map, save_svg
+
+if TYPE_CHECKING:
+    from .chat import Chat
+
+
+class Leave(Exception):
+    """Ends the chat."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Attributes:
+        arguments: What can follow it, for the help.
+        help: One line.
+        run: Does it, given the chat and the text after the name. Raises ValueError or OSError
+            with one sentence for what a user can mend.
+        words: What completion offers after it; None for file names.
+    """
+
+    arguments: str
+    help: str
+    run: Callable[["Chat", str], None]
+    words: Iterable[str] | None = ()
+
+
+def is_command(line: str) -> bool:
+    """Whether a message is meant as a command: one line that begins with a slash and a letter."""
+    return len(line) > 1 and line[0] == "/" and line[1].isalpha() and "\n" not in line.strip()
+
+
+def run_command(chat: "Chat", line: str):
+    """Runs a command; what is wrong with it becomes one line."""
+    name, _, argument = line.strip().partition(" ")
+    command = COMMANDS.get(name)
+    if command is None:
+        chat.view.error(f"there is no {name} (/help lists what there is; a space first sends it)")
+        return
+    try:
+        command.run(chat, argument.strip())
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        chat.view.error(f"{name}: {error}")
+
+
+def show_help(chat: "Chat", argument: str):
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for name, command in COMMANDS.items():
+        table.add_row(Text(f"{name} {command.arguments}".strip()), Text(command.help, style="dim"))
+    chat.view.show(table)
+    chat.view.note(
+        'Many lines: end a line with \\, put """ around them, or paste. '
+        "Ctrl-C stops an answer; Ctrl-D leaves."
+    )
+
+
+def clear(chat: "Chat", argument: str):
+    chat.conversation.clear()
+    chat.view.note("a new chat")
+
+
+def undo(chat: "Chat", argument: str):
+    question = chat.conversation.undo()
+    if question is None:
+        raise ValueError("nothing to undo")
+    chat.view.note(f"taken back: {shortened(question)}")
+
+
+def retry(chat: "Chat", argument: str):
+    question = chat.conversation.undo()
+    if question is None:
+        raise ValueError("nothing to answer again")
+    if chat.settings.temp == 0:
+        chat.view.note("at temperature 0 an answer does not change; /temp 0.7 makes it vary")
+    chat.reply_to(question)
+
+
+def edit(chat: "Chat", argument: str):
+    if chat.conversation.last_question is None:
+        raise ValueError("nothing to edit")
+    if not argument and not chat.can_edit:
+        raise ValueError("without an editable line, give the new message: /edit TEXT")
+    question = chat.conversation.undo()
+    if argument:
+        chat.reply_to(argument)
+    else:
+        chat.draft_message = question
+
+
+def system(chat: "Chat", argument: str):
+    if argument:
+        chat.conversation.set_system(None if argument == "off" else argument)
+    present = next((m.content for m in chat.conversation.messages if m.role == "system"), None)
+    chat.view.note("no system prompt" if present is None else f"system prompt: {present}")
+
+
+def number_setting(name: str, kind: type, low: float, high: float) -> Callable[["Chat", str], None]:
+    """A command that shows or sets a number."""
+
+    def run(chat: "Chat", argument: str):
+        if argument:
+            try:
+                value = kind(argument)
+            except ValueError:
+                raise ValueError(f"{argument!r} is not a number") from None
+            if not (low <= value <= high and math.isfinite(value)):
+                top = "" if high == math.inf else f" to {high}"
+                raise ValueError(f"{argument} is outside {low}{top}")
+            setattr(chat.settings, name, value)
+            chat.update_sampler()
+        chat.view.note(f"{name.replace('_', ' ')}: {getattr(chat.settings, name)}")
+
+    return run
+
+
+def max_tokens(chat: "Chat", argument: str):
+    if argument == "0":
+        raise ValueError("an answer needs tokens (-1 for no limit)")
+    number_setting("max_tokens", int, -1, math.inf)(chat, argument)
+
+
+def draft(chat: "Chat", argument: str):
+    if argument:
+        chat.set_draft(argument)
+    chat.view.note(f"draft: {chat.settings.draft}")
+
+
+def stats(chat: "Chat", argument: str):
+    chat.settings.stats = not chat.settings.stats
+    chat.view.note(f"live statistics {'on' if chat.settings.stats else 'off'}")
+
+
+def sparsity(chat: "Chat", argument: str):
+    span = chat.conversation.answer_span
+    if span is None or span[0] == span[1]:
+        raise ValueError("there is no answer to look at yet")
+    first, end = span
+    ids = chat.conversation.held.ids[:end]
+    scores = [s[:, first:] for s in router_scores(chat.model, mx.array([ids]))]
+    active = np.stack([np.array(layer[0] != 0) for layer in scores])  # [L, T, E]
+    result = sparsity_of_scores(scores, min(8, end - first))
+    if argument:
+        path = Path(argument).expanduser()
+        if path.suffix != ".svg":
+            raise ValueError("a picture's name ends in .svg")
+        save_svg(str(path), active, result)
+        chat.view.note(f"saved {path}")
+        return
+    in_color = chat.view.console.color_system is not None and not chat.view.console.no_color
+    chat.view.show(heat_map(active, chat.view.console.width, in_color))
+    no_pairs = all(math.isnan(ratio) for ratio in result.reuse_per_layer)
+    reuse = "none" if no_pairs else f"{result.reuse:.1%}"
+    chat.view.note(
+        f"TLS {result.tls:.1%} · CLS_{result.chunk} {result.cls:.1%} · reuse ratio {reuse} "
+        f"over the last answer's {end - first} tokens"
+    )
+
+
+def save(chat: "Chat", argument: str):
+    if not argument:
+        raise ValueError("give a file: /save FILE")
+    messages = [(m.role, m.content) for m in chat.conversation.messages]
+    save_transcript(argument, messages)
+    chat.view.note(f"saved {len(messages)} messages to {argument}")
+
+
+def load(chat: "Chat", argument: str):
+    if not argument:
+        raise ValueError("give a file: /load FILE")
+    messages = load_transcript(argument)
+    chat.conversation.replace(messages)
+    chat.view.note(f"loaded {len(messages)} messages")
+
+
+def model(chat: "Chat", argument: str):
+    if argument:
+        chat.open_model(argument)
+    else:
+        chat.view.note(f"model: {chat.settings.model}")
+
+
+def leave(chat: "Chat", argument: str):
+    raise Leave
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """A text in one short line."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+DRAFTS = ("none", "auto", "lookup")
+COMMANDS = {
+    "/help": Command("", "this list", show_help),
+    "/clear": Command("", "start a new chat with the same system prompt", clear),
+    "/undo": Command("", "take back the last message and its answer", undo),
+    "/retry": Command("", "answer the last message again", retry),
+    "/edit": Command("[TEXT]", "change the last message and answer it", edit),
+    "/system": Command("[TEXT|off]", "show, set or remove the system prompt", system, ("off",)),
+    "/temp": Command("[NUMBER]", "sampling temperature", number_setting("temp", float, 0, 10)),
+    "/top-p": Command("[NUMBER]", "nucleus sampling", number_setting("top_p", float, 0, 1)),
+    "/seed": Command(
+        "[NUMBER]", "seed of the random numbers", number_setting("seed", int, 0, 2**63 - 1)
+    ),
+    "/max-tokens": Command("[NUMBER]", "longest answer; -1 for no limit", max_tokens),
+    "/draft": Command("[none|auto|lookup|PATH]", "what drafts tokens to check", draft, DRAFTS),
+    "/stats": Command("", "live statistics on or off", stats),
+    "/sparsity": Command("[FILE.svg]", "which experts the last answer used", sparsity, None),
+    "/save": Command("FILE", "save the chat as JSON Lines", save, None),
+    "/load": Command("FILE", "go on with a saved chat", load, None),
+    "/model": Command("[PATH|HUB-ID|demo]", "show or change the model", model, None),
+    "/exit": Command("", "leave", leave),
+}

@@ -1,0 +1,203 @@
+"""Where messages come from: an edited line with history on a terminal, plain lines elsewhere."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TextIO
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
+from prompt_toolkit.document import Document
+from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.output import ColorDepth
+
+PROMPT, CONTINUED, QUOTES = "> ", ". ", '"""'
+# A pasted book is a message, but no line that anyone searches for later.
+LONGEST_REMEMBERED = 10_000
+
+
+def goes_on(text: str) -> bool:
+    """Whether a message is unfinished: an odd trailing backslash, or an open block of quotes."""
+    backslashes = len(text) - len(text.rstrip("\\"))
+    start = text.lstrip()
+    opened = start.startswith(QUOTES) and not (
+        len(start.rstrip()) >= 2 * len(QUOTES) and start.rstrip().endswith(QUOTES)
+    )
+    return opened or backslashes % 2 == 1
+
+
+def unquoted(text: str) -> str:
+    """The message inside a block of three quotes; other text as it is."""
+    inner = text.strip()
+    if inner.startswith(QUOTES) and inner.endswith(QUOTES) and len(inner) >= 2 * len(QUOTES):
+        return inner[len(QUOTES) : -len(QUOTES)].strip("\n")
+    return text
+
+
+class LineInput:
+    """Messages from a pipe, a file, or a terminal that cannot edit.
+
+    Args:
+        stream: Where lines come from; None is an empty one.
+        prompt: What asks for a line, for a person who types.
+    """
+
+    def __init__(self, stream: TextIO | None, prompt: str = ""):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+        self.stream, self.prompt = stream, prompt
+
+    def read(self, text: str = "") -> str | None:
+        """The next message, or None at the end. `text` cannot be edited here and is left out."""
+        message = self.read_line()
+        if message is None:
+            return None
+        while goes_on(message):
+            if not message.lstrip().startswith(QUOTES):
+                message = message[:-1]
+            following = self.read_line(CONTINUED)
+            if following is None:
+                break
+            message += "\n" + following
+        return unquoted(message)
+
+    def read_line(self, prompt: str | None = None) -> str | None:
+        """The next line as it is, or None at the end."""
+        if self.prompt:
+            print(prompt or self.prompt, end="", flush=True)
+        line = self.stream.readline() if self.stream else ""
+        return line.removesuffix("\n").removesuffix("\r") if line else None
+
+
+class TerminalInput:
+    """Messages from a terminal, with line editing, history, completion and many lines.
+
+    Args:
+        history: File that keeps what was typed; None keeps nothing.
+        commands: Commands and the words that can follow each; None stands for file names.
+        no_color: Whether to leave out colours.
+    """
+
+    def __init__(
+        self,
+        history: Path | None,
+        commands: Mapping[str, Iterable[str] | None],
+        no_color: bool = False,
+    ):
+        self.problem = history_problem(history) if history else None
+        kept = history if history and not self.problem else None
+        self.session: PromptSession = PromptSession(
+            history=ChatHistory(kept) if kept else InMemoryHistory(),
+            completer=CommandCompleter(commands),
+            complete_while_typing=True,
+            multiline=True,
+            key_bindings=key_bindings(),
+            prompt_continuation=lambda width, line, wrapped: CONTINUED if not wrapped else "",
+            color_depth=ColorDepth.DEPTH_1_BIT if no_color else None,
+            reserve_space_for_menu=4,
+        )
+
+    def read(self, text: str = "") -> str | None:
+        """The next message, with `text` to begin from; None at Ctrl-D.
+
+        Raises:
+            KeyboardInterrupt: For Ctrl-C on an empty line.
+        """
+        try:
+            return unquoted(self.session.prompt(PROMPT, default=text))
+        except EOFError:
+            return None
+
+
+def key_bindings() -> KeyBindings:
+    """Enter sends unless the message goes on; Ctrl-C clears, and interrupts on an empty line."""
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def send(event: KeyPressEvent):
+        buffer = event.current_buffer
+        if not goes_on(buffer.text):
+            buffer.validate_and_handle()
+            return
+        if buffer.text.endswith("\\") and not buffer.text.lstrip().startswith(QUOTES):
+            buffer.cursor_position = len(buffer.text)
+            buffer.delete_before_cursor()
+        buffer.insert_text("\n")
+
+    @bindings.add("escape", "enter")
+    def new_line(event: KeyPressEvent):
+        event.current_buffer.insert_text("\n")
+
+    @bindings.add("c-c")
+    def clear(event: KeyPressEvent):
+        if event.current_buffer.text:
+            event.current_buffer.reset()
+        else:
+            event.app.exit(exception=KeyboardInterrupt)
+
+    return bindings
+
+
+class ChatHistory(FileHistory):
+    """History that survives a disk that fills up or a file that vanishes."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        try:
+            return list(super().load_history_strings())
+        except OSError:
+            return []
+
+    def store_string(self, string: str):
+        if len(string) > LONGEST_REMEMBERED:
+            return
+        try:
+            super().store_string(string)
+        except OSError:
+            pass  # what was typed still counts; only its memory is lost
+
+
+def history_problem(path: Path) -> str | None:
+    """Why a history file cannot be kept, or None. Makes the file, for its owner alone."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
+    except OSError as error:
+        return f"the history is not kept: {path}: {error.strerror}"
+    return None
+
+
+class CommandCompleter(Completer):
+    """Completes a command, and the word or file after it."""
+
+    def __init__(self, commands: Mapping[str, Iterable[str] | None]):
+        self.commands = commands
+        self.files = PathCompleter(expanduser=True)
+
+    def get_completions(self, document: Document, event: CompleteEvent) -> Iterator[Completion]:
+        text = document.text_before_cursor
+        if not text.startswith("/") or "\n" in text:
+            return
+        name, space, rest = text.partition(" ")
+        if not space:
+            for command in self.commands:
+                if command.startswith(name):
+                    yield Completion(command, start_position=-len(name))
+        elif self.commands.get(name, ()) is None:
+            yield from self.files.get_completions(Document(rest), event)
+        else:
+            for word in self.commands.get(name, ()):
+                if word.startswith(rest):
+                    yield Completion(word, start_position=-len(rest))
+
+
+def make_input(
+    history: Path | None, commands: Mapping[str, Iterable[str] | None], no_color: bool
+) -> TerminalInput | LineInput:
+    """The input for what stdin is."""
+    if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
+        return LineInput(sys.stdin)
+    if os.environ.get("TERM", "dumb") in ("dumb", "unknown", ""):
+        return LineInput(sys.stdin, PROMPT)
+    return TerminalInput(history, commands, no_color)
