@@ -128,6 +128,7 @@ class BlockFFN(nn.Module):
     Attributes:
         observer: None, or a function called in every pass with the router's logits before ReLU
             and the finished scores, both [B, T, E]: how statistics and training losses watch.
+        backend: One of `chunk_union_ffn`'s; benchmarks set "dense" to compare.
     """
 
     def __init__(self, args):
@@ -140,6 +141,7 @@ class BlockFFN(nn.Module):
             self.router_norm = nn.RMSNorm(args.num_experts, eps=args.rms_norm_eps)
         self.up_proj = ExpertLinear(args.hidden_size, args.expert_size, args.num_experts)
         self.down_proj = ExpertLinear(args.expert_size, args.hidden_size, args.num_experts)
+        self.backend = "auto"
         self.sharding_group: mx.distributed.Group | None = None
         self.observer: Callable[[mx.array, mx.array], None] | None = None
 
@@ -159,7 +161,9 @@ class BlockFFN(nn.Module):
         if self.observer is not None:
             self.observer(router_logits, scores)
         batch_size, num_tokens, hidden_size = x.shape
-        backend = choose_backend(batch_size * num_tokens, batch_size, self.training)
+        backend = self.backend
+        if backend == "auto":
+            backend = choose_backend(batch_size * num_tokens, batch_size, self.training)
         out = chunk_union_ffn(
             x.reshape(-1, hidden_size),
             scores.reshape(batch_size * num_tokens, -1),

@@ -143,22 +143,26 @@ def measure(
             (cost.shared, cost.shared_union, 1),
             (cost.distinct, cost.distinct_union, width),
         ):
-            tokens = np.resize(draw.integers(0, vocab_size, draws), width)
-            once(tokens)
-            times, ratios = zip(*(once(tokens) for _ in range(repeats)), strict=True)
+            passes = [
+                once(np.resize(draw.integers(0, vocab_size, draws), width))
+                for _ in range(repeats + 1)
+            ]
+            times, ratios = zip(*passes[1:], strict=True)
             seconds.append(float(np.median(times)))
-            unions.append(float(np.median(ratios)))
+            unions.append(float(np.mean(ratios)))
     if on_progress:
         on_progress(len(widths), len(widths))
     return cost
 
 
 def fingerprint(model: Any) -> str:
-    """Names a model on this machine: device, MLX version, configuration, shapes and dtypes."""
+    """Names a model on this machine: device, MLX version, configuration, tensors, backend."""
     parameters = [
         (name, array.shape, str(array.dtype)) for name, array in tree_flatten(model.parameters())
     ]
-    described = repr((device_name(), mx.__version__, asdict(model.args), sorted(parameters)))
+    backends = [layer.mlp.backend for layer in model.layers]
+    facts = (device_name(), mx.__version__, asdict(model.args), backends, sorted(parameters))
+    described = repr(facts)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
 
 
