@@ -13,6 +13,7 @@ import mlx.core as mx
 from .experts import ExpertWeights
 from .ffn import chunk_union_ffn
 from .kernels import available_backend
+from .speculative.cost import device_name
 from .version import __version__
 
 # Relative error (norm) against a result in float32 or better: a few roundings of the dtype, and
@@ -58,11 +59,6 @@ class Verdict:
     def right(self) -> bool:
         """Whether every error is within the tolerance (a NaN is not)."""
         return self.failure is None and all(e < self.tolerance for e in self.errors.values())
-
-
-def device_name() -> str:
-    """The GPU, or the CPU where MLX has no GPU."""
-    return str(mx.device_info().get("device_name", platform.processor() or platform.machine()))
 
 
 def gpu_backend() -> str | None:

@@ -9,9 +9,10 @@ import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
-from ..doctor import device_name, gpu_backend, random_layer, seconds_per_call
+from ..doctor import gpu_backend, random_layer, seconds_per_call
 from ..ffn import choose_backend, chunk_union_ffn
 from ..predict import CHIPS, LAUNCH, STREAMING, Layer, find_chip, predict
+from ..speculative.cost import device_name
 from .common import print_json
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
