@@ -82,11 +82,41 @@ inline float to_float(uint value) {
   return as_type<float>(0x4b000000u | value) - 8388608.0f;
 }
 
+// ---- Affine weights as pairs of 16 bits, which is what the matrix unit takes. Four bits: elements
+// 8 * w + p and 8 * w + p + 4 in pair 4 * w + p, since one mask finds both; eight: neighbours.
+inline uint merge_nibbles(uint word, uint magic) {
+  uint out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(word), "n"(0x000f000f), "r"(magic));
+  return out;
+}
+inline uint unpack_nibbles(uint word, half scale, half bias) {
+  const __half2 value = __hsub2(
+      as_type<__half2>(merge_nibbles(word, 0x64006400u)), as_type<__half2>(0x64006400u));
+  return as_type<uint>(__hfma2(value, __half2half2(scale), __half2half2(bias)));
+}
+inline uint unpack_nibbles(uint word, bfloat scale, bfloat bias) {
+  const __nv_bfloat162 value = __hsub2(
+      as_type<__nv_bfloat162>(merge_nibbles(word, 0x43004300u)),
+      as_type<__nv_bfloat162>(0x43004300u));
+  return as_type<uint>(__hfma2(value, __bfloat162bfloat162(scale), __bfloat162bfloat162(bias)));
+}
 inline uint pack_pair(float low, float high, half) {
   return as_type<uint>(__floats2half2_rn(low, high));
 }
 inline uint pack_pair(float low, float high, bfloat) {
   return as_type<uint>(__floats2bfloat162_rn(low, high));
+}
+template <typename T>
+inline uint affine_pair(const uint* words, int bits, int j, T scale, T bias) {
+  if (bits == 4) {
+    return unpack_nibbles(words[j / 4] >> (j % 4 * 4), scale, bias);
+  }
+  // 2^23 + byte, as float
+  const uint word = words[j / 2], first = 0x7540 + j % 2 * 2;
+  const float low = as_type<float>(__byte_perm(word, 0x4b000000u, first)) - 8388608.0f;
+  const float high = as_type<float>(__byte_perm(word, 0x4b000000u, first + 1)) - 8388608.0f;
+  return pack_pair(
+      low * float(scale) + float(bias), high * float(scale) + float(bias), scale);
 }
 
 // The 16-row instruction takes two octets at once.
@@ -115,12 +145,12 @@ inline void multiply_16x8x16(
 }
 
 // The operands want pairs of neighbours, which is what memory holds.
-template <typename T, int SPAN, int OCTETS>
+template <typename T, typename Weights, int OCTETS>
 struct MatrixRows {
+  enum { SPAN = Weights::span };
   uint pairs[OCTETS][SPAN / 2];
 
-  template <typename Span>
-  inline MatrixRows(const Span* spans) {
+  inline MatrixRows(const typename Weights::Span* spans) {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
@@ -130,13 +160,23 @@ struct MatrixRows {
     }
   }
 
+  // Pair j of a lane's tokens, in the order of the weights' pairs.
+  static inline uint token_pair(const uint* x, int j) {
+    if (!Weights::interleaved) {
+      return x[j];
+    }
+    const uint* four = x + j / 4 * 4 + j % 4 / 2;
+    return __byte_perm(four[0], four[2], j % 2 ? 0x7632 : 0x5410);
+  }
+
   inline void multiply(int i, const uint* x0, const uint* x1, float* sums0, float* sums1) const {
 #pragma unroll
     for (int j = 0; j < SPAN / 2; j += 2) {
-      const uint* x = j < SPAN / 4 ? x0 + j : x1 + j - SPAN / 4;
+      const uint* x = j < SPAN / 4 ? x0 : x1;
+      const int k = j % (SPAN / 4);
       multiply_16x8x16(
-          sums0, sums1, pairs[i][j], pairs[i + 1][j], pairs[i][j + 1], pairs[i + 1][j + 1], x[0],
-          x[1], T(0));
+          sums0, sums1, pairs[i][j], pairs[i + 1][j], pairs[i][j + 1], pairs[i + 1][j + 1],
+          token_pair(x, k), token_pair(x, k + 1), T(0));
     }
   }
 };

@@ -42,12 +42,12 @@ struct TokenHalves {
 
 // A lane's spans of the weight operand. In step j it brings elements j and span / 2 + j, which
 // are columns 2 * quarter and 2 * quarter + 1 of the operand, the same k as above.
-template <typename T, int SPAN, int OCTETS>
+template <typename T, typename Weights, int OCTETS>
 struct MatrixRows {
+  enum { SPAN = Weights::span };
   float values[OCTETS][SPAN];
 
-  template <typename Span>
-  MatrixRows(const thread Span* spans) {
+  MatrixRows(const thread typename Weights::Span* spans) {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll

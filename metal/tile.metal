@@ -100,7 +100,7 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
   }
 
   void add(const thread typename Weights::Span* weights, const thread Tokens& tokens) {
-    const MatrixRows<T, span, OCTETS> rows(weights);
+    const MatrixRows<T, Weights, OCTETS> rows(weights);
 #pragma unroll
     for (int n = 0; n < TOKENS / 8; ++n) {
 #pragma unroll

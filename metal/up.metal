@@ -14,11 +14,14 @@ struct UpOperands {
 
   template <int OCTETS, typename Weights>
   void load_rows(thread typename Weights::Span* out, Weights up, uint row, uint k) const {
+    if (k < uint(HIDDEN)) {
 #pragma unroll
-    for (int i = 0; i < OCTETS; ++i) {
-      if (k < uint(HIDDEN)) {
+      for (int i = 0; i < OCTETS; ++i) {
         up.load(out[i], first_row + 8 * i + row, k, HIDDEN);
-      } else {
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < OCTETS; ++i) {
         Weights::clear(out[i]);
       }
     }

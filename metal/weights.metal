@@ -21,11 +21,11 @@ inline void stream_words(thread uint* words, const device uint* source) {
 // A plain matrix [rows, columns].
 template <typename T>
 struct PlainWeights {
-  enum { span = 32 / sizeof(T) };  // neighbouring elements that one lane takes
+  enum { span = 32 / sizeof(T), interleaved = false };  // span: neighbours that one lane takes
   struct Span {
     uint words[8];
     float value(int j) const { return element(words, j, T(0)); }
-    uint pair(int j) const { return words[j]; }  // elements 2 * j and 2 * j + 1, of 16 bits
+    uint pair(int j) const { return words[j]; }  // for cuda.h: the 16-bit elements 2 * j, 2 * j + 1
   };
   const device T* data;
 
@@ -43,17 +43,17 @@ struct PlainWeights {
 // weight = scale * packed + bias with one scale and bias, [rows, columns / GROUP], a group.
 template <typename T, int BITS, int GROUP>
 struct AffineWeights {
-  enum { span = 128 / BITS };
+  enum { span = 128 / BITS, interleaved = BITS == 4 };
   struct Span {
     uint words[4];
-    float scale, bias;
+    T scale, bias;
     // Bits stay where they lie as long as that is below 2^23, and the scale makes up for it.
     float value(int j) const {
       const int bit = j * BITS % 32, shift = bit + BITS <= 23 ? 0 : 16;
       const uint packed = words[j * BITS / 32] >> shift & (((1u << BITS) - 1) << (bit - shift));
-      return to_float(packed) * (scale / float(1u << (bit - shift))) + bias;
+      return to_float(packed) * (float(scale) / float(1u << (bit - shift))) + float(bias);
     }
-    uint pair(int j) const { return pack_pair(value(2 * j), value(2 * j + 1), T(0)); }
+    uint pair(int j) const { return affine_pair(words, BITS, j, scale, bias); }
   };
   const device uint* data;
   const device T* scales;
@@ -62,13 +62,13 @@ struct AffineWeights {
   void load(thread Span& out, ulong row, uint column, uint columns) const {
     stream_words<4>(out.words, data + (row * columns + column) / (32 / BITS));
     const ulong group = (row * columns + column) / GROUP;
-    out.scale = float(scales[group]);
-    out.bias = float(biases[group]);
+    out.scale = scales[group];
+    out.bias = biases[group];
   }
   static void clear(thread Span& out) {
     for (int i = 0; i < 4; ++i) {
       out.words[i] = 0;
     }
-    out.scale = out.bias = 0.0f;
+    out.scale = out.bias = T(0);
   }
 };
