@@ -142,6 +142,15 @@ def test_captured_source_keeps_to_metals_limits(case):
 
 
 @in_harness
+@pytest.mark.parametrize("case", CHECKED[:5:4], ids=str)
+def test_threadgroups_that_take_several_tiles(case, monkeypatch):
+    """With more tiles than threadgroups, each one uses its scratch again."""
+    monkeypatch.setitem(kernels.MAX_GROUPS, BACKEND, 3)
+    runs = check(case, "check", order="shuffled")
+    assert runs[0].counters.groups == 3
+
+
+@in_harness
 @pytest.mark.parametrize("case", CHECKED[1:6:2], ids=str)
 def test_result_does_not_depend_on_the_order_of_threads(case):
     *operands, _ = case.operands()
