@@ -1,5 +1,6 @@
 """Markdown that arrives in pieces: finished blocks are printed once, only the last one is live."""
 
+import itertools
 from typing import Any
 
 from markdown_it import MarkdownIt
@@ -42,12 +43,36 @@ class ChatMarkdown(Markdown):
                     child.type = "hardbreak"
 
 
-def finished_length(text: str) -> int:
-    """Length of those blocks of a growing text that no later text can change."""
+def split_blocks(text: str) -> list[str]:
+    """The top-level blocks of a growing text; only the last may still change."""
     blocks = [t for t in PARSER.parse(text) if t.level == 0 and t.map and t.nesting >= 0]
-    if len(blocks) < 2:
-        return 0
-    return sum(len(line) + 1 for line in text.split("\n")[: blocks[-1].map[0]])
+    lines = text.split("\n")
+    starts = [0, *(block.map[0] for block in blocks[1:]), len(lines)]
+    return ["\n".join(lines[a:b]) for a, b in itertools.pairwise(starts)]
+
+
+class Block:
+    """A block of markdown without the empty rows that rich may put around it.
+
+    Args:
+        markup: The block, finished or not.
+    """
+
+    def __init__(self, markup: str):
+        self.markup = markup
+
+    def rows(self, console: Console, options: ConsoleOptions) -> list[list[Segment]]:
+        """The rows of the block."""
+        if not self.markup.strip():
+            return []
+        drawn = rows(console, options, ChatMarkdown(self.markup))
+        filled = [i for i, row in enumerate(drawn) if any(part.text.strip() for part in row)]
+        return drawn[filled[0] : filled[-1] + 1] if filled else []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for row in self.rows(console, options):
+            yield from row
+            yield Segment.line()
 
 
 class Tail:
@@ -60,12 +85,12 @@ class Tail:
     """
 
     def __init__(self, markup: str, below: Any = None, gap: bool = False):
-        self.markup, self.below, self.gap = markup, below, gap
+        self.block, self.below, self.gap = Block(markup), below, gap
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         below = [] if self.below is None else rows(console, options, self.below)
         room = max(1, console.size.height - 3 - len(below))
-        block = rows(console, options, ChatMarkdown(self.markup)) if self.markup.strip() else []
+        block = self.block.rows(console, options)
         if self.gap and block:
             yield Segment.line()
         for row in (*block[-room:], *below):

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from .chat_markdown import ChatMarkdown, Tail, finished_length, muted, printable
+from .chat_markdown import Block, Tail, muted, printable, split_blocks
 
 # Seconds between two drawings of the live region, and the share of time that drawing may take.
 REFRESH = 0.08
@@ -119,6 +119,7 @@ class LiveAnswer:
         # The screen is left clean, then what was live is printed for good.
         self.live.update(Text(""))
         self.live.stop()
+        self._print_finished()
         self._print(self.tail)
 
     def reading(self, done: int, total: int):
@@ -130,19 +131,23 @@ class LiveAnswer:
         """More of the answer."""
         self.status = ""
         self.tail += printable(text)
-        if "\n" in text and (length := finished_length(self.tail)):
-            block, self.tail = self.tail[:length], self.tail[length:]
-            self._print(block)
-            self.due = 0.0
+        if "\n" in text:
+            self._print_finished()
         if time.monotonic() >= self.due:
             self._draw()
+
+    def _print_finished(self):
+        *finished, self.tail = split_blocks(self.tail)
+        for block in finished:
+            self._print(block)
+            self.due = 0.0
 
     def _print(self, block: str):
         if not block.strip():
             return
         if self.printed:
             self.console.print()
-        self.console.print(ChatMarkdown(block))
+        self.console.print(Block(block))
         self.printed = True
 
     def _draw(self):
