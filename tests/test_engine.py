@@ -226,15 +226,23 @@ def test_an_interrupt_in_a_pass_leaves_whole_caches():
     assert_continues(model, cache, prompt + found)
 
 
+def favour(tokens, logits):
+    """A logits processor to which the last two tokens and their number matter."""
+    favourite = (tokens[-1] * 7 + tokens[-2] * 3 + len(tokens)) % 61
+    return logits + 4 * (mx.arange(61) == favourite)
+
+
 def test_logits_processors_see_each_nodes_own_path():
     model = tiny_model()
     prompt = [3, 1, 4, 1, 5]
-    processors = lambda: make_logits_processors({7: 1.5}, 1.8, 6)  # noqa: E731
-    expected = plain(model, prompt, 20, logits_processors=processors())
-    assert expected != plain(model, prompt, 20)
-    for drafter in (OracleDraft(prompt + expected, 61), RandomDraft(prompt + expected, 61)):
-        options = dict(max_tokens=20, logits_processors=processors())
-        assert speculate(model, prompt, drafter, 12, **options) == expected
+    for processors in ([favour], make_logits_processors({7: 1.5}, 1.8, 6)):
+        options = dict(logits_processors=processors)
+        expected = plain(model, prompt, 20, **options)
+        assert expected != plain(model, prompt, 20)
+        for kind in (OracleDraft, RandomDraft):
+            drafter = kind(prompt + expected, 61)
+            assert speculate(model, prompt, drafter, 12, max_tokens=20, **options) == expected
+        assert speculate(model, prompt, LookupDraft(), max_tokens=20, **options) == expected
 
 
 def test_a_round_reads_the_device_once(monkeypatch):
