@@ -219,6 +219,20 @@ def test_unwritten_output_and_absent_lanes():
     assert np.isnan(y).all()
 
 
+def test_scratch_that_an_earlier_kernel_left_unwritten():
+    scratch = metal_host.MetalKernel(
+        name="scratch", input_names=["x"], output_names=["h"],
+        source=INDEX + "if (i < 60) { h[i] = x[i]; }",
+    )  # fmt: skip
+    (h,) = scratch(
+        inputs=[mx.ones((64,))], output_shapes=[(64,)], output_dtypes=[mx.float32],
+        grid=(64, 1, 1), threadgroup=(64, 1, 1), mode="check",
+    )  # fmt: skip
+    run(INDEX + "y[i] = i < 60 ? h[i] : 0.0f;", inputs={"h": h})
+    with pytest.raises(metal_host.MetalError, match="uninitialised read .* buffer 'h' byte 240"):
+        run(INDEX + "y[i] = h[i];", inputs={"h": h})
+
+
 @pytest.mark.parametrize("order", ["forward", "backward", "shuffled"])
 def test_result_does_not_depend_on_the_order_of_threads(order):
     body = SHARED + "a[i] = x[i];" + SYNC + "y[i] = simd_sum(a[63 - i]);"

@@ -5,6 +5,7 @@ source that MLX generated: the text under test is MLX's own, signature included.
 """
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ class MetalKernel:
     mode = "fast"
     options: dict[str, object] = {}
     runs: list[Run] | None = None
+    # the latest outputs and which of their bytes were written: they may be the next one's inputs
+    _written: deque[tuple[mx.array, np.ndarray]] = deque(maxlen=8)
 
     def __init__(
         self,
@@ -133,13 +136,16 @@ class MetalKernel:
 
         buffers = []
         for name, array, infos in zip(self.input_names, arrays, launch.shape_infos, strict=True):
-            buffers.append(Buffer(name, to_bytes(array)))
+            written = next((w for a, w in self._written if a is array), None)
+            buffers.append(Buffer(name, to_bytes(array), written=written))
             if array.ndim:
                 buffers += shape_buffers(name, array, infos)
+        checked = (mode or self.mode) == "check"
         outputs = []
         for name, shape, dtype in zip(self.output_names, output_shapes, output_dtypes, strict=True):
             data = to_bytes(mx.full(shape, 0 if init_value is None else init_value, dtype)).copy()
-            outputs.append(Buffer(name, data, writable=True, initialised=init_value is not None))
+            written = np.zeros(data.size, np.uint8) if checked else None
+            outputs.append(Buffer(name, data, True, init_value is not None, written))
         self.stats = dispatch(
             library,
             [*buffers, *outputs],
@@ -149,10 +155,13 @@ class MetalKernel:
         )
         if MetalKernel.runs is not None:
             MetalKernel.runs.append(Run(self.name, launch, self.stats))
-        return [
+        results = [
             from_bytes(o.data, shape, dtype)
             for o, shape, dtype in zip(outputs, output_shapes, output_dtypes, strict=True)
         ]
+        if checked:
+            self._written.extend((r, o.written) for r, o in zip(results, outputs, strict=True))
+        return results
 
 
 def shape_buffers(name: str, array: mx.array, infos: tuple[bool, bool, bool]) -> list[Buffer]:

@@ -24,6 +24,7 @@ class _Buffer(ctypes.Structure):
         ("writable", U32),
         ("initialised", U32),
         ("name", ctypes.c_char_p),
+        ("written", ctypes.c_void_p),
     ]
 
 
@@ -80,6 +81,12 @@ class Buffer:
     data: np.ndarray  # uint8, one-dimensional; a writable one is overwritten
     writable: bool = False
     initialised: bool = True
+    written: np.ndarray | None = None  # uint8 by byte, 0: nothing wrote it; filled for outputs
+
+    def _as_c(self) -> _Buffer:
+        written = None if self.written is None else self.written.ctypes.data
+        where = self.data.ctypes.data, self.data.nbytes
+        return _Buffer(*where, self.writable, self.initialised, self.name.encode(), written)
 
 
 @cache
@@ -119,12 +126,7 @@ def dispatch(
     Raises:
         MetalError: the kernel did something that Metal leaves undefined.
     """
-    c_buffers = (_Buffer * max(1, len(buffers)))(
-        *(
-            _Buffer(b.data.ctypes.data, b.data.nbytes, b.writable, b.initialised, b.name.encode())
-            for b in buffers
-        )
-    )
+    c_buffers = (_Buffer * max(1, len(buffers)))(*(b._as_c() for b in buffers))
     options = _Options(
         (U32 * 3)(*grid), (U32 * 3)(*threadgroup), lenient, ORDERS[order], seed, poison,
         THREADGROUP_MEMORY, count, timeout,

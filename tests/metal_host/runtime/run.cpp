@@ -128,8 +128,11 @@ static void finish_buffer(Region& r, const Buffer& b) {
     failed = true;
     failure = "the kernel wrote to the input buffer '" + r.name + "'";
   }
-  for (size_t i = 0; r.cells && !b.initialised && i < n; ++i)
-    totals.unwritten += !(r.cells[i].flags & 1);  // INITIALISED
+  for (size_t i = 0; r.cells && r.writable && i < n; ++i) {
+    const bool written = r.cells[i].flags & 1;  // INITIALISED
+    totals.unwritten += !written;
+    if (b.written) b.written[i] = written;
+  }
   if (r.read) traffic[r.id].distinct = uint64_t(std::count(r.read, r.read + n, 1));
   if (r.writable) memcpy(b.host, (void*)r.lo, n);
   unmap(r.cells, n), unmap(r.read, n);
@@ -173,9 +176,10 @@ extern "C" __attribute__((visibility("default"))) int msl_run(Buffer* buffers, i
     Region r = map_buffer(buffers[i], i, next);
     buffer_pointers[i] = (void*)r.lo;
 #ifdef MSL_CHECK
-    if (r.writable) r.cells = zeroed<Cell>(buffers[i].bytes);
-    for (uint64_t k = 0; r.writable && buffers[i].initialised && k < buffers[i].bytes; ++k)
-      r.cells[k].flags = INITIALISED;
+    const Buffer& b = buffers[i];
+    if (b.writable || b.written) r.cells = zeroed<Cell>(b.bytes);
+    for (uint64_t k = 0; r.cells && k < b.bytes; ++k)
+      if (b.writable ? b.initialised : b.written[k]) r.cells[k].flags = INITIALISED;
     if (opt.count) r.read = zeroed<uint8_t>(buffers[i].bytes);
 #endif
     regions.push_back(r);

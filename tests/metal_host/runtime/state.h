@@ -14,6 +14,7 @@ struct Buffer {
   uint64_t bytes;
   uint32_t writable, initialised;
   const char* name;
+  uint8_t* written;  // check build, may be null: by byte, 0 where nothing has written it yet
 };
 struct Options {
   uint32_t grid[3], group[3];
