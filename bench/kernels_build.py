@@ -14,7 +14,7 @@ from pathlib import Path
 
 from kernels_cells import GROUPS, variants
 
-from blockffn_mlx import kernels
+from blockffn_mlx import kernel_text, kernels
 
 PRELUDE = """
 typedef unsigned int uint32_t;
@@ -24,7 +24,7 @@ struct Shape { int sizes[10]; int operator[](int i) const { return sizes[i]; } }
 
 def cuda_source(name: str, bits: int | None, template: dict[str, int | bool]) -> str:
     """The text that MLX would make of a projection for bfloat16, without MLX's own headers."""
-    text = kernels.kernel_text(name, "cuda", bits is not None)
+    text = kernel_text.kernel_text(name, "cuda", bits is not None)
     parameters = []
     for array in text.input_names:
         packed = array == "active" or bits and array == "weight"

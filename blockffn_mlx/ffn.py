@@ -95,11 +95,9 @@ def chunk_union_ffn(
     if act not in ACTIVATIONS:
         raise ValueError(f"unknown expert activation {act!r}: use one of {', '.join(ACTIVATIONS)}")
     if backend == "auto":
-        backend = choose_backend(len(x))
+        backend = choose_backend(len(x), covered=kernels.covers(x, scores, up, down))
     if backend in ("metal", "cuda"):
-        return kernels.union_ffn(
-            x, scores, up, down, act=act, backend=backend, group_size=group_size, bits=bits
-        )
+        return kernels.union_ffn(x, scores, up, down, act=act, backend=backend)
     if backend == "ops":
         return union_ffn_ops(x, scores, up, down, act=act)
     if backend == "dense":
@@ -107,17 +105,20 @@ def chunk_union_ffn(
     raise ValueError(f"unknown backend {backend!r}: use metal, cuda, ops, dense or auto")
 
 
-def choose_backend(num_tokens: int, batch_size: int = 1, training: bool = False) -> str:
+def choose_backend(
+    num_tokens: int, batch_size: int = 1, training: bool = False, covered: bool = True
+) -> str:
     """The one place that decides how a feed-forward layer is computed.
 
     Args:
         num_tokens: Tokens over all sequences.
         batch_size: Number of sequences; the kernels take one.
         training: Whether gradients may be asked for; every expert takes part in those.
+        covered: Whether the kernels take these sizes, dtypes and weights.
     """
     if training or num_tokens > MAX_CHUNK:
         return "dense"
-    if batch_size == 1 and (backend := kernels.available_backend()):
+    if batch_size == 1 and covered and (backend := kernels.available_backend()):
         return backend
     return "ops"
 
@@ -160,18 +161,17 @@ class BlockFFN(nn.Module):
         scores = self.route(router_logits)
         if self.observer is not None:
             self.observer(router_logits, scores)
-        batch_size, num_tokens, hidden_size = x.shape
-        backend = self.backend
-        if backend == "auto":
-            backend = choose_backend(batch_size * num_tokens, batch_size, self.training)
-        out = chunk_union_ffn(
-            x.reshape(-1, hidden_size),
-            scores.reshape(batch_size * num_tokens, -1),
+        operands = (
+            x.reshape(-1, x.shape[-1]),
+            scores.reshape(-1, scores.shape[-1]),
             self.up_proj.weights,
             self.down_proj.weights,
-            act=self.act,
-            backend=backend,
         )
+        backend = self.backend
+        if backend == "auto":
+            covered = kernels.covers(*operands)
+            backend = choose_backend(len(operands[0]), len(x), self.training, covered)
+        out = chunk_union_ffn(*operands, act=self.act, backend=backend)
         if self.sharding_group is not None:
             out = mx.distributed.all_sum(out, group=self.sharding_group)
         return out.reshape(x.shape)

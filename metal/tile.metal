@@ -16,9 +16,22 @@ struct Tile;
 // Few tokens: each lane multiplies its spans itself, then the four lanes of a row add up.
 template <typename T, typename Weights, int OCTETS, int TOKENS>
 struct Tile<false, T, Weights, OCTETS, TOKENS> {
-  enum { span = Weights::span, words = span * sizeof(T) / 4 };
-  struct Tokens {
-    uint x[TOKENS][words];
+  enum { span = Weights::span, words = span * sizeof(T) / 4, columns = TOKENS };
+  // A lane's part of a window: of the weights, and of one token.
+  struct Rows {
+    float values[OCTETS][span];
+    Rows(const thread typename Weights::Span* spans) {
+#pragma unroll
+      for (int i = 0; i < OCTETS; ++i) {
+#pragma unroll
+        for (int j = 0; j < span; ++j) {
+          values[i][j] = spans[i].value(j);
+        }
+      }
+    }
+  };
+  struct Column {
+    uint x[words];
   };
   float sums[OCTETS][TOKENS];
 
@@ -30,26 +43,18 @@ struct Tile<false, T, Weights, OCTETS, TOKENS> {
     }
   }
 
-  // Loads this lane's part of the tokens for the window that begins at `start`.
   template <typename Operands>
-  static void load(thread Tokens& out, Operands operands, uint start, uint, uint quarter) {
-#pragma unroll
-    for (int t = 0; t < TOKENS; ++t) {
-      operands.template load_token<words>(out.x[t], t, start + quarter * span);
-    }
+  static void load(
+      thread Column& out, int t, Operands operands, uint start, uint, uint quarter) {
+    operands.template load_token<words>(out.x, t, start + quarter * span);
   }
 
-  // Adds a window; `weights` are this lane's spans of it.
-  void add(const thread typename Weights::Span* weights, const thread Tokens& tokens) {
+  void add(int t, const thread Rows& rows, const thread Column& column) {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
       for (int j = 0; j < span; ++j) {
-        const float weight = weights[i].value(j);
-#pragma unroll
-        for (int t = 0; t < TOKENS; ++t) {
-          sums[i][t] += weight * element(tokens.x[t], j, T(0));
-        }
+        sums[i][t] += rows.values[i][j] * element(column.x, j, T(0));
       }
     }
   }
@@ -69,45 +74,37 @@ struct Tile<false, T, Weights, OCTETS, TOKENS> {
   }
 };
 
-// Many tokens: products of small matrices, with weights as the rows and tokens as the columns.
+// Many tokens: products of small matrices, with weights as the rows and eight tokens as a column.
 template <typename T, typename Weights, int OCTETS, int TOKENS>
 struct Tile<true, T, Weights, OCTETS, TOKENS> {
-  enum { span = Weights::span, half_words = span * sizeof(T) / 8 };
-  struct Tokens {
-    uint x[TOKENS / 8][2][half_words];
+  enum { span = Weights::span, half_words = span * sizeof(T) / 8, columns = TOKENS / 8 };
+  typedef MatrixRows<T, Weights, OCTETS> Rows;
+  // Each lane brings two half spans of the eight tokens; which, is the matrix unit's choice.
+  struct Column {
+    uint x[2][half_words];
   };
-  float sums[OCTETS][TOKENS / 8][2];  // rows 8 * i + row, tokens 8 * n + 2 * quarter + {0, 1}
+  float sums[OCTETS][columns][2];  // rows 8 * i + row, tokens 8 * n + 2 * quarter + {0, 1}
 
   void clear() {
     for (int i = 0; i < OCTETS; ++i) {
-      for (int n = 0; n < TOKENS / 8; ++n) {
+      for (int n = 0; n < columns; ++n) {
         sums[i][n][0] = sums[i][n][1] = 0.0f;
       }
     }
   }
 
-  // Each lane brings two half spans of every eight tokens; which, is the matrix unit's choice.
   template <typename Operands>
-  static void load(thread Tokens& out, Operands operands, uint start, uint row, uint quarter) {
+  static void load(
+      thread Column& out, int n, Operands operands, uint start, uint row, uint quarter) {
     const TokenHalves halves(row, quarter, span);
-#pragma unroll
-    for (int n = 0; n < TOKENS / 8; ++n) {
-      operands.template load_token<half_words>(
-          out.x[n][0], 8 * n + halves.token0, start + halves.k0);
-      operands.template load_token<half_words>(
-          out.x[n][1], 8 * n + halves.token1, start + halves.k1);
-    }
+    operands.template load_token<half_words>(out.x[0], 8 * n + halves.token0, start + halves.k0);
+    operands.template load_token<half_words>(out.x[1], 8 * n + halves.token1, start + halves.k1);
   }
 
-  void add(const thread typename Weights::Span* weights, const thread Tokens& tokens) {
-    const MatrixRows<T, Weights, OCTETS> rows(weights);
+  void add(int n, const thread Rows& rows, const thread Column& column) {
 #pragma unroll
-    for (int n = 0; n < TOKENS / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < OCTETS; i += ROW_STEP) {
-        rows.multiply(
-            i, tokens.x[n][0], tokens.x[n][1], sums[i][n], sums[i + ROW_STEP - 1][n]);
-      }
+    for (int i = 0; i < OCTETS; i += ROW_STEP) {
+      rows.multiply(i, column.x[0], column.x[1], sums[i][n], sums[i + ROW_STEP - 1][n]);
     }
   }
 
@@ -115,7 +112,7 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
-      for (int n = 0; n < TOKENS / 8; ++n) {
+      for (int n = 0; n < columns; ++n) {
         threadgroup float* column = out + (8 * n + 2 * quarter) * stride + 8 * i + row;
         column[0] = sums[i][n][0];
         column[stride] = sums[i][n][1];
@@ -135,14 +132,15 @@ inline void stream_rows(
   const uint window = 4 * Weights::span, step = SIMDGROUPS * window;
   const uint row = lane_row(lane), quarter = lane_quarter(lane);
   typename Weights::Span spans[DEPTH][OCTETS];
-  typename TileType::Tokens tokens[AHEAD ? DEPTH : 1];
+  typename TileType::Column columns[AHEAD ? DEPTH : 1][AHEAD ? TileType::columns : 1];
   tile.clear();
 #pragma unroll
   for (int i = 0; i < DEPTH; ++i) {
     const uint start = simdgroup * window + i * step;
     operands.template load_rows<OCTETS>(spans[i], weights, row, start + quarter * Weights::span);
-    if (AHEAD) {
-      TileType::load(tokens[AHEAD ? i : 0], operands, start, row, quarter);
+#pragma unroll
+    for (int n = 0; AHEAD && n < TileType::columns; ++n) {
+      TileType::load(columns[AHEAD ? i : 0][AHEAD ? n : 0], n, operands, start, row, quarter);
     }
   }
   for (uint first = simdgroup * window; first < operands.length; first += DEPTH * step) {
@@ -150,13 +148,19 @@ inline void stream_rows(
     for (int i = 0; i < DEPTH; ++i) {
       const uint start = first + i * step, next = start + DEPTH * step;
       if (start < operands.length) {
-        if (!AHEAD) {
-          TileType::load(tokens[0], operands, start, row, quarter);
+        const typename TileType::Rows rows(spans[i]);
+#pragma unroll
+        for (int n = 0; n < TileType::columns; ++n) {
+          thread typename TileType::Column& column = columns[AHEAD ? i : 0][AHEAD ? n : 0];
+          if (!AHEAD) {
+            TileType::load(column, n, operands, start, row, quarter);
+          }
+          tile.add(n, rows, column);
         }
-        tile.add(spans[i], tokens[AHEAD ? i : 0]);
         operands.template load_rows<OCTETS>(spans[i], weights, row, next + quarter * Weights::span);
-        if (AHEAD) {
-          TileType::load(tokens[AHEAD ? i : 0], operands, next, row, quarter);
+#pragma unroll
+        for (int n = 0; AHEAD && n < TileType::columns; ++n) {
+          TileType::load(columns[AHEAD ? i : 0][AHEAD ? n : 0], n, operands, next, row, quarter);
         }
       }
     }
@@ -174,8 +178,7 @@ template <int TOKENS, int ROWS, typename TileType>
 inline void store_partials(
     thread TileType& tile, threadgroup float* partials, uint simdgroup, uint lane) {
   const int stride = Partials<ROWS>::stride;
-  tile.store(
-      partials + simdgroup * TOKENS * stride, stride, lane_row(lane), lane_quarter(lane));
+  tile.store(partials + simdgroup * TOKENS * stride, stride, lane_row(lane), lane_quarter(lane));
 }
 
 template <int SIMDGROUPS, int TOKENS, int ROWS>
