@@ -120,7 +120,7 @@ class Conversation:
             How many old turns had to be dropped to make room.
 
         Raises:
-            ValueError: If the message alone is too long; the conversation stays as it was.
+            ValueError: If the message is empty or alone too long; the conversation stays as it was.
         """
         before = list(self.messages)
         self.messages.append(Message("user", clean(content), clean(content)))
@@ -185,6 +185,9 @@ class Conversation:
                         break
         except _Stopped:
             pass
+        except RuntimeError:
+            self.clear_cache()  # nobody knows which of its arrays failed
+            raise
         finally:
             self._take_in(start, sampled, "".join(shown))
 
@@ -197,6 +200,8 @@ class Conversation:
         if answer_tokens > 0:
             reserve = min(answer_tokens, reserve)
         size, dropped = self._count(), 0
+        if size == 0:
+            raise ValueError("the message is empty")
         if size + reserve <= self.max_context:
             return 0
         if not self.format.is_chat:
@@ -223,8 +228,6 @@ class Conversation:
     def _align(self) -> list[int]:
         """Trims the cache to what the text can go on from; returns the tokens left to prefill."""
         wanted = encode_text(self.tokenizer, self._text())
-        if not wanted.ids:
-            raise ValueError("the message is empty")
         kept, used = reuse(self.held, wanted)
         surplus = len(self.held.ids) - kept
         if surplus and trim_prompt_cache(self.cache, surplus) != surplus:

@@ -34,6 +34,7 @@ DEMO_LINE = (
 )
 # The context is called nearly full from this share on.
 NEARLY_FULL = 0.75
+LEAST_CONTEXT = 64
 
 
 def parser() -> argparse.ArgumentParser:
@@ -71,6 +72,10 @@ def run(args: argparse.Namespace) -> int:
     """One message, the lines of stdin, or a chat."""
     if args.max_tokens == 0:
         raise ValueError("--max-tokens must not be 0 (-1 for no limit)")
+    if args.max_kv_size is not None and args.max_kv_size < LEAST_CONTEXT:
+        raise ValueError(f"--max-kv-size must be at least {LEAST_CONTEXT} tokens")
+    if args.raw and args.system_prompt:
+        raise ValueError("--raw completes plain text, which has no --system-prompt")
     chat = Chat(args, View(args.no_color))
     chat.introduce()
     if args.prompt is None:
@@ -148,7 +153,7 @@ class Chat:
         """Reads messages and commands until the end."""
         words = {name: command.words for name, command in COMMANDS.items()}
         history = Path(self.settings.history).expanduser()
-        self.input = make_input(history, words, self.settings.no_color)
+        self.input = make_input(history, words, self.settings.no_color, self.view.is_live)
         if self.can_edit:
             self.view.note("/help lists commands, Ctrl-D leaves")
             if self.input.problem:
@@ -183,6 +188,8 @@ class Chat:
             self.reply_to(line)
         except ValueError as error:
             self.view.error(str(error))
+        except RuntimeError as error:  # MLX's own, such as a full GPU memory
+            self.view.error(f"the answer failed, the chat goes on: {error}")
 
     @property
     def is_interactive(self) -> bool:
@@ -235,9 +242,10 @@ class Chat:
             raise KeyboardInterrupt
         if stopped:
             self.view.note("stopped; the chat goes on")
-        if self.view.is_live or self.settings.stats:
+        if stats.last and (self.view.is_live or self.settings.stats):
             self.view.note(stats.line())
         self._warn_of_full_context()
+        self.view.space()
 
     def _warn_of_full_context(self):
         chat = self.conversation

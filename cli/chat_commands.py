@@ -106,10 +106,14 @@ def edit(chat: "Chat", argument: str):
 
 
 def system(chat: "Chat", argument: str):
+    conversation = chat.conversation
+    if not conversation.format.is_chat:
+        raise ValueError("plain text has no system prompt")
     if argument:
-        chat.conversation.set_system(None if argument == "off" else argument)
-    present = next((m.content for m in chat.conversation.messages if m.role == "system"), None)
-    chat.view.note("no system prompt" if present is None else f"system prompt: {present}")
+        conversation.set_system(None if argument == "off" else argument)
+    present = next((m.content for m in conversation.messages if m.role == "system"), None)
+    where = "" if conversation.format.has_system else " (put before the first message)"
+    chat.view.note("no system prompt" if present is None else f"system prompt{where}: {present}")
 
 
 def number_setting(name: str, kind: type, low: float, high: float) -> Callable[["Chat", str], None]:

@@ -193,11 +193,14 @@ class CommandCompleter(Completer):
 
 
 def make_input(
-    history: Path | None, commands: Mapping[str, Iterable[str] | None], no_color: bool
+    history: Path | None,
+    commands: Mapping[str, Iterable[str] | None],
+    no_color: bool,
+    can_edit: bool,
 ) -> TerminalInput | LineInput:
-    """The input for what stdin is."""
-    if sys.stdin is None or not sys.stdin.isatty() or not sys.stdout.isatty():
+    """The input for what stdin is; `can_edit` says whether the output can move its cursor."""
+    if sys.stdin is None or not sys.stdin.isatty():
         return LineInput(sys.stdin)
-    if os.environ.get("TERM", "dumb") in ("dumb", "unknown", ""):
-        return LineInput(sys.stdin, PROMPT)
+    if not can_edit:
+        return LineInput(sys.stdin, PROMPT if sys.stdout.isatty() else "")
     return TerminalInput(history, commands, no_color)

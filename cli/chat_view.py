@@ -1,5 +1,6 @@
 """What the chat shows: answers as they come, notes, and nothing that a plain file cannot hold."""
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from rich.text import Text
 
 from .chat_markdown import Block, Tail, muted, printable, split_blocks
 
+# Values of TERM that promise no cursor movement.
+DUMB = (None, "", "dumb", "unknown")
 # Seconds between two drawings of the live region, and the share of time that drawing may take.
 REFRESH = 0.08
 DRAW_SHARE = 0.2
@@ -37,8 +40,8 @@ class View:
                 stream.reconfigure(errors="replace")
         colors = {"no_color": True} if no_color else {}
         self.console = Console(highlight=False, **colors)
-        self.is_live = self.console.is_terminal and not self.console.is_dumb_terminal
         on_screen = self.console.is_terminal
+        self.is_live = on_screen and os.environ.get("TERM") not in DUMB
         self.notes = self.console if on_screen else Console(stderr=True, highlight=False, **colors)
 
     def note(self, text: str):
@@ -53,6 +56,11 @@ class View:
         """Something that was asked for and did not happen."""
         line = Text(printable(" ".join(text.split())), style="red")
         self.notes.print(line, soft_wrap=not self.is_live)
+
+    def space(self):
+        """An empty row between turns, where a person looks on."""
+        if self.is_live:
+            self.console.print()
 
     def show(self, renderable: Any):
         """Something that was asked for."""

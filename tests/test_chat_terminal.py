@@ -76,7 +76,7 @@ def test_commands(chat, tmp_path, folder):
     assert picture.read_text().startswith("<svg")
     assert "ends in .svg" in terminal.enter("/sparsity heat.png")
 
-    assert "system prompt: Be brief." in terminal.enter("/system Be brief.")
+    assert "first message): Be brief." in terminal.enter("/system Be brief.")
     saved = tmp_path / "saved.jsonl"
     assert "saved 7 messages" in terminal.enter(f"/save {saved}")
     messages = [json.loads(line) for line in saved.read_text().splitlines()]
