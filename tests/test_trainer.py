@@ -356,7 +356,7 @@ def test_estimate(folder):
     ("override", "message"),
     [
         ("sparsity.all=1", "unknown key all; known are al, "),
-        ("stage.0.steps=-1", "must be at least 1"),
+        ("stage.0.steps=-1", "must be positive"),
         ("stage.0.steps='many'", "steps: expected int"),
         ("stage.0.packing='tight'", "packing 'tight'"),
         ("stage.0.accumulate=3", "accumulate must divide"),

@@ -99,7 +99,7 @@ class Stage:
     """One stage of the run.
 
     Attributes:
-        steps: Optimiser steps.
+        steps: Optimiser steps; 0 leaves the stage out.
         batch_size: Rows per step over all processes and micro-batches.
         context: Input tokens in a row.
         accumulate: Micro-batches per step.
@@ -131,8 +131,8 @@ class Stage:
     def __post_init__(self):
         if self.packing not in ("windows", "documents"):
             raise ValueError(f"packing {self.packing!r} is not 'windows' or 'documents'.")
-        if min(self.steps, self.batch_size, self.context, self.accumulate) < 1:
-            raise ValueError("steps, batch_size, context and accumulate must be at least 1.")
+        if self.steps < 0 or min(self.batch_size, self.context, self.accumulate) < 1:
+            raise ValueError("steps, batch_size, context and accumulate must be positive.")
         if self.batch_size % self.accumulate:
             raise ValueError("accumulate must divide batch_size.")
         if self.shape not in ("exponential", "linear"):
@@ -213,6 +213,7 @@ class TrainingConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self):
+        self.stage = [stage for stage in self.stage if stage.steps]
         if not self.stage:
             raise ValueError("the run needs at least one [[stage]].")
         for stage in self.stage:

@@ -43,9 +43,10 @@ def evaluate(
     names = list(corpus.validation)
     batches, spoken, owner = [], [], []
     for index, name in enumerate(names):
-        batch, turns = validation_windows(corpus.validation[name], context, corpus.pad, limit)
+        source = corpus.validation[name]
+        batch, turns = validation_windows(source, context, corpus.pad, limit)
         batches.append(batch)
-        spoken.append(turns)
+        spoken.append(turns & ~source.assistant.all())  # plain text has no turns
         owner += [index] * len(turns)
     arrays = [np.concatenate(parts) for parts in zip(*(b[:-1] for b in batches), strict=True)]
     spoken = np.concatenate(spoken)
@@ -110,7 +111,7 @@ def _figures(sums: np.ndarray) -> dict:
     means = (sums[0::2] / np.maximum(sums[1::2], 1)).tolist()
     means = dict(zip(_COLUMNS, means, strict=True))
     figures = {"tokens": int(counts["loss"]), "loss": means["loss"]}
-    if 0 < counts["assistant_loss"] < counts["loss"]:
+    if counts["assistant_loss"]:
         figures["assistant_loss"] = means["assistant_loss"]
     return figures | {
         "tls": 1 - means["activation"],
