@@ -22,9 +22,16 @@ BODIES = {
         h, active, WEIGHTS, y, h_shape[1], partials, threadgroup_position_in_grid.x,
         simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
+    "combine": """
+    threadgroup uint masks[SIMDGROUPS < 8 ? 8 : SIMDGROUPS];
+    threadgroup ushort list[EXPERTS];
+    combine_rows<T, EXPERTS, HIDDEN, SIMDGROUPS>(
+        rows, places, y, masks, list, threadgroup_position_in_grid.x,
+        simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+""",
 }
-INPUTS = {"up": ["x", "scores"], "down": ["h", "active"]}
-OUTPUTS = {"up": ["h", "active"], "down": ["y"]}
+INPUTS = {"up": ["x", "scores"], "down": ["h", "active"], "combine": ["rows", "places"]}
+OUTPUTS = {"up": ["h", "active"], "down": ["y"], "combine": ["y"]}
 
 
 class KernelText(NamedTuple):
@@ -57,15 +64,17 @@ def read_source(name: str, replaced: dict[str, str]) -> str:
     return text(name)
 
 
-def kernel_text(name: str, backend: str, packed: bool) -> KernelText:
-    """The text of a projection.
+def kernel_text(name: str, backend: str, packed: bool = False) -> KernelText:
+    """The text of a kernel.
 
     Args:
-        name: "up" or "down".
+        name: "up", "down" or "combine".
         backend: "metal" or "cuda".
-        packed: Whether the weights are quantised.
+        packed: Whether a projection's weights are quantised.
     """
-    if packed:
+    if name == "combine":
+        arrays, weights = [], ""
+    elif packed:
         arrays = ["weight", "scales", "biases"]
         weights = "AffineWeights<T, BITS, GROUP_SIZE>{weight, scales, biases}"
     else:

@@ -94,11 +94,11 @@ def choose_tiles(num_tokens: int, backend: str, dtype: mx.Dtype, packed: bool) -
 
 
 @functools.cache
-def build_kernel(name: str, backend: str, packed: bool):
-    """The kernel object of a projection ("up" or "down"), made once."""
+def build_kernel(name: str, backend: str, packed: bool = False):
+    """A kernel object, made once; arguments as for `kernel_text`."""
     make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
     text = kernel_text(name, backend, packed)
-    return make(name=f"blockffn_{name}_{'affine' if packed else 'plain'}", **text._asdict())
+    return make(name=f"blockffn_{name}{'_affine' if packed else ''}", **text._asdict())
 
 
 def launch(
