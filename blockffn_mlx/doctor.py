@@ -4,15 +4,16 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import version
+from itertools import product
 from statistics import median
 
 import mlx.core as mx
 
+from . import kernels
 from .experts import ExpertWeights
 from .ffn import chunk_union_ffn
-from .kernels import available_backend
 from .speculative.cost import device_name
 from .version import __version__
 
@@ -22,7 +23,7 @@ TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-3, mx.bfloat16: 1e-2}
 
 # Chunk lengths for each way that a kernel may cut its work, and those whose times are taken.
 TOKENS = (1, 2, 3, 8, 13, 32, 64)
-TIMED = (1, 8, 32)
+TIMED = (1, 32)
 PACKINGS = {"plain": (0, 0), "4-bit": (4, 64), "8-bit": (8, 32)}
 
 # Small, and no multiple of a tile: experts, expert size, hidden size, active experts.
@@ -34,6 +35,7 @@ class Verdict:
     """One kernel and kind of weights on one backend, over several chunk lengths.
 
     Attributes:
+        kernel: "up" or "down"; "layer" where there are no kernels to examine.
         weights: "plain", "4-bit" or "8-bit".
         dtype: Name of the activations' dtype.
         backend: "metal", "cuda" or "ops".
@@ -45,6 +47,7 @@ class Verdict:
         failure: What went wrong when the kernel was built or run, or None.
     """
 
+    kernel: str
     weights: str
     dtype: str
     backend: str
@@ -87,7 +90,7 @@ def environment() -> dict[str, str | int | bool | None]:
         "metal": mx.metal.is_available(),
         "cuda": mx.cuda.is_available(),
         "BLOCKFFN_KERNELS": os.environ.get("BLOCKFFN_KERNELS"),
-        "backend_in_use": available_backend() or "ops",
+        "backend_in_use": kernels.available_backend() or "ops",
     }
 
 
@@ -135,58 +138,140 @@ def seconds_per_call(function: Callable[[mx.array], mx.array], x: mx.array) -> f
     return median(times[1:])
 
 
-def relative_error(out: mx.array, expected: mx.array) -> float:
-    """Norm of the difference over the norm of `expected`, in float32."""
-    difference = out.astype(mx.float32) - expected
-    return (mx.linalg.norm(difference) / mx.linalg.norm(expected)).item()
+def relative_error(found: list[mx.array], exact: list[mx.array]) -> float:
+    """Largest norm of a difference over the norm of what is exact; integers have to be equal."""
+    errors = []
+    for a, b in zip(found, exact, strict=True):
+        if not mx.issubdtype(b.dtype, mx.floating):
+            errors.append(0.0 if mx.array_equal(a, b) else float("inf"))
+        else:
+            difference = a.astype(mx.float32) - b
+            errors.append((mx.linalg.norm(difference) / mx.linalg.norm(b)).item())
+    return max(errors, key=lambda error: (error != error, error))  # a NaN is the largest
+
+
+def in_float32(operand: ExpertWeights) -> ExpertWeights:
+    """An array widened; of packed weights the scales and biases. Integers stay."""
+    if not isinstance(operand, mx.array):
+        return tuple(in_float32(part) for part in operand)
+    return operand.astype(mx.float32) if mx.issubdtype(operand.dtype, mx.floating) else operand
+
+
+@dataclass
+class Subject:
+    """Something to examine, with its operands."""
+
+    x: mx.array
+    scores: mx.array
+    up: ExpertWeights
+    down: ExpertWeights
+
+    def widened(self) -> "Subject":
+        """The same with its operands in float32."""
+        return type(self)(*(in_float32(getattr(self, f.name)) for f in fields(self)))
+
+
+class LayerSubject(Subject):
+    """The layer as a whole."""
+
+    name = "layer"
+
+    def results(self, backend: str) -> list[mx.array]:
+        """What has to be right."""
+        return [chunk_union_ffn(self.x, self.scores, self.up, self.down, backend=backend)]
+
+    def seconds(self, backend: str) -> float:
+        """Time of one call."""
+        weights = (self.scores, self.up, self.down)
+        return seconds_per_call(lambda x: chunk_union_ffn(x, *weights, backend=backend), self.x)
+
+
+class UpSubject(Subject):
+    """The up kernel: the union, and the experts' weighted activations."""
+
+    name = "up"
+
+    def call(self, scores: mx.array, backend: str) -> tuple[mx.array, mx.array]:
+        """h and the list of active experts, from the kernel or its twin."""
+        if backend == "ops":
+            return kernels.up_ops(self.x, scores, self.up, act="silu")
+        return kernels.up(self.x, scores, self.up, act="silu", backend=backend)
+
+    def results(self, backend: str) -> list[mx.array]:
+        """What has to be right; behind the last active expert anything may lie."""
+        h, active = self.call(self.scores, backend)
+        count = int(active[0].item())
+        return [h[:count], active[: 1 + count]]
+
+    def seconds(self, backend: str) -> float:
+        """Time of one call."""
+        # 0 times a result makes the next call wait for this one
+        return seconds_per_call(lambda s: s + self.call(s, backend)[0][0, 0, 0] * 0, self.scores)
+
+
+@dataclass
+class DownSubject(Subject):
+    """The down kernel: the sum over the union's experts."""
+
+    name = "down"
+
+    def __post_init__(self):
+        self.h, self.active = kernels.up_ops(self.x, self.scores, self.up, act="silu")
+
+    def widened(self) -> "DownSubject":
+        """The same with its operands in float32, h as it was rounded."""
+        wide = super().widened()
+        wide.h = in_float32(self.h)
+        return wide
+
+    def call(self, active: mx.array, backend: str) -> mx.array:
+        """The layer's output, from the kernel or its twin."""
+        if backend == "ops":
+            return kernels.down_ops(self.h, active, self.down)
+        return kernels.down(self.h, active, self.down, backend=backend)
+
+    def results(self, backend: str) -> list[mx.array]:
+        """What has to be right."""
+        return [self.call(self.active, backend)]
+
+    def seconds(self, backend: str) -> float:
+        """Time of one call."""
+        return seconds_per_call(
+            lambda a: a + (self.call(a, backend)[0, 0] * 0).astype(a.dtype), self.active
+        )
 
 
 def examine(backend: str | None = None) -> Iterator[Verdict]:
-    """Runs the layer on a backend against plain operations in float32, a verdict at a time.
+    """Holds each kernel of a backend against its twin in float32, a verdict at a time.
 
     Args:
         backend: "metal" or "cuda", "ops", or None for what this machine's GPU speaks. Without a
-            GPU, plain operations are held against the dense product.
+            GPU the layer in plain operations is held against the dense product.
     """
     backend = backend or gpu_backend() or "ops"
-    # MLX is slow on a CPU in half precision, and has one and the same code for all dtypes there
-    dtypes = [mx.float32] if backend == "ops" else TOLERANCE
-    for weights, packing in PACKINGS.items():
-        for dtype in dtypes:
-            tolerance = TOLERANCE[dtype]
-            name = str(dtype).removeprefix("mlx.core.")
-            reference = "dense" if backend == "ops" else "ops"
-            verdict = Verdict(weights, name, backend, reference, tolerance)
-            try:
-                fill(verdict, dtype, packing)
-            except (RuntimeError, ValueError) as error:  # MLX compiles a kernel when it first runs
-                verdict.failure = " ".join(str(error).split())[:300]
-            yield verdict
+    if backend == "ops":
+        # MLX is slow on a CPU in half precision, and runs the same code for all dtypes there
+        subjects, dtypes, reference = [LayerSubject], [mx.float32], "dense"
+    else:
+        subjects, dtypes, reference = [UpSubject, DownSubject], list(TOLERANCE), "ops"
+    for subject, weights, dtype in product(subjects, PACKINGS, dtypes):
+        name = str(dtype).removeprefix("mlx.core.")
+        verdict = Verdict(subject.name, weights, name, backend, reference, TOLERANCE[dtype])
+        try:
+            fill(verdict, subject, dtype)
+        except (RuntimeError, ValueError) as error:  # MLX compiles a kernel when it first runs
+            verdict.failure = " ".join(str(error).split())[:300]
+        yield verdict
 
 
-def fill(verdict: Verdict, dtype: mx.Dtype, packing: tuple[int, int]):
+def fill(verdict: Verdict, kind: type[Subject], dtype: mx.Dtype):
     """Adds errors and times for each number of tokens."""
     *sizes, active = SIZES
     for tokens in TOKENS:
-        x, scores, up, down = random_layer(tokens, *sizes, active, dtype, packing)
-
-        def layer(x, backend, scores=scores, up=up, down=down):
-            return chunk_union_ffn(x, scores, up, down, backend=backend)
-
-        wide = [in_float32(a) for a in (x, scores, up, down)]
-        exact = chunk_union_ffn(*wide, backend=verdict.reference)
-        verdict.errors[tokens] = relative_error(layer(x, verdict.backend), exact)
-        if tokens not in TIMED:
-            continue
-        for backend, times in (
-            (verdict.backend, verdict.microseconds),
-            (verdict.reference, verdict.reference_microseconds),
-        ):
-            times[tokens] = 1e6 * seconds_per_call(lambda x, b=backend: layer(x, b), x)
-
-
-def in_float32(weights: ExpertWeights) -> ExpertWeights:
-    """An array widened; of packed weights the scales and biases."""
-    if isinstance(weights, mx.array):
-        return weights.astype(mx.float32)
-    return weights[0], *(a.astype(mx.float32) for a in weights[1:])
+        operands = random_layer(tokens, *sizes, active, dtype, PACKINGS[verdict.weights])
+        subject = kind(*operands)
+        exact = subject.widened().results(verdict.reference)
+        verdict.errors[tokens] = relative_error(subject.results(verdict.backend), exact)
+        if tokens in TIMED:
+            verdict.microseconds[tokens] = 1e6 * subject.seconds(verdict.backend)
+            verdict.reference_microseconds[tokens] = 1e6 * subject.seconds(verdict.reference)

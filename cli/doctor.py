@@ -69,16 +69,22 @@ def show_facts(console: Console, facts: dict[str, Any]):
     console.print(f"\n{note(facts)}\n")
 
 
+def milliseconds(microseconds: dict[int, float]) -> str:
+    """Two digits or more of each."""
+    values = [us / 1e3 for us in microseconds.values()]
+    return "/".join(f"{ms:.0f}" if ms >= 10 else f"{ms:.2g}" for ms in values)
+
+
 def draw(console: Console) -> list[Verdict]:
     """A line for each verdict; a kernel that failed is explained below the table."""
     lengths = "/".join(map(str, TIMED))
     table = Table(
         box=None,
-        padding=(0, 2, 0, 0),
+        padding=(0, 1, 0, 0),
         caption=f"Error: the worst of {', '.join(map(str, TOKENS))} tokens. "
         f"Times: milliseconds at {lengths} tokens, and those of what it is held against.",
     )
-    for name in ("weights", "dtype", "backend"):
+    for name in ("kernel", "weights", "dtype", "backend"):
         table.add_column(name, no_wrap=True)
     for name in ("error", "allowed", "ms", "against"):
         table.add_column(name, no_wrap=True, justify="right")
@@ -88,17 +94,20 @@ def draw(console: Console) -> list[Verdict]:
         for v in examine():
             verdicts.append(v)
             table.add_row(
+                v.kernel,
                 v.weights,
                 v.dtype,
                 v.backend,
                 f"{max(v.errors.values()):.0e}" if v.errors else "-",
                 f"{v.tolerance:.0e}",
-                "/".join(f"{us / 1e3:.2g}" for us in v.microseconds.values()),
-                "/".join(f"{us / 1e3:.2g}" for us in v.reference_microseconds.values()),
+                milliseconds(v.microseconds),
+                milliseconds(v.reference_microseconds),
                 "[green]right[/]" if v.right else "[red]WRONG[/]",
             )
     console.print(table)
     for v in verdicts:
         if v.failure:
-            console.print(f"{v.backend} {v.weights} {v.dtype}: {v.failure}", markup=False)
+            console.print(
+                f"{v.backend} {v.kernel} {v.weights} {v.dtype}: {v.failure}", markup=False
+            )
     return verdicts

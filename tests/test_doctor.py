@@ -44,13 +44,13 @@ def test_json_is_one_document(monkeypatch, capsys):
 
 @pytest.mark.parametrize("fault", [1.001, float("nan")])
 def test_a_wrong_result_is_status_1(monkeypatch, capsys, fault):
-    right = doctor.chunk_union_ffn
-
-    def wrong(*operands, backend, **rest):
-        y = right(*operands, backend=backend, **rest)
-        return y * fault if backend == (doctor.gpu_backend() or "ops") else y
-
-    monkeypatch.setattr(doctor, "chunk_union_ffn", wrong)
+    right = doctor.LayerSubject.results
+    monkeypatch.setattr(
+        doctor.LayerSubject,
+        "results",
+        lambda self, backend: [y * fault if backend == "ops" else y for y in right(self, backend)],
+    )
+    monkeypatch.setattr(doctor, "gpu_backend", lambda: None)
     status, out = run(monkeypatch, capsys)
     assert status == 1 and "WRONG" in out
 
@@ -66,11 +66,23 @@ def test_a_kernel_that_does_not_build_is_status_1(monkeypatch, capsys):
 
 @pytest.mark.skipif(ON_GPU, reason="the kernels run on this GPU")
 @pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)
-def test_metal_kernels_in_the_harness(monkeypatch):
+@pytest.mark.parametrize("wrong", [None, "up", "down"])
+def test_metal_kernels_in_the_harness(monkeypatch, wrong):
     monkeypatch.setattr(doctor, "TIMED", ())
+    monkeypatch.setattr(doctor, "TOLERANCE", {mx.float16: 2e-3})
+    if wrong:  # the kernel drops the last active expert
+        right = getattr(kernels, wrong)
+
+        def drops_one(a, b, *rest, **settings):
+            if wrong == "down":
+                return right(a, mx.concatenate([b[:1] - 1, b[1:]]), *rest, **settings)
+            h, active = right(a, b, *rest, **settings)
+            return h, mx.concatenate([active[:1] - 1, active[1:]])
+
+        monkeypatch.setattr(kernels, wrong, drops_one)
     kernels.build_kernel.cache_clear()
     with metal_host.harness() as runs:
         verdicts = list(doctor.examine("metal"))
     kernels.build_kernel.cache_clear()
-    assert runs and [v.failure for v in verdicts] == [None] * 9
-    assert all(v.right for v in verdicts)
+    assert runs and [v.kernel for v in verdicts] == ["up"] * 3 + ["down"] * 3
+    assert all(v.right == (v.kernel != wrong) for v in verdicts)
