@@ -4,6 +4,7 @@
 #   bench/train_demo.sh main GPU      the demo model, then its draft head
 #   bench/train_demo.sh ablation GPU  four short runs: both objectives, none, AL, CS
 #   bench/train_demo.sh baseline GPU  the long run without AL and CS
+#   bench/train_demo.sh stop NAME     end main, ablation or baseline
 #   bench/train_demo.sh wait SECONDS  until the runs end or the time is over; prints their last lines
 #   bench/train_demo.sh collect OUT   weights in parts of 15 MiB, logs
 # Extra arguments of main, ablation and baseline go to blockffn-train. Runs outlive this script and
@@ -78,6 +79,9 @@ main | ablation | baseline)
 in-session-*)
   environment
   "train_${1#in-session-}" "${@:2}"
+  ;;
+stop)
+  kill -- "-$(cat "$runs/${2:?main, ablation or baseline}.pid")"
   ;;
 wait)
   for ((i = 0; i < ${2:?seconds}; i += 5)); do

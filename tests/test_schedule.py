@@ -35,6 +35,15 @@ def test_resume_gives_the_same_sequence():
         assert [second.step(x) for x in losses[cut:]] == [first.step(x) for x in losses[cut:]]
 
 
+def test_a_resumed_factor_may_start_from_another_initial():
+    first, second = golden_scheduler(), golden_scheduler()
+    for loss in GOLDEN["sched_losses"].tolist()[:300]:
+        first.step(loss)
+    second.load_state_dict(first.state_dict())
+    second.initial *= 2
+    assert second.factor == pytest.approx(2 * first.factor)
+
+
 def test_the_factor_is_known_before_its_loss():
     scheduler = golden_scheduler()
     for loss in GOLDEN["sched_losses"].tolist()[:320]:

@@ -37,7 +37,8 @@ class AdaptiveFactor:
         self.min_ratio, self.max_ratio = min_ratio, max_ratio
         self.ramp, self.warmup = ramp, warmup
         self.calls = 0
-        self.source = self.target = initial
+        # In units of `initial`, so that a resumed run may be given another one.
+        self.source = self.target = 1.0
         self.losses = deque(maxlen=2 * interval)
 
     @property
@@ -47,9 +48,9 @@ class AdaptiveFactor:
         if call <= self.warmup:
             return self.initial * call / self.warmup
         if call <= self.hold or not self.ramp:
-            return self.target
+            return self.initial * self.target
         progress = ((self.calls - self.hold) % self.interval + 1) / self.interval
-        return self.source + (self.target - self.source) * progress
+        return self.initial * (self.source + (self.target - self.source) * progress)
 
     def step(self, loss) -> float:
         """Records one loss and returns the factor that this call's loss was to be weighed by.
@@ -73,7 +74,7 @@ class AdaptiveFactor:
         if ratio > 1:
             ratio = max(ratio, self.min_ratio)
         self.source = self.target
-        self.target = min(self.source * ratio, self.max_ratio * self.initial)
+        self.target = min(self.source * ratio, self.max_ratio)
 
     def state_dict(self) -> dict:
         """The state as JSON-ready values; `load_state_dict` continues the same sequence."""
