@@ -1,15 +1,11 @@
-"""Compiles the kernels' variants for the H100 to cubins, with a manifest. Needs no GPU.
+"""Writes the CUDA text of the kernels' variants, with a manifest, for kernels_h100.py. Needs MLX.
 
-usage: python bench/kernels_build.py FOLDER --library libnvrtc.so.13 --include CUDA_HEADERS
+usage: python bench/kernels_build.py FOLDER
 """
 
 import argparse
-import ctypes
 import hashlib
 import json
-import re
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 from kernels_cells import GROUPS, variants
@@ -45,87 +41,33 @@ def cuda_source(name: str, bits: int | None, template: dict[str, int | bool]) ->
     )
 
 
-def compile_cubin(source: str, library: str, include: str) -> tuple[bytes, str]:
-    """Cubin and log of `source`, compiled as MLX does.
-
-    Raises:
-        ValueError: With the compiler's log.
-    """
-    nvrtc = ctypes.CDLL(library)
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
-    flags = [
-        b"--device-as-default-execution-space",
-        b"--gpu-architecture=sm_90a",
-        b"--ptxas-options=-v",
-        f"--include-path={include}".encode(),
-    ]
-    status = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
-    nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value + 1)
-    nvrtc.nvrtcGetProgramLog(program, log)
-    if status:
-        raise ValueError(log.value.decode())
-    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
-    cubin = ctypes.create_string_buffer(size.value)
-    nvrtc.nvrtcGetCUBIN(program, cubin)
-    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return cubin.raw, log.value.decode()
-
-
-def build(variant: dict, folder: Path, library: str, include: str) -> dict:
-    """Compiles one variant, unless the folder has it, and returns its manifest entry."""
-    tile = variant["tile"]
+def write_source(variant: dict, folder: Path) -> dict:
+    """Writes the text of a variant and returns its manifest entry."""
     template = {
-        **{key.upper(): value for key, value in kernels.Tile(*tile)._asdict().items()},
+        **{key.upper(): value for key, value in kernels.Tile(*variant["tile"])._asdict().items()},
         "EXPERTS": variant["experts"],
         "HIDDEN": variant["hidden_size"],
         "EXPERT_SIZE": variant["expert_size"],
     }
-    bits = variant["bits"]
-    width = variant["hidden_size"] if variant["name"] == "up" else variant["expert_size"]
     if variant["name"] == "up":
         template["SILU"] = True
-    if bits:
-        template |= {"BITS": bits, "GROUP_SIZE": min(64, width)}
-    source = cuda_source(variant["name"], bits, template)
-    key = hashlib.sha1(source.encode()).hexdigest()[:16]
-    path, log_path = folder / f"{key}.cubin", folder / f"{key}.log"
-    if not path.exists():
-        cubin, log = compile_cubin(source, library, include)
-        log_path.write_text(log)
-        path.write_bytes(cubin)
-    log = log_path.read_text()
-    return {
-        **variant,
-        "cubin": path.name,
-        "registers": int(re.search(r"Used (\d+) registers", log)[1]),
-        "spills": int(re.search(r"(\d+) bytes spill stores", log)[1]),
-    }
+    if variant["bits"]:
+        template |= {"BITS": variant["bits"], "GROUP_SIZE": 64}
+    source = cuda_source(variant["name"], variant["bits"], template)
+    path = folder / f"{hashlib.sha1(source.encode()).hexdigest()[:16]}.cu"
+    path.write_text(source)
+    return {**variant, "file": path.stem}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--library", default="libnvrtc.so")
-    parser.add_argument("--include", default="/usr/local/cuda/include")
     parser.add_argument("--groups", nargs="*", default=list(GROUPS))
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    work = partial(build, folder=args.folder, library=args.library, include=args.include)
-    with ProcessPoolExecutor() as pool:
-        manifest = list(pool.map(work, variants(args.groups)))
-    used = {entry["cubin"] for entry in manifest}
-    for path in args.folder.glob("*.cubin"):
-        if path.name not in used:
-            path.unlink()
-            path.with_suffix(".log").unlink()
+    manifest = [write_source(variant, args.folder) for variant in variants(args.groups)]
     (args.folder / "manifest.json").write_text(json.dumps(manifest))
-    size = sum(path.stat().st_size for path in args.folder.glob("*.cubin")) >> 10
-    print(f"{len(manifest)} variants, {size} KiB; spilling:")
-    for entry in manifest:
-        if entry["spills"]:
-            print(entry["name"], entry["bits"], entry["tile"], entry["registers"], entry["spills"])
+    print(f"{len(manifest)} variants")
 
 
 if __name__ == "__main__":

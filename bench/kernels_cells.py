@@ -44,9 +44,6 @@ TILES = {
         (4, 8, 2, True),
         (4, 16, 1, True),
         (2, 16, 2, False),
-        (2, 8, 8, False),
-        (4, 8, 4, False),
-        (4, 8, 2, False),
     ],
     16: [(2, 8, 2, True), (2, 8, 4, True), (2, 16, 2, True), (4, 8, 2, True), (4, 8, 2, False)],
     32: [
@@ -63,8 +60,23 @@ TILES = {
     64: [(2, 8, 2, False), (2, 8, 4, False), (2, 8, 1, True), (4, 4, 2, False), (4, 4, 4, False)],
 }
 
+# More of them for packed weights, of which a window is fewer bytes.
+PACKED_TILES = {
+    8: [
+        (4, 8, 4, False),
+        (4, 8, 2, False),
+        (4, 16, 2, False),
+        (2, 16, 4, False),
+        (8, 8, 1, False),
+        (8, 8, 2, False),
+        (8, 16, 1, False),
+        (8, 4, 4, False),
+    ],
+    32: [(4, 8, 4, False), (2, 16, 4, False), (8, 4, 1, False)],
+}
+
 # Competing numbers of threadgroups that go round the tiles of the up projection.
-MAX_GROUPS = (264, 396, 528, 1024)
+MAX_GROUPS = (264, 396, 528)
 
 
 def bucket(tokens: int) -> int:
@@ -78,7 +90,8 @@ def variants(groups: Iterable[str]) -> list[dict]:
     for key in groups:
         group = GROUPS[key]
         for columns in sorted({bucket(tokens) for tokens in group.tokens}):
-            for octets, *rest in TILES[columns]:
+            packed = PACKED_TILES.get(columns, []) if group.bits else []
+            for octets, *rest in TILES[columns] + packed:
                 tile = (columns, True, octets, *rest)
                 shape = {
                     "group": key,

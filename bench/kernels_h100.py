@@ -12,6 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
+import nvrtc
 import torch
 from kernels_cells import GROUPS, MAX_GROUPS, bucket
 
@@ -24,7 +25,7 @@ class Kernel:
 
     def __init__(self, entry: dict, folder: Path, max_groups: int | None = None):
         module, function = ctypes.c_void_p(), ctypes.c_void_p()
-        image = (folder / entry["cubin"]).read_bytes()
+        image = (folder / entry["file"]).with_suffix(".cubin").read_bytes()
         check(driver.cuModuleLoadData(ctypes.byref(module), image))
         check(driver.cuModuleGetFunction(ctypes.byref(function), module, b"projection"))
         self.entry, self.function = entry, function
@@ -212,17 +213,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--library", default="libnvrtc.so.13")
+    parser.add_argument("--include", default="/usr/local/cuda/include")
     parser.add_argument("--groups", nargs="*")
     parser.add_argument("--tokens", nargs="*", type=int)
     args = parser.parse_args()
     manifest = json.loads((args.folder / "manifest.json").read_text())
+    nvrtc.compile_folder(args.folder, args.library, args.include)
     torch.zeros(1, device="cuda")  # makes the context that the driver calls rely on
-    kernels = [
-        Kernel(entry, args.folder, max_groups)
-        for entry in manifest
-        for max_groups in (MAX_GROUPS if entry["name"] == "up" else (None,))
-        if (entry["registers"] + 7) // 8 * 8 * 32 * entry["tile"][3] <= 65536
-    ]
+    kernels = []
+    for entry in manifest:
+        entry["registers"], entry["spills"] = nvrtc.registers(args.folder / entry["file"])
+        if entry["registers"] * 32 * entry["tile"][3] <= 65536:
+            group_limits = MAX_GROUPS if entry["name"] == "up" else [None]
+            kernels += [Kernel(entry, args.folder, most) for most in group_limits]
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     print(
         f"{'layer':20} {'T':>3} {'union':>5} {'floor':>7} {'kernels':>8} {'dense':>8} "

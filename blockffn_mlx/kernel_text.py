@@ -18,7 +18,8 @@ BODIES = {
 """,
     "down": """
     threadgroup float partials[SIMDGROUPS * TOKENS * Partials<8 * OCTETS>::stride];
-    down_projection<T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, AHEAD, HIDDEN, EXPERT_SIZE>(
+    down_projection<T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, AHEAD, EXPERTS, HIDDEN,
+                    EXPERT_SIZE>(
         h, active, WEIGHTS, y, h_shape[1], partials, threadgroup_position_in_grid.x,
         simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,

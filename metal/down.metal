@@ -5,9 +5,9 @@ using namespace metal;
 
 // What the tile multiplies. The experts of the union stand behind one another along k, so one
 // product over all of them is the sum: expert k / EXPERT_SIZE of the list, column k % EXPERT_SIZE.
-template <typename T, int HIDDEN, int EXPERT_SIZE, typename Active>
+template <typename T, int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Active>
 struct DownOperands {
-  const device T* h;  // [slots, tokens, EXPERT_SIZE]
+  const device T* h;  // [EXPERTS, tokens, EXPERT_SIZE]
   uint tokens;
   uint first_row;  // of the output
   uint length;     // active experts * EXPERT_SIZE
@@ -15,9 +15,11 @@ struct DownOperands {
 
   template <int OCTETS, typename Weights>
   void load_rows(thread typename Weights::Span* out, Weights down, uint row, uint k) const {
+    // Before the length is asked for, so that both come at once; the list is as long as it can be.
+    const uint expert = list[min(k / EXPERT_SIZE, uint(EXPERTS - 1))];
     if (k < length) {
-      // down as [experts * HIDDEN, EXPERT_SIZE]
-      const ulong expert_row = ulong(list[k / EXPERT_SIZE]) * HIDDEN + first_row + row;
+      // down as [EXPERTS * HIDDEN, EXPERT_SIZE]
+      const ulong expert_row = ulong(expert) * HIDDEN + first_row + row;
 #pragma unroll
       for (int i = 0; i < OCTETS; ++i) {
         down.load(out[i], expert_row + 8 * i, k % EXPERT_SIZE, EXPERT_SIZE);
@@ -45,17 +47,17 @@ struct DownOperands {
 };
 
 // One threadgroup: outputs [group * 8 * OCTETS, ...) of every token. An empty union gives zeros.
-//   h, active: as up_projection leaves them   down: [experts, HIDDEN, EXPERT_SIZE]
+//   h, active: as up_projection leaves them   down: [EXPERTS, HIDDEN, EXPERT_SIZE]
 //   y: [tokens, HIDDEN]
 template <
     typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD,
-    int HIDDEN, int EXPERT_SIZE, typename Weights, typename Active>
+    int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights, typename Active>
 void down_projection(
     const device T* h, Active active, Weights down, device T* y, uint tokens,
     threadgroup float* partials, uint group, uint simdgroup, uint lane) {
   const int ROWS = 8 * OCTETS;
   const uint first_row = group * ROWS;
-  typedef DownOperands<T, HIDDEN, EXPERT_SIZE, Active> Operands;
+  typedef DownOperands<T, EXPERTS, HIDDEN, EXPERT_SIZE, Active> Operands;
   const Operands operands = {h, tokens, first_row, active[0] * EXPERT_SIZE, active + 1};
   Tile<MATRIX, T, Weights, OCTETS, TOKENS> tile;
   stream_rows<OCTETS, SIMDGROUPS, DEPTH, AHEAD>(tile, down, operands, simdgroup, lane);

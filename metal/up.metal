@@ -47,9 +47,8 @@ inline float activate(float z, bool silu) {
 // The threadgroups go round the tiles of 8 * OCTETS rows of the union's experts; `group` of
 // `groups` may find none.
 //   x: [tokens, HIDDEN]   scores: [tokens, EXPERTS]   up: [EXPERTS, EXPERT_SIZE, HIDDEN]
-//   active: [1 + EXPERTS], the count of active experts and the ascending list of them
-//   h: [slots, tokens, EXPERT_SIZE], slot i for the i-th active expert
-// What lies behind the last slot of active and h stays unwritten.
+//   active: [1 + EXPERTS], the count of active experts, the ascending list of them, and zeros
+//   h: [EXPERTS, tokens, EXPERT_SIZE], slot i for the i-th active expert; later ones stay unwritten
 template <
     typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD,
     int EXPERTS, int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights, typename Scores>
@@ -61,8 +60,8 @@ void up_projection(
   const uint count = list_active_experts<EXPERTS, TOKENS, SIMDGROUPS>(
       scores, tokens, masks, list, simdgroup, lane);
   if (group == 0) {
-    for (uint i = simdgroup * 32 + lane; i <= count; i += SIMDGROUPS * 32) {
-      active[i] = i == 0 ? count : list[i - 1];
+    for (uint i = simdgroup * 32 + lane; i <= EXPERTS; i += SIMDGROUPS * 32) {
+      active[i] = i == 0 ? count : i <= count ? list[i - 1] : 0;
     }
   }
 

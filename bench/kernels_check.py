@@ -1,0 +1,198 @@
+"""Everything the kernels promise, on this machine's GPU through MLX, with fresh random inputs.
+
+usage: python bench/kernels_check.py [--cases 400] [--workers 12] [--out FILE.json]
+
+Cases against float64, golden models' logits, and MLX's own times for prefill and whole layers.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from multiprocessing import get_context
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+import blockffn_mlx as bf
+from blockffn_mlx import kernels, prefill
+from blockffn_mlx.ffn import chunk_union_ffn, dense_ffn
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO / "tests"))
+from ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error  # noqa: E402
+
+TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64)
+EXPERTS = (1, 9, 40, 56, 128, 180, 256)
+EXPERT_SIZES = (32, 64, 96, 128)
+HIDDEN_SIZES = (64, 96, 128, 192, 256, 320, 512, 1024, 2048)
+PACKINGS = ((0, 64), (4, 32), (4, 64), (4, 128), (8, 32), (8, 64), (8, 128))
+GOLDEN = ("gqa_block", "mla_linear", "gqa_bf16_sharded")
+
+
+def backend() -> str:
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def sample(count: int, seed: int) -> list[Case]:
+    rng = np.random.default_rng(seed)
+    cases = []
+    while len(cases) < count:
+        experts, size, hidden = (int(rng.choice(c)) for c in (EXPERTS, EXPERT_SIZES, HIDDEN_SIZES))
+        index = len(cases)  # tokens, dtype and packing take turns, so that all pairs come up
+        dtype = list(TOLERANCE)[index % 3]
+        bits, group_size = PACKINGS[index // 3 % len(PACKINGS)]
+        union, act = str(rng.choice(UNIONS)), str(rng.choice(["silu", "relu"]))
+        sizes = (int(rng.choice(TOKENS)), experts, size, hidden)
+        if experts * size * hidden <= 2**25:
+            seed = int(rng.integers(2**31))
+            cases.append(Case(*sizes, dtype, union, act, bits, group_size, seed))
+    return cases
+
+
+def run_case(arguments: tuple) -> tuple[str, str, int, float, bool, bool]:
+    """Name, dtype, bits, error, and whether it is right and gives the same bits twice."""
+    name, *fields = arguments
+    fields[4] = getattr(mx, fields[4])
+    case = Case(*fields)
+    x, scores, up, down, expected = case.operands()
+    outputs = []
+    for fill in (mx.nan, 1e30):  # what freed memory holds next, and so the scratch
+        poison = [mx.full((4_000_000,), fill) for _ in range(4)]
+        mx.eval(poison)
+        del poison
+        y = chunk_union_ffn(x, scores, up, down, act=case.act, backend=backend())
+        mx.eval(y)
+        outputs.append(y)
+    error = relative_error(outputs[0], expected)
+    silent = ~float64(scores).any(-1)
+    right = error < TOLERANCE[case.dtype] and not float64(outputs[0])[silent].any()
+    same = bool(mx.array_equal(*outputs))
+    return name, str(case.dtype).removeprefix("mlx.core."), case.bits, error, right, same
+
+
+def check_cases(count: int, workers: int, seed: int) -> dict:
+    work = []
+    for c in sample(count, seed):
+        dtype = str(c.dtype).removeprefix("mlx.core.")
+        fields = (c.tokens, c.experts, c.expert_size, c.hidden_size, dtype, c.union, c.act)
+        work.append((str(c), *fields, c.bits, c.group_size, c.seed))
+    with get_context("spawn").Pool(workers) as pool:
+        rows = pool.map(run_case, work, chunksize=4)
+    worst, wrong = defaultdict(float), []
+    for name, dtype, bits, error, right, same in rows:
+        key = f"{dtype} {bits or 'plain'}"
+        worst[key] = max(worst[key], error)
+        if not (right and same):
+            wrong.append([name, error, right, same])
+    return {"seed": seed, "cases": len(rows), "worst": dict(worst), "wrong": wrong}
+
+
+def check_golden() -> list[dict]:
+    """Logits of every golden model with all feed-forward layers in the kernels."""
+    rows = []
+    launches = []
+    original = kernels.launch
+    kernels.launch = lambda name, *rest, **kw: launches.append(name) or original(name, *rest, **kw)
+    for name in GOLDEN:
+        source = REPO / "tests" / "data" / "golden" / name
+        with tempfile.TemporaryDirectory() as folder:
+            bf.convert(str(source), f"{folder}/mlx")
+            model, _ = bf.load(f"{folder}/mlx")
+            expected = np.load(source / "golden.npz")
+            for row in range(2):
+                launches.clear()
+                logits = model(mx.array(expected["input_ids"][row : row + 1]))
+                mx.eval(logits)
+                error = relative_error(logits, expected["logits"][row : row + 1].astype(float))
+                tokens = expected["input_ids"].shape[1]
+                rows.append(
+                    {
+                        "model": name,
+                        "row": row,
+                        "tokens": tokens,
+                        "error": error,
+                        "launches": len(launches),
+                        "layers": len(model.layers),
+                    }
+                )
+    kernels.launch = original
+    return rows
+
+
+def milliseconds(work, repeats: int = 7) -> float:
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        mx.eval(work())
+        mx.synchronize()
+        times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[2:])
+
+
+def random_layer(tokens: int, experts: int, size: int, hidden: int, density: float):
+    x = mx.random.normal((tokens, hidden)).astype(mx.bfloat16)
+    used = mx.random.uniform(shape=(tokens, experts)) < density
+    scores = mx.where(used, mx.random.uniform(0.5, 1.5, (tokens, experts)), 0).astype(mx.bfloat16)
+    up = (mx.random.normal((experts, size, hidden)) / hidden**0.5).astype(mx.bfloat16)
+    down = (mx.random.normal((experts, hidden, size)) / size**0.5).astype(mx.bfloat16)
+    mx.eval(x, scores, up, down)
+    return x, scores, up, down
+
+
+def time_prefill() -> list[dict]:
+    rows = []
+    for experts, size, hidden in ((128, 128, 2048), (128, 512, 4096), (64, 1024, 8192)):
+        for tokens in (128, 512, 2048):
+            operands = random_layer(tokens, experts, size, hidden, 0.2)
+            dense = dense_ffn(*operands, act="silu")
+            grouped = prefill.grouped_ffn(*operands, act="silu", backend=backend())
+            error = relative_error(grouped, float64(dense))
+            rows.append(
+                {
+                    "layer": f"{hidden}x{experts}x{size}",
+                    "tokens": tokens,
+                    "dense_ms": milliseconds(lambda: dense_ffn(*operands, act="silu")),
+                    "grouped_ms": milliseconds(
+                        lambda: prefill.grouped_ffn(*operands, act="silu", backend=backend())
+                    ),
+                    "error": error,
+                }
+            )
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=400)
+    parser.add_argument("--workers", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    results = {
+        "device": str(mx.device_info().get("device_name")),
+        "mlx": mx.__version__,
+        "backend": kernels.available_backend(),
+    }
+    print(results, flush=True)
+    for name, work in (
+        ("golden", check_golden),
+        ("prefill", time_prefill),
+        ("cases", lambda: check_cases(args.cases, args.workers, args.seed)),
+    ):
+        try:
+            results[name] = work()
+        except Exception as error:  # the rest of the run is still worth having
+            results[name] = f"failed: {type(error).__name__}: {error}"
+        print(name, json.dumps(results[name], indent=1), flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
