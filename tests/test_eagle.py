@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from conftest import GOLDEN, tiny_model
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache
 
 from blockffn_mlx.convert_draft import convert_draft
 from blockffn_mlx.speculative import load_draft
 from blockffn_mlx.speculative.eagle import EagleDraft, EagleHead, HeadArgs, head_rows
+from blockffn_mlx.speculative.tree import path_to
 
 HEAD = GOLDEN / "gqa_block_eagle"
 
@@ -108,6 +110,47 @@ def test_any_shape_gives_a_tree(target, data, top_k, depth, total_tokens):
     assert len(tree) == min(total_tokens, 1 + top_k + depth * top_k**2)
     assert all(p < i for i, p in enumerate(tree.parents.tolist()))
     assert max(tree.positions.tolist()) <= depth + 1
+
+
+def reference_tree(draft, rows, tokens, top_k, depth, total_tokens):
+    """EAGLE-2 from its definition: every beam's path is run from scratch."""
+    head, length = draft.head, len(rows)
+
+    def logprobs_after(path):
+        cache, hidden = [KVCache() for _ in head.layers], mx.stack(rows)[None]
+        following = draft.embed(mx.array(tokens[1:]))
+        out = head(following, hidden, cache, mx.arange(length))[:, -1:]
+        for place, token in enumerate(path):
+            out = head(draft.embed(mx.array([token])), out, cache, mx.array([length + place]))
+        return np.array(draft.logprobs(out))[0, 0]
+
+    candidates, beams = [], [((), 0.0)]
+    for _ in range(depth + 1):
+        level = []
+        for path, score in beams:
+            found = logprobs_after(path)
+            best = np.argsort(-found)[:top_k]
+            level += [((*path, int(token)), score + found[token]) for token in best]
+        candidates += level
+        beams = sorted(level, key=lambda candidate: -candidate[1])[:top_k]
+    chosen = sorted(candidates, key=lambda candidate: -candidate[1])[: total_tokens - 1]
+    return sorted(path for path, _ in chosen)
+
+
+def test_trees_of_a_head_whose_attention_matters():
+    """The golden head is nearly deaf to its past; this one is not."""
+    model = tiny_model()
+    head = random_head(model, norms=())
+    head.load_weights(
+        [(n, 4 * v) for n, v in tree_flatten(head.parameters()) if "self_attn" in n], strict=False
+    )
+    draft = EagleDraft(head, model)
+    hidden, tokens = mx.random.normal((1, 6, 48)), [1, 2, 3, 4, 5, 6, 7]
+    expected = reference_tree(draft, list(hidden[0]), tokens, 3, 3, 24)
+    tree = draft.propose(hidden, mx.array([tokens]), top_k=3, depth=3, total_tokens=24)
+    names, parents = tree.tokens.tolist(), tree.parents.tolist()
+    found = [tuple(names[n] for n in path_to(parents, node)[1:]) for node in range(1, len(tree))]
+    assert sorted(found) == expected
 
 
 def random_head(model, heads=3, kv_heads=1, norms=("input_norm1", "input_norm2"), bias=True):

@@ -258,6 +258,37 @@ def test_a_round_reads_the_device_once(monkeypatch):
     assert stats.rounds == 4 and len(reads) == stats.rounds
 
 
+def test_the_union_ratio_counts_experts_that_any_node_uses():
+    model, stats = tiny_model(), SpeculationStats()
+    with record_router_scores(model) as recorded:
+        steps = stream(mx.array([3]), model, ModelDraft(tiny_model(), 61), stats=stats)
+        next(steps)
+        used = [np.array(scores[-1] != 0)[0] for scores in recorded]
+        steps.close()
+    assert used[0].shape == (8, 9)
+    assert stats.union_ratio == pytest.approx(np.mean([u.any(axis=0) for u in used]))
+    assert stats.union_ratio > np.mean(used)
+
+
+def test_a_draft_models_cache_follows_what_was_accepted():
+    """After rejections, rewinds and silence it drafts as if it had read the text at once."""
+    model, rng = tiny_model(), random.Random(2)
+    drafter, text = ModelDraft(model, 61), [3, 1, 4]
+    for width in (5, 3, 8, 1, 6, 2, 64, 7):
+        drafter.observe(None, text[drafter.length :])
+        tree = drafter.draft(9, width, 63)
+        fresh = ModelDraft(model, 61)
+        fresh.observe(None, text)
+        assert tree.tokens.tolist() == fresh.draft(9, width, 63).tokens.tolist()
+        held = drafter.settled + drafter.proposed.size
+        assert {c.offset for c in drafter.cache} == {held}
+        accepted = rng.randrange(width)
+        text = text + tree.tokens.tolist()[: 1 + accepted] + [rng.randrange(61)] * (width % 2)
+        if width == 8:
+            drafter.rewind(len(text) // 2)
+            text = text[: len(text) // 2] + [5, 6]
+
+
 def test_outside_observers_keep_watching():
     model = tiny_model()
     with record_router_scores(model) as recorded:

@@ -112,6 +112,28 @@ def test_costs_that_the_table_gets_wrong_are_learnt():
     assert machine.widths[-400:].count(1) > 360
 
 
+def test_a_step_that_the_table_misses_is_learnt():
+    """Only the widths beyond the step cost more than promised."""
+    real = CURVES["step at 9"]
+    machine = Machine(real, 0.85, AdaptiveWidth(table(lambda width: 1.1)), draft_seconds=0.0)
+    machine.run(400)
+    # Interpolation may leave the step's own edge untried.
+    assert machine.settled_rate(200) > 0.8 * machine.best()
+
+
+def test_a_better_draft_is_noticed_soon_while_parked():
+    """Old evidence fades, so that a few good rounds are enough."""
+    waits = []
+    for seed in range(7):
+        machine = Machine(CURVES["linear"], 0.05, AdaptiveWidth(table(CURVES["linear"])), seed=seed)
+        machine.run(500)
+        machine.acceptance, before = 0.7, machine.tokens
+        while machine.widths[-20:].count(1) > 2:
+            machine.run(1)
+        waits.append(machine.tokens - before)
+    assert sorted(waits)[3] < 70
+
+
 def test_a_pause_of_the_machine_is_not_taken_for_a_cost():
     curve = CURVES["step at 9"]
     policy = AdaptiveWidth(table(curve))

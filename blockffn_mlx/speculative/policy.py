@@ -2,6 +2,8 @@
 
 from typing import Protocol
 
+import numpy as np
+
 from .cost import PassCost
 from .tree import MAX_NODES, check_size
 
@@ -61,10 +63,9 @@ class AdaptiveWidth:
 
     Acceptance is learnt per rank: a tree's nodes of rank below m are what a tree of m nodes
     would have held, so one round says something about every smaller width. A width's cost is
-    the measured pass, at the union of experts seen so far, plus what rounds take beyond that
-    (drafting, bookkeeping), until rounds of that very width were timed. While plain decoding
-    promises more, a round is only tried when its expected loss fits into a small share of the
-    time spent, so being wrong never costs much.
+    the measured pass, at the union of experts seen so far, plus what rounds near that width took
+    beyond it (drafting, bookkeeping, a longer text). While plain decoding promises more, a round
+    is only tried when its expected loss fits into a small share of the time spent.
 
     Args:
         cost: What passes cost on this machine.
@@ -76,8 +77,8 @@ class AdaptiveWidth:
         self.cost = cost
         self.candidates = [w for w in cost.widths if 1 < w <= max_width]
         self.plain_seconds = cost.seconds(1)
-        self.round_seconds: dict[int, float] = {}
-        self.overhead = 0.0
+        # What rounds took beyond the table, by width; a plain step takes nothing beyond.
+        self.beyond: dict[int, float] = {1: 0.0}
         self.locality = 0.5
         self.hits = [0.0] * MAX_NODES
         self.counts = [0.0] * MAX_NODES
@@ -110,16 +111,15 @@ class AdaptiveWidth:
             self.counts[rank] += 1
         if (locality := self.cost.locality(width, union)) is not None:
             self.locality = _moved(self.locality, locality, 0.1)
+        expected = self.seconds([width])[0]
         if width not in self.seen_widths:
             # A width's first pass may build its kernels, which no later one pays for.
             self.seen_widths.add(width)
-            seconds = min(seconds, self.seconds(width))
+            seconds = min(seconds, expected)
         else:
-            seconds = _capped(seconds, self.seconds(width))
+            seconds = _capped(seconds, expected)
             beyond = seconds - self.cost.seconds(width, self.locality)
-            self.overhead = _moved(self.overhead, max(beyond, 0.0), 0.3)
-            previous = self.round_seconds.get(width, seconds)
-            self.round_seconds[width] = _moved(previous, seconds, 0.3)
+            self.beyond[width] = _moved(self.beyond.get(width, beyond), beyond, 0.3)
         self.elapsed += seconds
         self.lost = max(0.0, self.lost + seconds - (1 + len(accepted)) * self.plain_seconds)
         self._plain_run = 0
@@ -142,23 +142,24 @@ class AdaptiveWidth:
                 held, tried = held + self.hits[rank], tried + reached
         return chances
 
-    def seconds(self, width: int) -> float:
-        """Expected seconds of a round of this width."""
-        if width in self.round_seconds:
-            return self.round_seconds[width]
-        return self.cost.seconds(width, self.locality) + self.overhead
+    def seconds(self, widths: list[int]) -> np.ndarray:
+        """Expected seconds of a round of each width."""
+        known = sorted(self.beyond)
+        beyond = np.interp(widths, known, [self.beyond[w] for w in known])
+        passes = [self.cost.seconds(width, self.locality) for width in widths]
+        return np.maximum(passes + beyond, 1e-9)
 
     def _decide(self) -> int:
-        chances = self.chances()
-        rates = {w: sum(chances[:w]) / self.seconds(w) for w in self.candidates}
-        if not rates:
+        if not self.candidates:
             return 1
-        best = max(rates, key=rates.__getitem__)
-        gain = rates[best] * self.plain_seconds
-        room = LOSS_ALLOWANCE * self.plain_seconds + LOSS_SHARE * self.elapsed - self.lost
+        tokens = np.cumsum(self.chances())[np.array(self.candidates) - 1]
+        rates = tokens / self.seconds(self.candidates)
+        best = self.candidates[int(rates.argmax())]
+        gain = rates.max() * self.plain_seconds
         if gain >= MIN_GAIN:
-            return best if room > 0 else 1
-        expected_loss = self.seconds(best) * max(1 - gain, 0.0)
+            return best
+        room = LOSS_ALLOWANCE * self.plain_seconds + LOSS_SHARE * self.elapsed - self.lost
+        expected_loss = self.seconds([best])[0] * max(1 - gain, 0.0)
         return best if self._plain_run >= PLAIN_INTERVAL and expected_loss < room else 1
 
     def _fade(self):
