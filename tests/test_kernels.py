@@ -2,6 +2,7 @@
 
 import itertools
 from contextlib import contextmanager
+from dataclasses import replace
 
 import metal_host
 import mlx.core as mx
@@ -11,7 +12,7 @@ from conftest import TINY
 from ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error
 
 import blockffn_mlx as bf
-from blockffn_mlx import kernels
+from blockffn_mlx import doctor, kernels
 
 ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
 BACKEND = "cuda" if mx.cuda.is_available() else "metal"
@@ -110,6 +111,20 @@ def test_unions(union, dtype):
 def test_large_sizes(size):
     check(Case(3, 128, *size, mx.bfloat16, "partial"))
     check(Case(9, 9, *size, mx.float32, "full", act="relu"))
+
+
+@pytest.mark.parametrize("packing", doctor.PACKINGS.values(), ids=doctor.PACKINGS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_kernels_match_their_twins(dtype, packing):
+    """At sizes that are no multiple of a tile: 13 tokens, 11 active experts of 37."""
+    operands = doctor.random_layer(13, 37, 96, 160, 11, dtype, packing)
+    for kind in (doctor.UpSubject, doctor.DownSubject):
+        subject = kind(*operands)
+        exact = subject.widened().results("ops")
+        with running():
+            found = subject.results(BACKEND)
+            mx.eval(found)
+        assert doctor.relative_error(found, exact) < TOLERANCE[dtype]
 
 
 # one case for each tile size, plain and packed, all dtypes
@@ -219,4 +234,62 @@ def test_negative_router_norm_weights(monkeypatch):
     with running():
         out = layer(x)
         mx.eval(out)
+    assert relative_error(out, float64(expected)) < TOLERANCE[mx.float32]
+
+
+@pytest.fixture
+def fresh_probe():
+    kernels.probe.cache_clear()
+    yield
+    kernels.probe.cache_clear()
+
+
+def test_probe_lets_right_kernels_pass(fresh_probe):
+    with running():
+        assert kernels.probe(BACKEND)
+
+
+def test_probe_stops_wrong_kernels(fresh_probe, monkeypatch):
+    right = kernels.down
+    monkeypatch.setattr(kernels, "down", lambda *a, **k: right(*a, **k) * 1.1)
+    with running(), pytest.warns(UserWarning, match="wrong results"):
+        assert not kernels.probe(BACKEND)
+
+
+@in_harness
+def test_probe_stops_kernels_that_do_not_run(fresh_probe):
+    kernels.build_kernel.cache_clear()
+    with pytest.warns(UserWarning, match="do not run here.*No Metal back-end"):
+        assert not kernels.probe("metal")
+
+
+def test_environment_turns_kernels_off(monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(kernels, "probe", lambda backend: True)
+    monkeypatch.delenv("BLOCKFFN_KERNELS", raising=False)
+    assert kernels.available_backend() == "metal"
+    monkeypatch.setenv("BLOCKFFN_KERNELS", "ops")
+    assert kernels.available_backend() is None
+
+
+COVERED = Case(5, 9, 32, 64)
+NOT_COVERED = {
+    "65 tokens": replace(COVERED, tokens=65),
+    "257 experts": replace(COVERED, experts=257),
+    "expert size": replace(COVERED, expert_size=40),
+    "hidden size": replace(COVERED, hidden_size=72),
+    "bits": replace(COVERED, bits=2, group_size=32),
+}
+
+
+@pytest.mark.parametrize("name", NOT_COVERED)
+def test_what_the_kernels_do_not_cover_goes_to_plain_operations(name, monkeypatch):
+    monkeypatch.setattr(kernels, "available_backend", lambda: "metal")
+    monkeypatch.setattr(kernels, "union_ffn", None)  # called: an error
+    assert kernels.covers(*COVERED.operands()[:4])
+    x, scores, up, down, _ = NOT_COVERED[name].operands()
+    assert not kernels.covers(x, scores, up, down)
+    out = bf.ffn.chunk_union_ffn(x, scores, up, down)
+    expected = bf.ffn.chunk_union_ffn(x, scores, up, down, backend="dense")
     assert relative_error(out, float64(expected)) < TOLERANCE[mx.float32]
