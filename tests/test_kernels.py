@@ -199,6 +199,8 @@ def test_weights_are_loaded_once(tokens, bits):
         active = weight_bytes(case, weights)
         assert sum(t.distinct for t in parts) == active
         assert sum(t.bytes for t in parts) <= 1.05 * active
+        # a line that is touched is taken whole, by this load and at most one beside it
+        assert 128 * parts[0].lines <= 2 * parts[0].bytes
 
 
 # Relative error (norm) of the logits; in bfloat16 every layer rounds, and so did the original.
