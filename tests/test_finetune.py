@@ -140,3 +140,13 @@ def test_dry_run_trains_nothing(folder):
     assert re.match(r"parameters: [\d,]+ \([\d,]+ trained\)\ntokens: 128 in 4 steps\n", done.stdout)
     assert "memory: " in done.stdout and "time: " in done.stdout
     assert not (folder / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme(tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "tiny.toml"
+    done = command(str(example), "--set", f"output={tmp_path}/tiny")
+    assert done.returncode == 0, done.stderr
+    unigram = float(re.search(r"unigram counts: ([\d.]+)", done.stderr)[1])
+    records = [json.loads(line) for line in (tmp_path / "tiny" / "log.jsonl").open()]
+    assert records[-1]["all"]["loss"] < unigram - 0.5

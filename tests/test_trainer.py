@@ -385,3 +385,25 @@ def test_bad_settings_are_refused(folder, override, message):
 def test_misfits_are_refused(folder, override, message):
     with pytest.raises(ValueError, match=message):
         prepare(load_config(folder / "run.toml", [override]))
+
+
+def test_frequent_tokens_gradients_add_up_in_float32(folder):
+    trainer = make_trainer(folder, "optimizer.dtype='bfloat16'")
+    embedding = trainer.model.model.embed_tokens
+    ids = mx.zeros((3000,), mx.int32)
+
+    def total(weight: mx.array) -> mx.array:
+        embedding.weight = weight
+        return embedding(ids).sum()
+
+    gradient = mx.grad(total)(embedding.weight)
+    assert (np.array(gradient[0]) == 3000).all()
+    assert embedding(ids).dtype == mx.bfloat16
+
+
+def test_bfloat16_passes_train_float32_masters(folder):
+    trainer = make_trainer(folder, "optimizer.dtype='bfloat16'", "stage.1.steps=0")
+    trainer.train()
+    assert {w.dtype for _, w in tree_flatten(trainer.model.parameters())} == {mx.float32}
+    losses = [record["loss"] for record in log_of(trainer) if record["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.5

@@ -1,1 +1,5 @@
 """Training: objectives, schedules, data and the trainer."""
+
+from . import losses, schedule
+
+__all__ = ["losses", "schedule"]

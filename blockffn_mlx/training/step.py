@@ -5,7 +5,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 from .config import OptimizerSettings
 from .sampling import Batch
@@ -46,6 +46,42 @@ class GroupedAdamW(optim.MultiOptimizer):
             member.learning_rate = value * rate
 
 
+class MasterEmbedding(nn.Embedding):
+    """Looks up float32 masters and hands out the compute dtype.
+
+    A batch holds thousands of a frequent token; their gradients, added up in bfloat16, would stop
+    growing at a few hundred.
+    """
+
+    def __init__(self, weight: mx.array, dtype: mx.Dtype):
+        super().__init__(1, 1)
+        self.weight, self.dtype = weight, dtype
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.weight[x].astype(self.dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x @ self.weight.astype(self.dtype).T
+
+
+def hold_masters(model: nn.Module, dtype: mx.Dtype):
+    """Makes a model's trainable parameters float32 masters, for passes in another dtype."""
+    model.update(tree_map(lambda p: p.astype(mx.float32), model.trainable_parameters()))
+    for name, module in model.named_modules():
+        if type(module) is nn.Embedding and module.trainable_parameters():
+            masters = MasterEmbedding(module.weight, dtype)
+            model.update_modules(tree_unflatten([(name, masters)]))
+
+
+def in_compute_dtype(parameters: dict, dtype: mx.Dtype) -> dict:
+    """The parameters as the passes see them; embeddings are cast where they are looked up."""
+
+    def cast(path: str, parameter: mx.array) -> mx.array:
+        return parameter if "embed_tokens" in path else parameter.astype(dtype)
+
+    return tree_map_with_path(cast, parameters)
+
+
 def make_step(
     model: nn.Module,
     optimizer: GroupedAdamW,
@@ -72,7 +108,7 @@ def make_step(
 
     def loss(parameters, batch, share, cs_factor):
         # The passes see the masters in the compute dtype; their gradients come in float32.
-        model.update(tree_map(lambda p: p.astype(dtype), parameters))
+        model.update(in_compute_dtype(parameters, dtype))
         return objective(Batch(*batch), cs_factor, share)
 
     gradient = mx.value_and_grad(loss)

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from .config import Stage, TrainingConfig
 from .data import Corpus
@@ -18,7 +18,7 @@ from .objective import METRICS, batch_share, objective
 from .sampling import Batch, DocumentPacker, WindowSampler
 from .schedule import AdaptiveFactor, warmup_stable_decay
 from .state import latest_checkpoint, load_checkpoint, save_checkpoint
-from .step import GroupedAdamW, make_step
+from .step import GroupedAdamW, hold_masters, in_compute_dtype, make_step
 
 LOG_FILE = "log.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -74,7 +74,8 @@ class Trainer:
             sparsity.warmup,
         )
         model.train()
-        model.update(tree_map(lambda p: p.astype(mx.float32), model.trainable_parameters()))
+        self.dtype = getattr(mx, config.optimizer.dtype)
+        hold_masters(model, self.dtype)
         mx.random.seed(config.seed)
         self.optimizer = GroupedAdamW(model, config.optimizer)
         self._run_step = self._make_step()
@@ -260,8 +261,7 @@ class Trainer:
         if not self.corpus.validation:
             return
         masters = self.model.trainable_parameters()
-        dtype = getattr(mx, self.config.optimizer.dtype)
-        self.model.update(tree_map(lambda p: p.astype(dtype), masters))
+        self.model.update(in_compute_dtype(masters, self.dtype))
         figures = self.evaluate()
         self.model.update(masters)
         self._record({"kind": "evaluation", "step": self.step, **figures})
