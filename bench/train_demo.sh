@@ -1,6 +1,7 @@
 #!/bin/bash
 # Trains the demo model on NVIDIA GPUs: its long run, its draft head, and the ablation.
 #   bench/train_demo.sh setup PARTS   install MLX's CUDA build and this package from carried files
+#   bench/train_demo.sh update        take this tree's code, while nothing runs
 #   bench/train_demo.sh main GPU      the demo model, then its draft head
 #   bench/train_demo.sh ablation GPU  four short runs: both objectives, none, AL, CS
 #   bench/train_demo.sh baseline GPU  the long run without AL and CS
@@ -70,8 +71,10 @@ setup)
   python3 -c "import mlx.core as mx, blockffn_mlx; print('mlx', mx.__version__, mx.default_device())"
   nvidia-smi --query-gpu=name,memory.total --format=csv
   ;;
-main | ablation | baseline)
+update)
   package
+  ;;
+main | ablation | baseline)
   mkdir -p "$runs"
   CUDA_VISIBLE_DEVICES=${2:?the GPU} setsid "$root/bench/train_demo.sh" "in-session-$1" "${@:3}" >"$runs/$1.out" 2>&1 </dev/null &
   echo $! >"$runs/$1.pid"
