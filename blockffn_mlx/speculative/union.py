@@ -21,8 +21,8 @@ class Union:
 
         A scalar that nothing has computed yet, so that it comes with the round's one sync.
         """
-        used = [mx.any(passes[-1] != 0, axis=(0, 1)).astype(mx.float32) for passes in self.recorded]
-        return mx.mean(mx.concatenate(used))
+        scores = mx.concatenate([passes[-1] for passes in self.recorded])  # [layers, n, E]
+        return mx.mean(mx.any(scores != 0, axis=1).astype(mx.float32))
 
 
 @contextmanager
