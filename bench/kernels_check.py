@@ -1,8 +1,9 @@
 """Everything the kernels promise, on this machine's GPU through MLX, with fresh random inputs.
 
-usage: python bench/kernels_check.py [--cases 400] [--workers 12] [--out FILE.json]
+usage: python bench/kernels_check.py [PART ...] [--cases 400] [--workers 12] [--out FILE.json]
 
-Cases against float64, golden models' logits, and MLX's own times for prefill and whole layers.
+Parts: cases against float64, golden models' logits, the combining kernel of prefill, and the times
+of prefill.
 """
 
 import argparse
@@ -12,7 +13,8 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from multiprocessing import get_context
+from functools import partial
+from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 
 import mlx.core as mx
@@ -75,21 +77,47 @@ def run_case(arguments: tuple) -> tuple[str, str, int, float, bool, bool]:
     return name, str(case.dtype).removeprefix("mlx.core."), case.bits, error, right, same
 
 
-def check_cases(count: int, workers: int, seed: int) -> dict:
+def check_cases(count: int, workers: int, seed: int, seconds: float) -> dict:
     work = []
     for c in sample(count, seed):
         dtype = str(c.dtype).removeprefix("mlx.core.")
         fields = (c.tokens, c.experts, c.expert_size, c.hidden_size, dtype, c.union, c.act)
         work.append((str(c), *fields, c.bits, c.group_size, c.seed))
+    worst, wrong, done = defaultdict(float), [], 0
+    deadline = time.monotonic() + seconds
     with get_context("spawn").Pool(workers) as pool:
-        rows = pool.map(run_case, work, chunksize=4)
-    worst, wrong = defaultdict(float), []
-    for name, dtype, bits, error, right, same in rows:
-        key = f"{dtype} {bits or 'plain'}"
-        worst[key] = max(worst[key], error)
-        if not (right and same):
-            wrong.append([name, error, right, same])
-    return {"seed": seed, "cases": len(rows), "worst": dict(worst), "wrong": wrong}
+        results = pool.imap_unordered(run_case, work)
+        while done < len(work) and (left := deadline - time.monotonic()) > 0:
+            try:
+                name, dtype, bits, error, right, same = results.next(left)
+            except TimeoutError:
+                break
+            done += 1
+            key = f"{dtype} {bits or 'plain'}"
+            worst[key] = max(worst[key], error)
+            if not (right and same):
+                wrong.append([name, error, right, same])
+        pool.terminate()
+    return {"seed": seed, "cases": done, "worst": dict(worst), "wrong": wrong}
+
+
+def check_combine() -> dict[str, float]:
+    """The combining kernel against its twin, and gather_mm as prefill uses it against float32."""
+    x, scores, up, down = random_layer(300, 40, 64, 256, 0.2)
+    rows = mx.random.normal((500, 256)).astype(mx.bfloat16)
+    places = mx.random.randint(0, 501, (30, 40)).astype(mx.uint32)
+    combined = prefill.combine(rows, places, backend=backend())
+    experts = mx.sort(mx.random.randint(0, 40, (300,))).astype(mx.uint32)
+    plain = (x.astype(mx.float32)[:, None] @ up.astype(mx.float32).swapaxes(1, 2)[experts])[:, 0]
+    gathered = mx.gather_mm(
+        x[:, None], up.swapaxes(1, 2), rhs_indices=experts, sorted_indices=True
+    )[:, 0]
+    whole = prefill.grouped_ffn(x, scores, up, down, act="silu", backend=backend())
+    return {
+        "combine": relative_error(combined, float64(prefill.combine_ops(rows, places))),
+        "gather_mm": relative_error(gathered, float64(plain)),
+        "grouped_ffn": relative_error(whole, float64(dense_ffn(x, scores, up, down, act="silu"))),
+    }
 
 
 def check_golden() -> list[dict]:
@@ -146,21 +174,18 @@ def random_layer(tokens: int, experts: int, size: int, hidden: int, density: flo
 
 def time_prefill() -> list[dict]:
     rows = []
-    for experts, size, hidden in ((128, 128, 2048), (128, 512, 4096), (64, 1024, 8192)):
+    for experts, size, hidden in ((128, 128, 2048), (128, 512, 4096)):
         for tokens in (128, 512, 2048):
             operands = random_layer(tokens, experts, size, hidden, 0.2)
-            dense = dense_ffn(*operands, act="silu")
-            grouped = prefill.grouped_ffn(*operands, act="silu", backend=backend())
-            error = relative_error(grouped, float64(dense))
+            dense = partial(dense_ffn, *operands, act="silu")
+            grouped = partial(prefill.grouped_ffn, *operands, act="silu", backend=backend())
             rows.append(
                 {
                     "layer": f"{hidden}x{experts}x{size}",
                     "tokens": tokens,
-                    "dense_ms": milliseconds(lambda: dense_ffn(*operands, act="silu")),
-                    "grouped_ms": milliseconds(
-                        lambda: prefill.grouped_ffn(*operands, act="silu", backend=backend())
-                    ),
-                    "error": error,
+                    "error": relative_error(grouped(), float64(dense())),
+                    "dense_ms": milliseconds(dense),
+                    "grouped_ms": milliseconds(grouped),
                 }
             )
             print(rows[-1], flush=True)
@@ -169,6 +194,8 @@ def time_prefill() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=["golden", "combine", "prefill", "cases"])
+    parser.add_argument("--seconds", type=float, default=600, help="for the cases, at most")
     parser.add_argument("--cases", type=int, default=400)
     parser.add_argument("--workers", type=int, default=12)
     parser.add_argument("--seed", type=int, default=int(time.time()))
@@ -180,13 +207,15 @@ def main() -> None:
         "backend": kernels.available_backend(),
     }
     print(results, flush=True)
-    for name, work in (
-        ("golden", check_golden),
-        ("prefill", time_prefill),
-        ("cases", lambda: check_cases(args.cases, args.workers, args.seed)),
-    ):
+    work = {
+        "golden": check_golden,
+        "combine": check_combine,
+        "prefill": time_prefill,
+        "cases": lambda: check_cases(args.cases, args.workers, args.seed, args.seconds),
+    }
+    for name in args.parts:
         try:
-            results[name] = work()
+            results[name] = work[name]()
         except Exception as error:  # the rest of the run is still worth having
             results[name] = f"failed: {type(error).__name__}: {error}"
         print(name, json.dumps(results[name], indent=1), flush=True)
