@@ -62,7 +62,7 @@ TILES = {
     "cuda": [
         (Tile(8, True, 2, 8, 2, True), Tile(8, True, 2, 16, 2, True)),
         (Tile(16, True, 2, 8, 2, True), Tile(16, True, 2, 16, 2, True)),
-        (Tile(32, True, 4, 8, 1, True), Tile(32, True, 2, 16, 1, True)),
+        (Tile(32, True, 2, 16, 1, True), Tile(32, True, 2, 16, 1, True)),
         (Tile(64, True, 2, 8, 1, True), Tile(64, True, 2, 8, 1, True)),
     ],
     "cuda packed": [
@@ -81,8 +81,8 @@ TILES = {
     ],
 }
 
-# Threadgroups of the up kernel at most: enough to keep the machine busy. They go round the tiles.
-MAX_GROUPS = {"metal": 1024, "cuda": 396}
+# Threads of the up kernel at most: enough to fill the machine. Its threadgroups go round the tiles.
+MAX_THREADS = {"metal": 1 << 18, "cuda": 132 << 10}
 
 
 def choose_tiles(num_tokens: int, backend: str, dtype: mx.Dtype, packed: bool) -> tuple[Tile, Tile]:
@@ -171,7 +171,10 @@ def up(
         [x, scores],
         weights,
         backend=backend,
-        groups=min(num_experts * expert_size // (8 * tile.octets), MAX_GROUPS[backend]),
+        groups=min(
+            num_experts * expert_size // (8 * tile.octets),
+            MAX_THREADS[backend] // (32 * tile.simdgroups),
+        ),
         outputs=[
             ((num_experts, num_tokens, expert_size), x.dtype),
             ((1 + num_experts,), mx.uint32),
