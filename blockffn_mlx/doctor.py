@@ -125,17 +125,21 @@ def random_layer(
 
 
 def seconds_per_call(function: Callable[[mx.array], mx.array], x: mx.array) -> float:
-    """Median over chains of dependent calls, after a warm-up; the result feeds the next call."""
-    calls, chains = 8, 3
-    times = []
-    for _ in range(chains + 1):
-        y = x
-        start = time.perf_counter()
+    """Median over chains of dependent calls, after a warm-up; the result feeds the next call.
+
+    Three chains of up to 8 calls; slow calls, as on a CPU, get shorter ones.
+    """
+
+    def chain(calls: int) -> float:
+        y, start = x, time.perf_counter()
         for _ in range(calls):
             y = function(y)
         mx.eval(y)
-        times.append((time.perf_counter() - start) / calls)
-    return median(times[1:])
+        return (time.perf_counter() - start) / calls
+
+    chain(1)
+    calls = max(1, min(8, int(0.02 / chain(1))))
+    return median(chain(calls) for _ in range(3))
 
 
 def relative_error(found: list[mx.array], exact: list[mx.array]) -> float:

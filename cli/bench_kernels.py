@@ -33,7 +33,9 @@ def add_parser(commands: Any):
     parser.add_argument("--expert-size", type=int, default=128)
     parser.add_argument("--num-experts", type=int, default=128)
     parser.add_argument("--num-layers", type=int, default=36)
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="bfloat16 unless given; float32 where a CPU is measured"
+    )
     parser.add_argument("--q-bits", type=int, choices=(4, 8), help="quantised experts")
     parser.add_argument("--q-group-size", type=int, default=64)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32], help="chunk lengths")
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
 def sizes(args: argparse.Namespace) -> tuple[Layer, int]:
     """The layer's sizes and the number of layers, from flags or from a config.json."""
     values = vars(args)
+    if args.dtype is None:
+        args.dtype = "bfloat16" if args.model_chip or gpu_backend() else "float32"
     if args.model:
         config = json.loads((Path(args.model) / "config.json").read_text(encoding="utf-8"))
         names = {"num_layers": "num_hidden_layers"}
@@ -116,8 +120,7 @@ def prediction(chip: str, layer: Layer, args: argparse.Namespace) -> dict[str, A
 
 def measurement(layer: Layer, args: argparse.Namespace) -> dict[str, Any]:
     """Rows of median microseconds on this machine, dense and union in one run."""
-    rows = []
-    dtype = DTYPES[args.dtype]
+    rows, dtype = [], DTYPES[args.dtype]
     for tokens, active in cells(layer, args):
         backend = choose_backend(tokens)
         packing = (args.q_bits or 0, args.q_group_size)
@@ -142,7 +145,7 @@ def measurement(layer: Layer, args: argparse.Namespace) -> dict[str, Any]:
         )
     return {
         "kind": "measurement",
-        "chip": device_name(),
+        "chip": f"{device_name()}, {args.dtype}",
         "gpu": gpu_backend() is not None,
         "method": "median time of a call in a chain of dependent calls after a warm-up; the same "
         "layer each time, so a large cache helps",
