@@ -94,7 +94,7 @@ def test_never_slower_than_plain_by_more_than_5_percent(name, acceptance, tokens
 def test_a_change_of_acceptance_is_followed_both_ways():
     curve = CURVES["linear"]
     machine = Machine(curve, 0.85, AdaptiveWidth(table(curve))).run(300)
-    assert min(machine.widths[-100:]) > 2
+    assert sum(width > 2 for width in machine.widths[-100:]) > 85
     machine.acceptance = 0.05
     machine.run(600)
     assert machine.widths[-300:].count(1) > 240
@@ -134,6 +134,17 @@ def test_a_better_draft_is_noticed_soon_while_parked():
     assert sorted(waits)[3] < 70
 
 
+def test_a_machine_that_gets_faster_is_not_taken_for_a_good_draft():
+    """Plain steps were last timed while the machine was busy; no token is ever accepted."""
+    curve = CURVES["linear"]
+    policy = AdaptiveWidth(table(lambda width: 3 * curve(width)))
+    machine = Machine(curve, 0.0, policy, draft_seconds=0.0).run(100)
+    assert machine.widths[-80:].count(1) > 60
+    # And in the midst of speculation that pays: what plain steps cost is looked at again.
+    machine = Machine(curve, 0.85, AdaptiveWidth(table(curve))).run(300)
+    assert min(machine.widths[-100:]) == 1 and machine.widths[-100:].count(1) < 20
+
+
 def test_a_pause_of_the_machine_is_not_taken_for_a_cost():
     curve = CURVES["step at 9"]
     policy = AdaptiveWidth(table(curve))
@@ -156,7 +167,7 @@ def test_the_union_of_experts_moves_the_cost():
     widths = {}
     for union in (0.0, 1.0):
         policy = AdaptiveWidth(prices)
-        for _ in range(60):
+        for _ in range(40):
             policy.record_round(4, [1, 2, 3], 1.5, union)
         widths[union] = policy.width()
     assert widths[0.0] > widths[1.0]
@@ -174,7 +185,7 @@ def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(cost, "WIDTHS", (1, 2, 4))
     monkeypatch.setattr(cost.measure, "__defaults__", ((1, 2, 4), 1, None))
     first = cost.pass_cost(model, folder=tmp_path, on_progress=lambda *done: seen.append(done))
-    assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
+    assert seen == [(step, 6) for step in range(7)]  # a warm-up and one repeat of three widths
     assert first.widths == [1, 2, 4] and min(first.shared + first.distinct) > 0
     assert all(0 < u <= 1 for u in first.shared_union + first.distinct_union)
 

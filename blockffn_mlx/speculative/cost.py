@@ -83,7 +83,7 @@ def pass_cost(
     Args:
         model: A BlockFFN model.
         refresh: Measures even if a table is kept.
-        on_progress: Called with (widths done, widths in all) while measuring.
+        on_progress: Called with (steps done, steps in all) while measuring.
         folder: Where tables are kept; the user's cache folder if None.
     """
     folder = folder or cache_folder() / "widths"
@@ -135,24 +135,22 @@ def measure(
             layer_cache.trim(len(tokens))
         return seconds, ratio.item()
 
-    cost = PassCost(list(widths), [], [], [], [])
-    for done, width in enumerate(widths):
-        if on_progress:
-            on_progress(done, len(widths))
-        for seconds, unions, draws in (
-            (cost.shared, cost.shared_union, 1),
-            (cost.distinct, cost.distinct_union, width),
-        ):
-            passes = [
-                once(np.resize(draw.integers(0, vocab_size, draws), width))
-                for _ in range(repeats + 1)
-            ]
-            times, ratios = zip(*passes[1:], strict=True)
-            seconds.append(float(np.median(times)))
-            unions.append(float(np.mean(ratios)))
+    # Widths take turns, so that whatever else the machine does falls on all of them alike.
+    passes = np.zeros((repeats + 1, len(widths), 2, 2))
+    total = (repeats + 1) * len(widths)
+    for repeat in range(repeats + 1):
+        for index, width in enumerate(widths):
+            if on_progress:
+                on_progress(repeat * len(widths) + index, total)
+            for kind, draws in enumerate((1, width)):
+                tokens = np.resize(draw.integers(0, vocab_size, draws), width)
+                passes[repeat, index, kind] = once(tokens)
     if on_progress:
-        on_progress(len(widths), len(widths))
-    return cost
+        on_progress(total, total)
+    seconds = np.median(passes[1:, :, :, 0], axis=0)  # the first turn warms up
+    unions = passes[1:, :, :, 1].mean(axis=0)
+    columns = (seconds[:, 0], seconds[:, 1], unions[:, 0], unions[:, 1])
+    return PassCost(list(widths), *(column.tolist() for column in columns))
 
 
 def fingerprint(model: Any) -> str:

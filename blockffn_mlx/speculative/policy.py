@@ -18,7 +18,9 @@ LOSS_ALLOWANCE = 2.0
 MEMORY = 0.95
 PLAIN_INTERVAL = 16
 # Before evidence, a node's chance is this fraction of that of the node ranked before it.
-PRIOR_CHANCE, PRIOR_ROUNDS = 0.75, 2.0
+PRIOR_CHANCE, PRIOR_ROUNDS = 0.7, 1.5
+# After so many rounds in a row, so many plain tokens show what they cost by now.
+ROUNDS_IN_A_ROW, PLAIN_CHECK = 96, 2
 
 
 class Policy(Protocol):
@@ -86,7 +88,7 @@ class AdaptiveWidth:
         self.elapsed = 0.0
         self.lost = 0.0
         self._decision: int | None = None
-        self._plain_run = 0
+        self._plain_run = self._round_run = 0
 
     def width(self) -> int:
         if self._decision is None:
@@ -94,12 +96,17 @@ class AdaptiveWidth:
         return self._decision
 
     def record_plain(self, seconds: float) -> None:
-        self.plain_seconds = _moved(self.plain_seconds, _capped(seconds, self.plain_seconds), 0.1)
+        checking = self._round_run >= ROUNDS_IN_A_ROW
+        seconds = _capped(seconds, self.plain_seconds)
+        self.plain_seconds = _moved(self.plain_seconds, seconds, 0.5 if checking else 0.1)
         self.elapsed += seconds
         self._plain_run += 1
         if self._plain_run % PLAIN_INTERVAL == 0:
             self._fade()
-            self._decision = None
+        elif not (checking and self._plain_run == PLAIN_CHECK):
+            return
+        self._round_run = 0
+        self._decision = None
 
     def record_round(
         self, width: int, accepted_ranks: list[int], seconds: float, union: float
@@ -120,10 +127,13 @@ class AdaptiveWidth:
             seconds = _capped(seconds, expected)
             beyond = seconds - self.cost.seconds(width, self.locality)
             self.beyond[width] = _moved(self.beyond.get(width, beyond), beyond, 0.3)
+        # One token never costs more than several: a stale figure is corrected at once.
+        self.plain_seconds = min(self.plain_seconds, seconds)
         self.elapsed += seconds
         self.lost = max(0.0, self.lost + seconds - (1 + len(accepted)) * self.plain_seconds)
         self._plain_run = 0
-        self._decision = None
+        self._round_run += 1
+        self._decision = 1 if self._round_run >= ROUNDS_IN_A_ROW else None
 
     def chances(self) -> list[float]:
         """Probability by rank that a node is accepted; 1 for the root.
