@@ -22,8 +22,9 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 
-# A probe's kernel may differ this much from its twin, relative to the largest value: roundings.
-PROBE_TOLERANCE = {mx.float32: 1e-5, mx.float16: 4e-3, mx.bfloat16: 3e-2}
+# A probe's kernel may differ this much from its twin, relative to the largest value: a few
+# roundings to bfloat16.
+PROBE_TOLERANCE = 3e-2
 
 
 class Tile(NamedTuple):
@@ -311,42 +312,36 @@ def available_backend() -> str | None:
 def probe(backend: str) -> bool:
     """Runs every kernel once on a tiny input, against its twin; the verdict holds for the process.
 
-    Chip and MLX version cannot change while it runs, so nothing has to be kept on disk.
+    Chip and MLX version cannot change while it runs, so nothing has to be kept on disk. One dtype
+    stands for the others, which `blockffn-doctor` examines: each takes seconds to compile on CUDA.
     """
     key = mx.random.split(mx.random.key(0), 4)
-    for dtype in DTYPES:
-        x = mx.random.normal((3, 64), key=key[0]).astype(dtype)
-        scores = mx.maximum(mx.random.normal((3, 5), key=key[1]), 0).astype(dtype)
-        up_plain = (mx.random.normal((5, 32, 64), key=key[2]) / 8).astype(dtype)
-        down_plain = (mx.random.normal((5, 64, 32), key=key[3]) / 6).astype(dtype)
-        for bits in (None, *BITS):
-            up_weights, down_weights = (
-                weights if bits is None else tuple(mx.quantize(weights, 32, bits))
-                for weights in (up_plain, down_plain)
-            )
-            h, active = up_ops(x, scores, up_weights, act="silu")
-            expected = h, active, down_ops(h, active, down_weights)
-            try:
-                found = up(x, scores, up_weights, act="silu", backend=backend)
-                found = *found, down(h, active, down_weights, backend=backend)
-                mx.eval(found)
-            except RuntimeError as error:
-                warnings.warn(f"the {backend} kernels do not run here: {error}", stacklevel=2)
+    x = mx.random.normal((3, 64), key=key[0]).astype(mx.bfloat16)
+    scores = mx.maximum(mx.random.normal((3, 5), key=key[1]), 0).astype(mx.bfloat16)
+    plain = [
+        (mx.random.normal(shape, key=k) / 8).astype(mx.bfloat16)
+        for shape, k in (((5, 32, 64), key[2]), ((5, 64, 32), key[3]))
+    ]
+    packed = [tuple(mx.quantize(weights, group_size=32, bits=4)) for weights in plain]
+    for up_weights, down_weights in (plain, packed):
+        h, active = up_ops(x, scores, up_weights, act="silu")
+        expected = h, active, down_ops(h, active, down_weights)
+        try:
+            found = up(x, scores, up_weights, act="silu", backend=backend)
+            found = *found, down(h, active, down_weights, backend=backend)
+            mx.eval(found)
+        except RuntimeError as error:
+            warnings.warn(f"the {backend} kernels do not run here: {error}", stacklevel=2)
+            return False
+        written = mx.arange(len(h)) < active[0]
+        found = mx.where(written[:, None, None], found[0], 0), *found[1:]
+        for mine, theirs in zip(found, expected, strict=True):
+            mine, theirs = mine.astype(mx.float32), theirs.astype(mx.float32)
+            if not (mx.abs(mine - theirs).max() <= PROBE_TOLERANCE * mx.abs(theirs).max()).item():
+                warnings.warn(
+                    f"the {backend} kernels give wrong results here and stay off; "
+                    "run blockffn-doctor",
+                    stacklevel=2,
+                )
                 return False
-            used = int(active[0])
-            pairs = [
-                (found[0][:used], expected[0][:used]),
-                (found[1], expected[1]),
-                (found[2], expected[2]),
-            ]
-            for mine, theirs in pairs:
-                mine, theirs = mine.astype(mx.float32), theirs.astype(mx.float32)
-                limit = PROBE_TOLERANCE[dtype] * mx.abs(theirs).max()
-                if not (mx.abs(mine - theirs).max() <= limit).item():
-                    warnings.warn(
-                        f"the {backend} kernels give wrong results here and stay off; "
-                        "run blockffn-doctor",
-                        stacklevel=2,
-                    )
-                    return False
     return True
