@@ -7,13 +7,16 @@ import subprocess
 import sys
 
 import mlx.core as mx
+import numpy as np
 import pyte
 import pytest
 from blockffn_mlx.cli import chat as chat_command
 from blockffn_mlx.cli.chat_commands import COMMANDS, is_command
 from blockffn_mlx.cli.chat_input import CommandCompleter, LineInput, goes_on, unquoted
 from blockffn_mlx.cli.chat_markdown import printable, split_blocks
+from blockffn_mlx.cli.chat_stats import UnionMeter
 from blockffn_mlx.cli.chat_view import LiveAnswer
+from mlx.utils import tree_flatten
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from rich.console import Console
@@ -315,10 +318,32 @@ def test_what_is_wrong_with_a_transcript(tmp_path, text, complaint):
         load_transcript(path)
 
 
+def test_union_counts_each_pass_once_and_leaves_the_prompt_out():
+    scores = np.random.default_rng(0).normal(size=(2, 9, 6)) > 0.6  # [layers, tokens, experts]
+    recorded = [[], []]
+    meter = UnionMeter(recorded)
+    passes = ((0, 4), (4, 5), (5, 8), (8, 9))
+    ratios = []
+    for index, (start, end) in enumerate(passes):
+        for layer, rows in zip(recorded, scores, strict=True):
+            layer.append(mx.array(rows[None, start:end].astype(np.float32)))
+        if index == 0:
+            meter.restart()
+            assert meter.ratio is None
+        else:
+            ratios.append(scores[:, start:end].any(axis=1).mean())
+        if index == 2:
+            assert meter.ratio == pytest.approx(np.mean(ratios))
+    assert meter.ratio == pytest.approx(np.mean(ratios)) and meter.passes == 3
+
+
 def test_memory_is_compared_before_loading(run, folder, monkeypatch):
     model = toy_model()
     need = memory_need(model, 100)
-    assert need.weights == sum(a.nbytes for a in arrays(model)) and need.bits == 32
+    assert (
+        need.weights == sum(a.nbytes for _, a in tree_flatten(model.parameters()))
+        and need.bits == 32
+    )
     assert need.cache == 2 * 2 * 2 * 12 * 100 * 4 and need.limit == machine_memory() > 0
 
     monkeypatch.setattr(memory, "machine_memory", lambda: need.weights - 1)
@@ -327,12 +352,6 @@ def test_memory_is_compared_before_loading(run, folder, monkeypatch):
     monkeypatch.setattr(memory, "machine_memory", lambda: need.weights + 1)
     status, out, err = run("--model", folder, "--prompt", "x", "-m", 2)
     assert status == 0 and out and "--max-kv-size" in err and "-q --q-bits" in err
-
-
-def arrays(model) -> list[mx.array]:
-    from mlx.utils import tree_flatten
-
-    return [array for _, array in tree_flatten(model.parameters())]
 
 
 def test_memory_advice_names_the_widest_quantisation_that_fits():

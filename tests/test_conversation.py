@@ -119,9 +119,9 @@ def test_reuse_needs_a_border_in_both():
     assert reuse(cached, TokenText([1, 2, 9], [2, 4, 8], "abcdefgh")) == (2, 2)
     assert reuse(cached, TokenText([7, 8], [3, 8], "abcdefgh")) == (0, 0)
     assert reuse(cached, TokenText([1, 2, 3], [2, 4, 5], "abcde")) == (2, 2)
-    assert (
-        reuse(TokenText([1, 2], [None, 1], "é"), TokenText([1, 2, 5], [None, 1, 2], "éx"))[0] == 2
-    )
+    assert reuse(cached, TokenText([1, 2, 3, 4], [2, 4, 5, 9], "abxdefghi")) == (1, 1)
+    in_bytes = TokenText([1, 2, 5], [None, 1, 2], "éx")
+    assert reuse(TokenText([1, 2], [None, 1], "é"), in_bytes) == (2, 2)
     assert reuse(cached, TokenText([4], [3], "xyz")) == (0, 0)
 
 
