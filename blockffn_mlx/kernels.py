@@ -69,7 +69,7 @@ TILES = {
     "cuda packed": [
         (Tile(8, True, 4, 8, 2), Tile(8, True, 2, 16, 2)),
         (Tile(16, True, 4, 8, 2), Tile(16, True, 2, 16, 2)),
-        (Tile(32, True, 4, 8, 1, True), Tile(32, True, 4, 8, 1, True)),
+        (Tile(32, True, 4, 4, 4), Tile(32, True, 4, 8, 1, True)),
         (Tile(64, True, 2, 8, 2), Tile(64, True, 2, 8, 2)),
     ],
     # no matrix unit of CUDA's keeps float32 whole
