@@ -92,6 +92,10 @@ def check_cases(count: int, workers: int, seed: int, seconds: float) -> dict:
                 name, dtype, bits, error, right, same = results.next(left)
             except TimeoutError:
                 break
+            except Exception as failure:  # one case that breaks must not hide the others
+                done += 1
+                wrong.append([f"{type(failure).__name__}: {failure}"])
+                continue
             done += 1
             key = f"{dtype} {bits or 'plain'}"
             worst[key] = max(worst[key], error)
@@ -194,7 +198,7 @@ def time_prefill() -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["golden", "combine", "prefill", "cases"])
+    parser.add_argument("parts", nargs="*", default=["cases", "golden", "combine", "prefill"])
     parser.add_argument("--seconds", type=float, default=600, help="for the cases, at most")
     parser.add_argument("--cases", type=int, default=400)
     parser.add_argument("--workers", type=int, default=12)
