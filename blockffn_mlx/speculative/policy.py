@@ -11,8 +11,8 @@ from .tree import MAX_NODES, check_size
 MIN_GAIN = 1.02
 # Share of all time that trying speculation may lose, and what may be lost before any was spent,
 # in plain tokens. Together they keep an answer of 100 tokens within 5% of plain decoding.
-LOSS_SHARE = 0.02
-LOSS_ALLOWANCE = 2.0
+LOSS_SHARE = 0.015
+LOSS_ALLOWANCE = 1.0
 # Weight that evidence keeps after each later round, and after so many plain tokens: while parked,
 # old evidence fades, and speculation gets a new chance now and then.
 MEMORY = 0.95
