@@ -146,8 +146,11 @@ class BlockFFN(nn.Module):
         self.sharding_group: mx.distributed.Group | None = None
         self.observer: Callable[[mx.array, mx.array], None] | None = None
 
-    def route(self, router_logits: mx.array) -> mx.array:
+    def route(self, router_logits: mx.array, backend: str = "ops") -> mx.array:
         """Finished scores [..., E] from the router's logits [..., E]."""
+        if self.norm_after_router == "rms" and backend in ("metal", "cuda"):
+            norm = self.router_norm
+            return kernels.route(router_logits, norm.weight, eps=norm.eps, backend=backend)
         active = nn.relu(router_logits)
         if self.norm_after_router == "rms":
             return self.router_norm(active)
@@ -158,20 +161,16 @@ class BlockFFN(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """[B, T, H] -> [B, T, H]."""
         router_logits = self.router_proj(x)
-        scores = self.route(router_logits)
-        if self.observer is not None:
-            self.observer(router_logits, scores)
-        operands = (
-            x.reshape(-1, x.shape[-1]),
-            scores.reshape(-1, scores.shape[-1]),
-            self.up_proj.weights,
-            self.down_proj.weights,
-        )
+        flat, weights = x.reshape(-1, x.shape[-1]), (self.up_proj.weights, self.down_proj.weights)
         backend = self.backend
         if backend == "auto":
-            covered = kernels.covers(*operands)
-            backend = choose_backend(len(operands[0]), len(x), self.training, covered)
-        out = chunk_union_ffn(*operands, act=self.act, backend=backend)
+            covered = kernels.covers(flat, router_logits, *weights)
+            backend = choose_backend(len(flat), len(x), self.training, covered)
+        scores = self.route(router_logits, backend)
+        if self.observer is not None:
+            self.observer(router_logits, scores)
+        flat_scores = scores.reshape(-1, scores.shape[-1])
+        out = chunk_union_ffn(flat, flat_scores, *weights, act=self.act, backend=backend)
         if self.sharding_group is not None:
             out = mx.distributed.all_sum(out, group=self.sharding_group)
         return out.reshape(x.shape)

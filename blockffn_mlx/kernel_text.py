@@ -6,6 +6,10 @@ from typing import NamedTuple
 
 # Threadgroup memory is declared here because Metal wants it in the kernel itself.
 BODIES = {
+    "route": """
+    route_token<T, EXPERTS>(logits, weight, eps, scores, threadgroup_position_in_grid.x,
+                            thread_index_in_simdgroup);
+""",
     "up": """
     threadgroup uint masks[SIMDGROUPS < 8 ? 8 : SIMDGROUPS];
     threadgroup ushort list[EXPERTS];
@@ -31,8 +35,14 @@ BODIES = {
         simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
 }
-INPUTS = {"up": ["x", "scores"], "down": ["h", "active"], "combine": ["rows", "places"]}
-OUTPUTS = {"up": ["h", "active"], "down": ["y"], "combine": ["y"]}
+# Inputs before the weights of a projection, and outputs.
+INPUTS = {
+    "route": ["logits", "weight", "eps"],
+    "up": ["x", "scores"],
+    "down": ["h", "active"],
+    "combine": ["rows", "places"],
+}
+OUTPUTS = {"route": ["scores"], "up": ["h", "active"], "down": ["y"], "combine": ["y"]}
 
 
 class KernelText(NamedTuple):
@@ -69,11 +79,11 @@ def kernel_text(name: str, backend: str, packed: bool = False) -> KernelText:
     """The text of a kernel.
 
     Args:
-        name: "up", "down" or "combine".
+        name: "route", "up", "down" or "combine".
         backend: "metal" or "cuda".
         packed: Whether a projection's weights are quantised.
     """
-    if name == "combine":
+    if name in ("route", "combine"):
         arrays, weights = [], ""
     elif packed:
         arrays = ["weight", "scales", "biases"]

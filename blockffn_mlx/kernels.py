@@ -1,7 +1,8 @@
-"""The chunk-union kernels: typed wrappers of metal/up.metal and metal/down.metal, and their twins.
+"""The chunk-union kernels: typed wrappers of the files in metal/, and their plain twins.
 
-Two launches make a layer. The up kernel finds the union of the chunk's experts itself and leaves
-the list for the down kernel; docs/kernels.md tells how they work and what was measured.
+Three launches make a layer: route, up and down. The up kernel finds the union of the chunk's
+experts itself and leaves the list for the down kernel; docs/kernels.md tells how they work and what
+was measured.
 """
 
 import functools
@@ -144,6 +145,40 @@ def launch(
     )
 
 
+@functools.cache
+def epsilon(value: float) -> mx.array:
+    """A constant as the kernels take it: an array of one, made once."""
+    return mx.array([value], mx.float32)
+
+
+def route(logits: mx.array, weight: mx.array, *, eps: float, backend: str) -> mx.array:
+    """Finished router scores: RMSNorm over the experts of ReLU(logits), times weight.
+
+    Args:
+        logits: [..., E], E up to 256.
+        weight: [E].
+        eps: Added to the mean square.
+        backend: "metal" or "cuda".
+
+    Returns:
+        [..., E], in the dtype of logits.
+    """
+    (scores,) = build_kernel("route", backend)(
+        inputs=[logits, weight, epsilon(eps)],
+        template=[("T", logits.dtype), ("EXPERTS", logits.shape[-1])],
+        grid=(logits.size // logits.shape[-1] * 32, 1, 1),
+        threadgroup=(32, 1, 1),
+        output_shapes=[logits.shape],
+        output_dtypes=[logits.dtype],
+    )
+    return scores
+
+
+def route_ops(logits: mx.array, weight: mx.array, *, eps: float) -> mx.array:
+    """`route` in plain operations."""
+    return mx.fast.rms_norm(nn.relu(logits), weight, eps)
+
+
 def up(
     x: mx.array, scores: mx.array, weights: ExpertWeights, *, act: str, backend: str
 ) -> tuple[mx.array, mx.array]:
@@ -255,7 +290,7 @@ def union_ffn(
     act: str,
     backend: str,
 ) -> mx.array:
-    """The layer over one chunk, in two launches: arguments as in `up`, result as in `down`.
+    """The layer over one chunk after its router: arguments as in `up`, result as in `down`.
 
     Raises:
         ValueError: If the kernels do not take these sizes, dtypes or weights.
@@ -274,7 +309,7 @@ def covers(x: mx.array, scores: mx.array, *projections: ExpertWeights) -> bool:
 
     Args:
         x: [T, H].
-        scores: [T, E].
+        scores: [..., E], or the logits that they come from.
         projections: Up and down.
     """
     if not 1 <= len(x) <= MAX_TOKENS or scores.shape[-1] > MAX_EXPERTS or x.dtype not in DTYPES:
@@ -315,9 +350,11 @@ def probe(backend: str) -> bool:
     Chip and MLX version cannot change while it runs, so nothing has to be kept on disk. One dtype
     stands for the others, which `blockffn-doctor` examines: each takes seconds to compile on CUDA.
     """
-    key = mx.random.split(mx.random.key(0), 4)
+    key = mx.random.split(mx.random.key(0), 5)
     x = mx.random.normal((3, 64), key=key[0]).astype(mx.bfloat16)
-    scores = mx.maximum(mx.random.normal((3, 5), key=key[1]), 0).astype(mx.bfloat16)
+    logits = mx.random.normal((3, 5), key=key[1]).astype(mx.bfloat16)
+    norm = mx.random.normal((5,), key=key[4]).astype(mx.bfloat16)
+    scores = route_ops(logits, norm, eps=1e-5)
     plain = [
         (mx.random.normal(shape, key=k) / 8).astype(mx.bfloat16)
         for shape, k in (((5, 32, 64), key[2]), ((5, 64, 32), key[3]))
@@ -325,10 +362,11 @@ def probe(backend: str) -> bool:
     packed = [tuple(mx.quantize(weights, group_size=32, bits=4)) for weights in plain]
     for up_weights, down_weights in (plain, packed):
         h, active = up_ops(x, scores, up_weights, act="silu")
-        expected = h, active, down_ops(h, active, down_weights)
+        expected = h, active, down_ops(h, active, down_weights), scores
         try:
             found = up(x, scores, up_weights, act="silu", backend=backend)
             found = *found, down(h, active, down_weights, backend=backend)
+            found = *found, route(logits, norm, eps=1e-5, backend=backend)
             mx.eval(found)
         except RuntimeError as error:
             warnings.warn(f"the {backend} kernels do not run here: {error}", stacklevel=2)

@@ -41,6 +41,13 @@ template <typename T>
 __forceinline__ T simd_shuffle_xor(T value, ushort mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
+template <typename T>
+__forceinline__ T simd_sum(T value) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    value += simd_shuffle_xor(value, ushort(mask));
+  }
+  return value;
+}
 __forceinline__ void threadgroup_barrier(mem_flags) {
   __syncthreads();
 }
