@@ -156,10 +156,9 @@ class EagleDraft:
         row is missing from now on.
         """
         kept = bisect_left(self.positions, length - 1)
-        for layer_cache in self.cache:
-            layer_cache.trim(len(self.positions) - kept)
         self.positions, self.waiting, self.waiting_tokens = self.positions[:kept], [], []
         self.length = length
+        self.drop_scratch_rows()
 
     def observe(self, hidden: mx.array, tokens: list[int]) -> None:
         """Takes in positions; the last one's row waits for the token that follows it."""
@@ -219,10 +218,16 @@ class EagleDraft:
         """Runs all waiting rows, the last one with `next_token`; returns their output."""
         hidden = mx.concatenate(self.waiting, axis=1)
         tokens = mx.array(self.waiting_tokens[1:] + [next_token])
+        self.drop_scratch_rows()  # an interrupted draft may have left some
         first = self.length - len(self.waiting_tokens)
         self.positions += range(first, self.length)
         self.waiting, self.waiting_tokens = [], []
         return self.head(self.embed(tokens), hidden, self.cache, mx.arange(first, self.length))
+
+    def drop_scratch_rows(self):
+        """Leaves only the rows of the sequence in the cache."""
+        for layer_cache in self.cache:
+            layer_cache.trim(layer_cache.offset - len(self.positions))
 
     def grow(self, root: int, top_k: int, depth: int, total_tokens: int) -> Tree:
         """EAGLE-2's tree by cumulative log-probability, built on the device.
@@ -254,8 +259,7 @@ class EagleDraft:
             beams = top_k + level * top_k**2 + best.astype(mx.int32)
             beam_tokens, scores = children[best], child_scores[best]
             hidden, ancestors = out[:, parent], ancestors[parent]
-        for layer_cache in self.cache:
-            layer_cache.trim(top_k * depth)
+        self.drop_scratch_rows()
         tokens, scores, parents = (mx.concatenate(column) for column in zip(*levels, strict=True))
         return Tree.best(mx.array([root]), tokens, scores, parents, total_tokens)
 

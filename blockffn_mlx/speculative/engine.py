@@ -312,8 +312,9 @@ class Decoder:
         for layer_cache in self.cache:
             layer_cache.trim(layer_cache.offset - self.cached)
         if self.root is not None:
-            # Nothing computes this pass unless the caches are used again.
             hidden = self.model.model(mx.array([[self.root]]), self.cache)
+            # Nobody waits for it, but a stream belongs to its thread and the caches may not.
+            mx.async_eval([c.state for c in self.cache], hidden)
             self._take_in(hidden, [self.root])
             self.root = None
 

@@ -39,11 +39,9 @@ class ModelDraft:
     def rewind(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""
         kept = max(length - self.length + len(self.tokens), 0)
-        held = self.settled + self.proposed.size
         self.tokens, self.length = self.tokens[:kept], length
         self.settled = min(self.settled, kept)
-        self.proposed = mx.array([], mx.int32)
-        trim_prompt_cache(self.cache, held - self.settled)
+        self._drop_proposed()
 
     def observe(self, hidden: mx.array, tokens: list[int]) -> None:
         """Takes in tokens; the draft model runs over them when it drafts again."""
@@ -63,24 +61,27 @@ class ModelDraft:
             self.model(mx.array([fresh[:PREFILL_STEP_SIZE]]), cache=self.cache)
             mx.eval([c.state for c in self.cache])
             fresh = fresh[PREFILL_STEP_SIZE:]
-        self.settled = len(sequence)
+        self.settled = len(sequence) - len(fresh)
         inputs = mx.array([fresh])
         chain = [mx.array([root])]
         for _ in range(min(total_tokens - 1, max_depth)):
             logits = self.model(inputs, cache=self.cache)[:, -1, : self.vocab_size]
             inputs = mx.argmax(logits, axis=-1, keepdims=True)
             chain.append(inputs[0].astype(mx.int32))
-        if len(chain) == 1:
-            self.settled -= len(fresh)
-        self.proposed = mx.concatenate(chain[1:-1] or [mx.array([], mx.int32)])
+        if len(chain) > 1:
+            self.settled = len(sequence)
+            self.proposed = mx.concatenate([self.proposed, *chain[1:-1]])
         return Tree.chain(mx.concatenate(chain))
 
     def _keep_accepted(self, sequence: list[int]):
         """Keeps the rows of proposed tokens that were accepted, drops those that were not."""
-        proposed = self.proposed.tolist()
-        held = self.settled + len(proposed)
-        for token in proposed:
+        for token in self.proposed.tolist():
             if self.settled == len(sequence) - 1 or sequence[self.settled] != token:
                 break
             self.settled += 1
-        trim_prompt_cache(self.cache, held - self.settled)
+        self._drop_proposed()
+
+    def _drop_proposed(self):
+        self.proposed = mx.array([], mx.int32)
+        # By the cache's own count: an interrupted draft leaves rows that nobody else counted.
+        trim_prompt_cache(self.cache, self.cache[0].offset - self.settled)
