@@ -48,7 +48,7 @@ class MemoryNeed:
         present = self.bits + GROUP_BITS * self.quantized
         for bits in (8, 6, 5, 4, 3, 2):
             size = int(self.weights * (bits + GROUP_BITS) / present)
-            if bits < self.bits and size + self.cache <= self.limit:
+            if size + self.cache <= self.limit:
                 return bits, size
         return None
 

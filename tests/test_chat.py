@@ -195,6 +195,12 @@ def test_markdown_streams_to_what_it_is_at_the_end():
     assert "\x1b[2J" not in screen.written
 
 
+def test_a_line_break_is_one():
+    screen = Screen()
+    stream(screen, "roses are red\nviolets are blue")
+    assert screen.text == "roses are red\nviolets are blue"
+
+
 def test_wide_characters_wrap_at_the_edge():
     screen = Screen(columns=40)
     stream(screen, "日本語" * 20, step=1)
@@ -207,6 +213,7 @@ def test_a_block_taller_than_the_screen_ends_up_whole_and_once():
     screen = Screen(rows=12)
     shots = stream(screen, code, step=40)
     assert all(len(shot.split("\n")) <= 12 for shot in shots)
+    assert "line 59" in shots[-1]
     for i in range(60):
         assert screen.text.split().count(str(i)) == 1
 
@@ -215,6 +222,7 @@ def test_the_panel_stays_below_and_goes_away():
     screen = Screen()
     shots = stream(screen, "word " * 30, panel=lambda: "PANEL")
     assert all("PANEL" in shot for shot in shots) and "PANEL" not in screen.text
+    assert screen.text.startswith("word")
     with LiveAnswer(screen.console, None) as answer:
         answer.reading(512, 2048)
         assert "reading 512 of 2,048" in screen.text
@@ -324,6 +332,7 @@ def test_union_counts_each_pass_once_and_leaves_the_prompt_out():
     meter = UnionMeter(recorded)
     passes = ((0, 4), (4, 5), (5, 8), (8, 9))
     ratios = []
+    assert meter.ratio is None
     for index, (start, end) in enumerate(passes):
         for layer, rows in zip(recorded, scores, strict=True):
             layer.append(mx.array(rows[None, start:end].astype(np.float32)))
