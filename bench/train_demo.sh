@@ -19,6 +19,7 @@ short=(--set stage.0.steps=350 --set stage.0.warmup=100 --set stage.1.steps=150
   --set eval_interval=500)
 
 environment() {
+  cd "$work" # else python -c would find the tree in the way of the package
   export PYTHONPATH=$work/package:$work/site PYTHONUNBUFFERED=1 COLUMNS=120
   local libraries
   libraries=$(python3 -c "import glob, nvidia
