@@ -1,6 +1,7 @@
 """The feed-forward layer over many tokens, grouped by expert. No default takes it yet.
 
-On an H100 it was slower than the dense layer and wrong, cause unknown: see docs/kernels.md.
+On CUDA, MLX 0.32.4's gather_mm is slow and wrong for sorted indices; no Mac has been measured: see
+docs/kernels.md.
 """
 
 import mlx.core as mx
