@@ -13,6 +13,7 @@ from blockffn_mlx.conversation import Conversation
 from blockffn_mlx.load import DEMO_FOLDER, load
 from blockffn_mlx.speculative import SpeculationStats, make_draft
 from blockffn_mlx.token_history import TokenText, decode_tokens, encode_text, reuse
+from blockffn_mlx.tokenizer import CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,23 @@ def test_markers_of_plain_text_templates(tokenizer):
     assert chat.stop == ("<用户>", "<AI>", "</s>")
     text = chat.render([("user", "a "), ("assistant", " b\n"), ("user", "c")])
     assert text == "<s><用户>a<AI> b\n</s><用户>c<AI>"
+
+
+def test_turns_in_the_published_models_format(model):
+    tokenizer = toy_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    chat = Conversation(model, tokenizer)
+    assert chat.format.stop == ("<用户>", "<AI>", "<|end|>") and chat.format.has_system
+    markers = tokenizer.encode("<AI>")
+    said = (script(1605), script(1605, *markers, 1605), script(1605, *markers[:1]))
+    for question, sampler in zip(("one", "two", "three"), said, strict=True):
+        assert say(chat, question, sampler=sampler) in ("ok", "ok<")
+    say(chat, "four")
+    # <|end|> was sampled; what is new lies between it and the end of the text.
+    assert chat.prefilled == len(tokenizer.encode("<用户>four<AI>"))
+    assert chat.held.text.startswith("<s><用户>one<AI>ok<|end|><用户>two<AI>ok<|end|><用户>three")
+    kept, again = fresh_logits(chat)
+    np.testing.assert_allclose(kept, again, atol=1e-4)
 
 
 def test_a_system_prompt_without_a_place_goes_before_the_first_message(tokenizer):
