@@ -1,7 +1,7 @@
 """Is `draft_width="auto"` ever slower than plain decoding? Alternated runs on a random model.
 
 Drafts: chains whose tokens are right with a fixed chance (from 0, where every round is lost, up),
-prompt lookup, a draft model that is always wrong and costs time, and a random EAGLE head.
+prompt lookup, a small random draft model, and a random EAGLE head.
 usage: python bench/speculation_auto.py [--size small|large] [--dtype bfloat16] [--out FILE.json]
 """
 
@@ -130,7 +130,7 @@ def main():
     drafts = {
         **{f"chance {p}": lambda p=p: ChanceDraft(text, p) for p in (0.0, 0.3, 0.6, 0.9)},
         "lookup": LookupDraft,
-        "wrong draft model": lambda: ModelDraft(small, sizes["vocab_size"]),
+        "small random model": lambda: ModelDraft(small, sizes["vocab_size"]),
         "random EAGLE head": lambda: EagleDraft(random_head(model, dtype), model),
     }
     rows = {}

@@ -13,7 +13,7 @@ from mlx_lm.sample_utils import make_sampler
 from blockffn_mlx.speculative import FixedWidth, SpeculationStats, Tree, stream
 from blockffn_mlx.speculative.verify import accepted_path, each_row, keep_path, sample_nodes
 
-VOCAB_SIZE, ROOT, RUNS, DIRECT_RUNS = 6, 0, 500, 20_000
+VOCAB_SIZE, ROOT, RUNS, DIRECT_RUNS = 6, 0, 700, 20_000
 # z of p = 0.001, one-sided.
 Z = 3.0902
 
