@@ -1,4 +1,4 @@
-"""The experts' projections: all experts of a layer in one tensor, plain or quantised."""
+"""The experts: their projections, each in one tensor, plain or quantised, and activations."""
 
 import math
 from typing import NamedTuple
@@ -7,6 +7,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 GROUP_SIZES = (128, 64, 32)
+
+ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
 
 # One projection as the functional forms take it: [E, out, in], or MLX's (weight, scales[, biases]).
 ExpertWeights = mx.array | tuple[mx.array, ...]
@@ -58,6 +60,21 @@ def dequantized(weights: ExpertWeights, width: int) -> mx.array:
         return weights
     settings = infer_quantization(weights, width)
     return mx.dequantize(*weights, **settings._asdict())
+
+
+def weigh(hidden: mx.array, scores: mx.array, act: str) -> mx.array:
+    """act(hidden) * score with hidden [..., d] and scores [...]; exactly 0 where the score is 0."""
+    scores = scores[..., None]
+    return mx.where(scores != 0, ACTIVATIONS[act](hidden) * scores, mx.zeros_like(scores))
+
+
+def host_values(array: mx.array) -> list | None:
+    """The values of an array, or None inside mx.compile or mx.vmap, where they cannot be read."""
+    try:
+        # MLX has no question "is this traced?": reading a value is how one finds out.
+        return array.tolist()
+    except ValueError:
+        return None
 
 
 class ExpertLinear(nn.Module):

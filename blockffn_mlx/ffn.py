@@ -6,12 +6,24 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from . import kernels
-from .experts import ExpertLinear, ExpertWeights, dequantized
+from .experts import (
+    ACTIVATIONS,
+    ExpertLinear,
+    ExpertWeights,
+    dequantized,
+    host_values,
+    weigh,
+)
+from .prefill import grouped_ffn, padded_rows
 
 # The longest chunk that counts as a decoding or verification step; longer ones are prefill.
 MAX_CHUNK = 64
 
-ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
+# Prefill groups tokens by expert from so many tokens on (None: never), if no more than this share
+# of the dense layer's rows remains, padding included. docs/kernels.md has the measurements: a CPU
+# gains from 128 tokens on, MLX's CUDA build loses; a Mac, not measured, has the FLOPs of neither.
+MIN_GROUPED_TOKENS = {"cpu": 128, "metal": 512, "cuda": None}
+MAX_GROUPED_SHARE = 0.5
 
 
 def dense_ffn(
@@ -30,9 +42,8 @@ def dense_ffn(
         [..., H]: the sum over experts of (score * act(x @ up.T)) @ down.T. An inactive expert
         adds exactly 0, even where its activation is infinite.
     """
-    up = dequantized(up, x.shape[-1])
+    up, down = dequantized(up, x.shape[-1]), dequantized(down, expert_width(up))
     num_experts, expert_size, hidden_size = up.shape
-    down = dequantized(down, expert_size)
     hidden = x @ up.reshape(-1, hidden_size).T
     hidden = weigh(hidden.reshape(*scores.shape, expert_size), scores, act)
     # [E, H, d] -> [E * d, H]: one product over all experts instead of a sum of E outputs.
@@ -48,9 +59,10 @@ def union_ffn_ops(
     Shapes as in `dense_ffn`, with x [T, H] and scores [T, E]. Reads the union on the host, so
     where nothing can be read (inside mx.compile or mx.vmap) it computes every expert instead.
     """
-    union = active_experts(scores)
-    if union is None:
+    used = host_values(mx.any(scores != 0, axis=0))
+    if used is None:
         return dense_ffn(x, scores, up, down, act=act)
+    union = [expert for expert, active in enumerate(used) if active]
     if not union:
         return mx.zeros_like(x)
     index = mx.array(union)
@@ -62,6 +74,20 @@ def union_ffn_ops(
         out = mx.gather_mm(hidden, down.swapaxes(1, 2), mx.arange(len(union)), index)
         return out.sum(axis=0)
     return dense_ffn(x, scores, take_experts(up, index), take_experts(down, index), act=act)
+
+
+def prefill_ffn(
+    x: mx.array, scores: mx.array, up: ExpertWeights, down: ExpertWeights, *, act: str = "silu"
+) -> mx.array:
+    """Computes each expert for its own tokens where that saves enough, else every expert.
+
+    Shapes as in `union_ffn_ops`. Reads the experts' loads on the host, once.
+    """
+    loads = host_values((scores != 0).sum(axis=0))
+    if loads is None or padded_rows(loads) > MAX_GROUPED_SHARE * scores.size:
+        return dense_ffn(x, scores, up, down, act=act)
+    up, down = dequantized(up, x.shape[-1]), dequantized(down, expert_width(up))
+    return grouped_ffn(x, scores, up, down, loads, act=act, backend=kernels.available_backend())
 
 
 def chunk_union_ffn(
@@ -82,7 +108,8 @@ def chunk_union_ffn(
         up: [E, d, H], or (weight, scales, biases) as mx.quantize makes them.
         down: [E, H, d], likewise.
         act: "silu" or "relu".
-        backend: "metal" or "cuda" (the kernels, T up to 64), "ops", "dense", or "auto".
+        backend: "metal" or "cuda" (the kernels, T up to 64), "ops" (the union in plain
+            operations), "grouped" (tokens grouped by expert, for long prompts), "dense", or "auto".
         group_size: Quantisation group of `up` and `down`; read off the shapes if None.
         bits: Quantisation bits, likewise.
 
@@ -100,9 +127,11 @@ def chunk_union_ffn(
         return kernels.union_ffn(x, scores, up, down, act=act, backend=backend)
     if backend == "ops":
         return union_ffn_ops(x, scores, up, down, act=act)
+    if backend == "grouped":
+        return prefill_ffn(x, scores, up, down, act=act)
     if backend == "dense":
         return dense_ffn(x, scores, up, down, act=act)
-    raise ValueError(f"unknown backend {backend!r}: use metal, cuda, ops, dense or auto")
+    raise ValueError(f"unknown backend {backend!r}: use metal, cuda, ops, grouped, dense or auto")
 
 
 def choose_backend(
@@ -116,11 +145,21 @@ def choose_backend(
         training: Whether gradients may be asked for; every expert takes part in those.
         covered: Whether the kernels take these sizes, dtypes and weights.
     """
-    if training or num_tokens > MAX_CHUNK:
+    if training:
         return "dense"
+    if num_tokens > MAX_CHUNK:
+        least = MIN_GROUPED_TOKENS[device_kind()]
+        return "dense" if least is None or num_tokens < least else "grouped"
     if batch_size == 1 and covered and (backend := kernels.available_backend()):
         return backend
     return "ops"
+
+
+def device_kind() -> str:
+    """What MLX computes on by default: "cpu", "metal" or "cuda"."""
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "cuda" if mx.cuda.is_available() else "metal"
 
 
 class BlockFFN(nn.Module):
@@ -176,20 +215,9 @@ class BlockFFN(nn.Module):
         return out.reshape(x.shape)
 
 
-def weigh(hidden: mx.array, scores: mx.array, act: str) -> mx.array:
-    """act(hidden) * score with hidden [..., d] and scores [...]; exactly 0 where the score is 0."""
-    scores = scores[..., None]
-    return mx.where(scores != 0, ACTIVATIONS[act](hidden) * scores, mx.zeros_like(scores))
-
-
-def active_experts(scores: mx.array) -> list[int] | None:
-    """Experts that some token uses, ascending, or None where `scores` is being traced."""
-    used = mx.any(scores != 0, axis=0)
-    try:
-        # MLX has no question "is this traced?": reading a value is how one finds out.
-        return [e for e, active in enumerate(used.tolist()) if active]
-    except ValueError:
-        return None
+def expert_width(up: ExpertWeights) -> int:
+    """The width d of an up projection [E, d, ...], plain or packed."""
+    return (up if isinstance(up, mx.array) else up[0]).shape[1]
 
 
 def take_experts(weights: ExpertWeights, index: mx.array) -> ExpertWeights:

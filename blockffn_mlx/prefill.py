@@ -1,70 +1,116 @@
-"""The feed-forward layer over many tokens, grouped by expert. No default takes it yet.
+"""The feed-forward layer over many tokens, grouped by expert: what a long prompt takes.
 
-On CUDA, MLX 0.32.4's gather_mm is slow and wrong for sorted indices; no Mac has been measured: see
-docs/kernels.md.
+At 80% token-level sparsity four fifths of a dense layer is multiplication by zero. Here each expert
+sees its own tokens only, padded to the most that any expert of its class has.
 """
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from . import kernels
-from .experts import ExpertWeights
+from .experts import weigh
 
 SIMDGROUPS = 8  # of a threadgroup of the combining kernel
-
-
-def covers(x: mx.array, scores: mx.array, up: ExpertWeights, down: ExpertWeights) -> bool:
-    """Whether `grouped_ffn` takes these operands: plain weights, sizes that are multiples of 32."""
-    if not all(
-        isinstance(weights, mx.array) and weights.dtype == x.dtype for weights in (up, down)
-    ):
-        return False
-    return (
-        x.dtype in kernels.DTYPES
-        and scores.shape[-1] <= kernels.MAX_EXPERTS
-        and x.shape[-1] % 32 == 0
-        and up.shape[1] % 32 == 0
-    )
+ROW_STEP = 32  # rows of an expert are padded to a multiple of this
+# Experts are padded in classes of similar load, so that a busy few do not pad all the others.
+NUM_CLASSES = 4
 
 
 def grouped_ffn(
-    x: mx.array, scores: mx.array, up: mx.array, down: mx.array, *, act: str, backend: str
+    x: mx.array,
+    scores: mx.array,
+    up: mx.array,
+    down: mx.array,
+    loads: list[int],
+    *,
+    act: str,
+    backend: str | None,
 ) -> mx.array:
-    """Computes only the pairs of token and expert that are active, sorted by expert.
-
-    Reads the number of pairs on the host, once: the shapes that follow depend on it.
+    """Computes each expert for the tokens that use it.
 
     Args:
         x: [T, H].
         scores: [T, E], finished; 0 means inactive.
         up: [E, d, H].
         down: [E, H, d].
+        loads: How many tokens use each expert, read off the scores.
         act: "silu" or "relu".
-        backend: "metal" or "cuda", for the sum over a token's experts.
+        backend: "metal" or "cuda", for the sum over a token's experts; None for plain operations.
 
     Returns:
         [T, H], in the dtype of x.
     """
-    num_tokens, num_experts = scores.shape
-    active = (scores != 0).T.reshape(-1)  # expert-major: the pairs come out sorted
-    last = mx.cumsum(active.astype(mx.int32))
-    num_pairs = last[-1].item()
-    if not num_pairs:
-        return mx.zeros_like(x)
-    # every inactive pair goes to one place behind the list
-    places = mx.where(active, last, 0)
-    pairs = mx.zeros((num_pairs + 1,), mx.int32)
-    pairs[mx.where(active, last - 1, num_pairs)] = mx.arange(active.size, dtype=mx.int32)
-    experts, tokens = mx.divmod(pairs[:num_pairs], num_tokens)
-    experts = experts.astype(mx.uint32)
+    out = mx.zeros_like(x)
+    for experts in load_classes(loads):
+        rows = class_rows(loads, experts)
+        every = len(experts) == len(loads)
+        index = mx.array(experts)
+        operands = (scores, up, down) if every else (scores[:, index], up[index], down[index])
+        part = padded_ffn(x, *operands, rows, act=act, backend=backend)
+        out = part if every else out + part
+    return out
 
-    hidden = mx.gather_mm(
-        x[tokens][:, None], up.swapaxes(1, 2), rhs_indices=experts, sorted_indices=True
-    )
-    hidden = getattr(nn, act)(hidden) * scores[tokens, experts][:, None, None]
-    rows = mx.gather_mm(hidden, down.swapaxes(1, 2), rhs_indices=experts, sorted_indices=True)
-    places = places.reshape(num_experts, num_tokens).T.astype(mx.uint32)
-    return combine(rows[:, 0], places, backend=backend)
+
+def padded_rows(loads: list[int]) -> int:
+    """Rows that `grouped_ffn` computes, padding included; a dense layer computes T * E."""
+    return sum(len(experts) * class_rows(loads, experts) for experts in load_classes(loads))
+
+
+def class_rows(loads: list[int], experts: list[int]) -> int:
+    """Rows of each expert of a class."""
+    return -(-max(loads[e] for e in experts) // ROW_STEP) * ROW_STEP
+
+
+def load_classes(loads: list[int]) -> list[list[int]]:
+    """Splits the experts that have tokens into classes that are padded together.
+
+    Args:
+        loads: Tokens of each expert.
+
+    Returns:
+        Lists of experts, ascending in each: all of them in one where padding all alike costs
+        little, else quarters from the least to the most loaded.
+    """
+    used = [e for e, load in enumerate(loads) if load]
+    if not used:
+        return []
+    if 2 * max(loads) * len(loads) <= 3 * sum(loads):
+        return [list(range(len(loads)))]
+    by_load = sorted(used, key=lambda e: loads[e])
+    size = -(-len(used) // NUM_CLASSES)
+    return [sorted(by_load[i : i + size]) for i in range(0, len(used), size)]
+
+
+def padded_ffn(
+    x: mx.array,
+    scores: mx.array,
+    up: mx.array,
+    down: mx.array,
+    rows: int,
+    *,
+    act: str,
+    backend: str | None,
+) -> mx.array:
+    """`grouped_ffn` for experts that have at most `rows` tokens each, in two batched products."""
+    num_tokens, num_experts = scores.shape
+    active = scores != 0
+    # Where a token stands among its expert's rows; row r of expert e is number e * rows + r.
+    place = mx.cumsum(active.astype(mx.int32), axis=0) - 1 + mx.arange(num_experts) * rows
+    spare = num_experts * rows  # takes what is not active, and is cut off
+    tokens = mx.zeros((spare + 1,), mx.int32)
+    tokens[mx.where(active, place, spare)] = mx.arange(num_tokens, dtype=mx.int32)[:, None]
+    weights = mx.zeros((spare + 1,), scores.dtype)
+    weights[mx.where(active, place, spare)] = scores
+    tokens = tokens[:-1].reshape(num_experts, rows)
+    weights = weights[:-1].reshape(num_experts, rows)
+
+    hidden = x[tokens] @ up.swapaxes(1, 2)  # [E, rows, d]
+    hidden = weigh(hidden, weights, act)
+    outputs = (hidden @ down.swapaxes(1, 2)).reshape(spare, -1)
+    if backend is None or num_experts > kernels.MAX_EXPERTS or x.shape[-1] % 32:
+        # Padding adds zeros to token 0.
+        summed = mx.zeros(x.shape, mx.float32).at[tokens.flatten()].add(outputs)
+        return summed.astype(x.dtype)
+    return combine(outputs, mx.where(active, place + 1, 0).astype(mx.uint32), backend=backend)
 
 
 def combine(rows: mx.array, places: mx.array, *, backend: str) -> mx.array:

@@ -168,6 +168,9 @@ def test_one_place_chooses(monkeypatch):
     monkeypatch.setattr(bf.kernels, "available_backend", lambda: "metal")
     assert choose_backend(1) == choose_backend(64) == "metal"
     assert choose_backend(65) == choose_backend(8, training=True) == "dense"
+    for device, backends in (("cpu", "grouped"), ("metal", "dense"), ("cuda", "dense")):
+        monkeypatch.setattr(bf.ffn, "device_kind", lambda device=device: device)
+        assert choose_backend(128) == backends
     assert choose_backend(8, batch_size=2) == "ops"
     monkeypatch.setattr(bf.kernels, "available_backend", lambda: None)
     assert choose_backend(1) == "ops"

@@ -4,7 +4,7 @@ import metal_host
 import mlx.core as mx
 import pytest
 
-from blockffn_mlx import kernels, prefill
+from blockffn_mlx import ffn, kernels, prefill
 from blockffn_mlx.ffn import dense_ffn
 
 ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
@@ -35,14 +35,53 @@ def layer(tokens: int, experts: int, size: int, hidden: int, density: float):
     return x, scores, up, down
 
 
+def grouped(operands, backend, act="silu") -> mx.array:
+    loads = (operands[1] != 0).sum(axis=0).tolist()
+    return prefill.grouped_ffn(*operands, loads, act=act, backend=backend)
+
+
+@pytest.mark.parametrize("backend", [None, BACKEND])
 @pytest.mark.parametrize("act", ["silu", "relu"])
 @pytest.mark.parametrize("tokens, experts, density", [(70, 9, 0.2), (65, 40, 0.05), (130, 1, 1.0)])
-def test_grouped_matches_dense(runs, tokens, experts, density, act):
+def test_grouped_matches_dense(runs, tokens, experts, density, act, backend):
     operands = layer(tokens, experts, 32, 96, density)
-    out = prefill.grouped_ffn(*operands, act=act, backend=BACKEND)
+    out = grouped(operands, backend, act)
     expected = dense_ffn(*operands, act=act)
     assert mx.abs(out - expected).max() <= 1e-5 * mx.abs(expected).max()
-    assert ON_GPU or (len(runs) == 1 and runs[0].counters.unwritten == 0)
+    if backend and not ON_GPU:
+        assert runs and all(run.counters.unwritten == 0 for run in runs)
+
+
+def test_busy_experts_do_not_pad_the_others(runs):
+    """Loads of 96 and of about 5 tokens: a class each, and far fewer rows than 16 * 96."""
+    x, scores, up, down = layer(96, 16, 32, 64, 0.05)
+    scores[:, :3] = 1.0
+    loads = (scores != 0).sum(axis=0).tolist()
+    classes = prefill.load_classes(loads)
+    assert len(classes) == prefill.NUM_CLASSES and sum(map(len, classes)) == sum(map(bool, loads))
+    assert prefill.padded_rows(loads) <= 4 * 96 + 12 * 32
+    out = grouped((x, scores, up, down), BACKEND)
+    expected = dense_ffn(x, scores, up, down)
+    assert mx.abs(out - expected).max() <= 1e-5 * mx.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_long_prompts_are_grouped_where_it_saves(monkeypatch, bits):
+    """The layer takes the grouped path by itself, with packed weights too, else the dense one."""
+    taken = []
+    original = prefill.grouped_ffn
+    monkeypatch.setattr(ffn, "grouped_ffn", lambda *a, **k: taken.append(1) or original(*a, **k))
+    for density, times in ((0.1, 1), (0.9, 0)):
+        x, scores, up, down = layer(512, 16, 32, 64, density)
+        if bits:
+            up, down = (tuple(mx.quantize(w, 32, bits)) for w in (up, down))
+        taken.clear()
+        out = ffn.chunk_union_ffn(x, scores, up, down)
+        expected = dense_ffn(x, scores, up, down)
+        assert mx.abs(out - expected).max() <= 1e-5 * mx.abs(expected).max()
+        assert len(taken) == times
+    compiled = mx.compile(ffn.chunk_union_ffn)(x, scores, up, down)
+    assert mx.abs(compiled - expected).max() <= 1e-5 * mx.abs(expected).max()
 
 
 def test_tokens_without_experts_and_overflow_beside_them(runs):
@@ -50,13 +89,12 @@ def test_tokens_without_experts_and_overflow_beside_them(runs):
     scores[5] = 0
     scores[:, 3] = 0
     up[3] = 1e38  # overflows, but nobody asks for this expert
-    out = prefill.grouped_ffn(x, scores, up, down, act="silu", backend=BACKEND)
+    out = grouped((x, scores, up, down), BACKEND)
     assert mx.isfinite(out).all() and not mx.any(out[5])
 
 
 def test_no_active_pair_gives_zeros():
-    x, scores, up, down = layer(66, 4, 32, 64, 0.0)
-    assert not mx.any(prefill.grouped_ffn(x, scores, up, down, act="silu", backend=BACKEND))
+    assert not mx.any(grouped(layer(66, 4, 32, 64, 0.0), BACKEND))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
