@@ -122,7 +122,7 @@ def test_a_step_that_the_table_misses_is_learnt():
 
 
 def test_a_better_draft_is_noticed_soon_while_parked():
-    """Old evidence fades, so that a few good rounds are enough."""
+    """Old evidence fades, so that a few good rounds are enough (without: 128 tokens)."""
     waits = []
     for seed in range(7):
         machine = Machine(CURVES["linear"], 0.05, AdaptiveWidth(table(CURVES["linear"])), seed=seed)
@@ -131,7 +131,7 @@ def test_a_better_draft_is_noticed_soon_while_parked():
         while machine.widths[-20:].count(1) > 2:
             machine.run(1)
         waits.append(machine.tokens - before)
-    assert sorted(waits)[3] < 70
+    assert sorted(waits)[3] < 100
 
 
 def test_a_machine_that_gets_faster_is_not_taken_for_a_good_draft():

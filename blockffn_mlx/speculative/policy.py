@@ -8,7 +8,7 @@ from .cost import PassCost
 from .tree import MAX_NODES, check_size
 
 # Speculation is taken up for a predicted gain of at least this much over plain decoding.
-MIN_GAIN = 1.02
+MIN_GAIN = 1.03
 # Share of all time that trying speculation may lose, and what may be lost before any was spent,
 # in plain tokens. Together they keep an answer of 100 tokens within 5% of plain decoding.
 LOSS_SHARE = 0.015
