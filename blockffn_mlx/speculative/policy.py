@@ -12,7 +12,7 @@ MIN_GAIN = 1.03
 # Share of all time that trying speculation may lose, and what may be lost before any was spent,
 # in plain tokens. Together they keep an answer of 100 tokens within 5% of plain decoding.
 LOSS_SHARE = 0.015
-LOSS_ALLOWANCE = 1.0
+LOSS_ALLOWANCE = 0.5
 # Weight that evidence keeps after each later round, and after so many plain tokens: while parked,
 # old evidence fades, and speculation gets a new chance now and then.
 MEMORY = 0.95
@@ -119,18 +119,17 @@ class AdaptiveWidth:
         if (locality := self.cost.locality(width, union)) is not None:
             self.locality = _moved(self.locality, locality, 0.1)
         expected = self.seconds([width])[0]
+        seconds = _capped(seconds, expected)
         if width not in self.seen_widths:
             # A width's first pass may build its kernels, which no later one pays for.
             self.seen_widths.add(width)
-            seconds = min(seconds, expected)
         else:
-            seconds = _capped(seconds, expected)
             beyond = seconds - self.cost.seconds(width, self.locality)
             self.beyond[width] = _moved(self.beyond.get(width, beyond), beyond, 0.3)
         # One token never costs more than several: a stale figure is corrected at once.
         self.plain_seconds = min(self.plain_seconds, seconds)
         self.elapsed += seconds
-        self.lost = max(0.0, self.lost + seconds - (1 + len(accepted)) * self.plain_seconds)
+        self.lost += seconds - (1 + len(accepted)) * self.plain_seconds
         self._plain_run = 0
         self._round_run += 1
         self._decision = 1 if self._round_run >= ROUNDS_IN_A_ROW else None
@@ -166,11 +165,12 @@ class AdaptiveWidth:
         rates = tokens / self.seconds(self.candidates)
         best = self.candidates[int(rates.argmax())]
         gain = rates.max() * self.plain_seconds
+        room = LOSS_ALLOWANCE * self.plain_seconds + LOSS_SHARE * self.elapsed
         if gain >= MIN_GAIN:
-            return best
-        room = LOSS_ALLOWANCE * self.plain_seconds + LOSS_SHARE * self.elapsed - self.lost
-        expected_loss = self.seconds([best])[0] * max(1 - gain, 0.0)
-        return best if self._plain_run >= PLAIN_INTERVAL and expected_loss < room else 1
+            return best if self.lost < room else 1
+        # What speculation gained before is no reason to lose it again by trying.
+        lost = max(self.lost, 0.0) + self.seconds([best])[0] * max(1 - gain, 0.0)
+        return best if self._plain_run >= PLAIN_INTERVAL and lost < room else 1
 
     def _fade(self):
         self.hits = [hits * MEMORY for hits in self.hits]
