@@ -8,7 +8,7 @@ except ImportError:
     # On Linux the bare mlx package holds no backend: say which extra to add, not a traceback.
     raise SystemExit(
         "blockffn-mlx: MLX has no backend here; on Linux install it with one: "
-        "pip install 'blockffn-mlx[cpu]' for a CPU, or 'blockffn-mlx[cuda13]' for an NVIDIA GPU"
+        "pip install '.[cpu]' for a CPU, or '.[cuda13]' for an NVIDIA GPU"
     ) from None
 
 from . import checkpoint, ffn, kernels, speculative, training
