@@ -186,6 +186,6 @@ def draw(document: dict[str, Any]):
 
 
 def spread(pair: list[float]) -> str:
-    """Both values in three digits, or one where they print alike."""
-    low, high = (f"{value:#.3g}".rstrip(".") for value in pair)
+    """Both values in three digits or whole, or one where they print alike."""
+    low, high = (f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".") for value in pair)
     return low if low == high else f"{low}-{high}"
