@@ -12,6 +12,7 @@ from .experts import (
     ExpertWeights,
     dequantized,
     host_values,
+    infer_quantization,
     weigh,
 )
 from .prefill import grouped_ffn, padded_rows
@@ -110,17 +111,24 @@ def chunk_union_ffn(
         act: "silu" or "relu".
         backend: "metal" or "cuda" (the kernels, T up to 64), "ops" (the union in plain
             operations), "grouped" (tokens grouped by expert, for long prompts), "dense", or "auto".
-        group_size: Quantisation group of `up` and `down`; read off the shapes if None.
-        bits: Quantisation bits, likewise.
+        group_size: Quantisation group of a packed `up`. The shapes tell; what is given must agree.
+        bits: Quantisation bits of a packed `up`, likewise.
 
     Returns:
         [T, H], in the dtype of x.
 
     Raises:
-        ValueError: For an unknown backend or activation.
+        ValueError: For an unknown backend or activation, or settings that contradict the shapes.
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"unknown expert activation {act!r}: use one of {', '.join(ACTIVATIONS)}")
+    if not isinstance(up, mx.array):
+        found = infer_quantization(up, x.shape[-1])
+        if (group_size or found.group_size, bits or found.bits) != found[:2]:
+            raise ValueError(
+                f"up is packed in {found.bits} bits and groups of {found.group_size}, not "
+                f"{bits} and {group_size}"
+            )
     if backend == "auto":
         backend = choose_backend(len(x), covered=kernels.covers(x, scores, up, down))
     if backend in ("metal", "cuda"):

@@ -182,6 +182,11 @@ def test_bad_arguments_are_named():
         chunk_union_ffn(*operands, act="gelu")
     with pytest.raises(ValueError, match="vulkan"):
         chunk_union_ffn(*operands, backend="vulkan")
+    x, scores, up, down = case(1, expert_size=32, hidden_size=64)
+    packed = [tuple(mx.quantize(w, 32, 4)) for w in (up, down)]
+    chunk_union_ffn(x, scores, *packed, group_size=32, bits=4)
+    with pytest.raises(ValueError, match="4 bits and groups of 32, not 8 and 32"):
+        chunk_union_ffn(x, scores, *packed, group_size=32, bits=8)
     with pytest.raises(ValueError, match="do not fit width"):
         infer_quantization((mx.zeros((2, 4, 5)), mx.zeros((2, 4, 1))), 64)
 
