@@ -26,6 +26,9 @@ MAX_CHUNK = 64
 MIN_GROUPED_TOKENS = {"cpu": 128, "metal": 512, "cuda": None}
 MAX_GROUPED_SHARE = 0.5
 
+# Sees a layer's router in a pass: (logits before ReLU, finished scores), both [B, T, E].
+Observer = Callable[[mx.array, mx.array], None]
+
 
 def dense_ffn(
     x: mx.array, scores: mx.array, up: ExpertWeights, down: ExpertWeights, *, act: str = "silu"
@@ -122,7 +125,7 @@ def chunk_union_ffn(
     """
     if act not in ACTIVATIONS:
         raise ValueError(f"unknown expert activation {act!r}: use one of {', '.join(ACTIVATIONS)}")
-    if not isinstance(up, mx.array):
+    if (group_size or bits) and not isinstance(up, mx.array):
         found = infer_quantization(up, x.shape[-1])
         if (group_size or found.group_size, bits or found.bits) != found[:2]:
             raise ValueError(
@@ -191,7 +194,7 @@ class BlockFFN(nn.Module):
         self.down_proj = ExpertLinear(args.expert_size, args.hidden_size, args.num_experts)
         self.backend = "auto"
         self.sharding_group: mx.distributed.Group | None = None
-        self.observer: Callable[[mx.array, mx.array], None] | None = None
+        self.observer: Observer | None = None
 
     def route(self, router_logits: mx.array, backend: str = "ops") -> mx.array:
         """Finished scores [..., E] from the router's logits [..., E]."""

@@ -8,34 +8,47 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .ffn import Observer
+
 # Tokens per pass when the text is long; a chunk's statistics do not depend on it.
 PASS_LENGTH = 1024
+
+
+@contextmanager
+def watch_routers(model: nn.Module, observers: list[Observer]) -> Iterator[None]:
+    """Gives each layer its observer inside the block; one that was there before goes on watching.
+
+    Args:
+        model: A BlockFFN model.
+        observers: One per layer, as BlockFFN.observer takes it.
+    """
+    previous = [layer.mlp.observer for layer in model.layers]
+    for layer, inner, outer in zip(model.layers, observers, previous, strict=True):
+
+        def observe(logits, scores, inner=inner, outer=outer):
+            inner(logits, scores)
+            if outer is not None:
+                outer(logits, scores)
+
+        layer.mlp.observer = observe
+    try:
+        yield
+    finally:
+        for layer, observer in zip(model.layers, previous, strict=True):
+            layer.mlp.observer = observer
 
 
 @contextmanager
 def record_router_scores(model: nn.Module) -> Iterator[list[list[mx.array]]]:
     """Collects each layer's finished router scores while the model runs inside the block.
 
-    An observer that was there before goes on watching.
-
     Yields:
         One list per layer, which gains an array [B, T, E] per pass.
     """
     recorded = [[] for _ in model.layers]
-    previous = [layer.mlp.observer for layer in model.layers]
-    for layer, passes, outer in zip(model.layers, recorded, previous, strict=True):
-
-        def observe(logits, scores, passes=passes, outer=outer):
-            passes.append(scores)
-            if outer is not None:
-                outer(logits, scores)
-
-        layer.mlp.observer = observe
-    try:
+    observers = [lambda logits, scores, passes=passes: passes.append(scores) for passes in recorded]
+    with watch_routers(model, observers):
         yield recorded
-    finally:
-        for layer, observer in zip(model.layers, previous, strict=True):
-            layer.mlp.observer = observer
 
 
 def router_scores(model: nn.Module, ids: mx.array) -> list[mx.array]:

@@ -107,8 +107,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_prompt(args: argparse.Namespace, model: Any, tokenizer: Any, text: str) -> list[int]:
-    """The prompt's token ids: through the chat template, or plain for base models and `--raw`.
+def build_prompt(
+    args: argparse.Namespace, model: Any, tokenizer: Any, text: str
+) -> str | list[int]:
+    """The prompt: text of the chat template, or ids of plain text for base models and `--raw`.
 
     The whole conversation is tokenised as one string: the format's markers are ordinary text, and
     their ids depend on their neighbours.
@@ -127,15 +129,13 @@ def build_prompt(args: argparse.Namespace, model: Any, tokenizer: Any, text: str
         messages.insert(0, {"role": "system", "content": args.system_prompt})
     if args.prefill_response is not None:
         messages.append({"role": "assistant", "content": args.prefill_response})
-    prompt = tokenizer.apply_chat_template(
+    return tokenizer.apply_chat_template(
         messages,
         tokenize=False,
         add_generation_prompt=args.prefill_response is None,
         continue_final_message=args.prefill_response is not None,
         **json.loads(args.chat_template_config or "{}"),
     )
-    bos = tokenizer.bos_token
-    return tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
 
 
 def summary(response: GenerationResponse) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..sparsity import watch_routers
 from . import losses
 from .config import Sparsity
 from .sampling import Batch
@@ -21,14 +22,9 @@ CHUNK = 8
 def record_router(model: nn.Module) -> Iterator[list[tuple[mx.array, mx.array]]]:
     """Collects (router logits, router scores), both [B, T, E], of each layer in turn."""
     recorded = []
-    previous = [layer.mlp.observer for layer in model.layers]
-    for layer in model.layers:
-        layer.mlp.observer = lambda logits, scores: recorded.append((logits, scores))
-    try:
+    observers = [lambda *router: recorded.append(router) for _ in model.layers]
+    with watch_routers(model, observers):
         yield recorded
-    finally:
-        for layer, observer in zip(model.layers, previous, strict=True):
-            layer.mlp.observer = observer
 
 
 def document_mask(segments: mx.array) -> mx.array:
