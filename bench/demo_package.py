@@ -1,22 +1,25 @@
-"""Puts a trained demo model into the package: 8-bit weights, draft head, tokenizer, NOTICE.
+"""Packs a trained demo model as the package holds it: 8-bit weights, head, tokenizer, NOTICE.
 
-usage: demo_package.py COLLECTED TOKENIZER SOURCES.md
-COLLECTED is what `train_demo.sh collect` wrote; TOKENIZER holds tokenizer.json and its config.
+usage: demo_package.py MODEL HEAD TOKENIZER SOURCES.md [--target FOLDER]
+MODEL and HEAD are what blockffn-train and blockffn-train-draft wrote; TOKENIZER holds
+tokenizer.json and its config.
 """
 
 import argparse
 import re
 import shutil
-import tarfile
 import tempfile
 from pathlib import Path
 
 from blockffn_mlx import convert, load
+from blockffn_mlx.convert import MODEL_FILE
 from blockffn_mlx.convert_draft import convert_draft
 from blockffn_mlx.load import DEMO_FOLDER
+from blockffn_mlx.speculative.drafters import DRAFT_FOLDER
 from blockffn_mlx.training.config import load_config
 
 BITS, GROUP_SIZE = 8, 64
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 NOTICE = """\
 The demo model in this folder was trained from scratch with blockffn-train; its weights are under
 this package's licence. It was trained on the text below, none of which is included. Text under
@@ -27,7 +30,8 @@ share-alike licences was left out.
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("collected", type=Path)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("head", type=Path)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("sources", type=Path)
     parser.add_argument("--target", type=Path, default=DEMO_FOLDER)
@@ -36,19 +40,16 @@ def main():
     settings = {"quantize": True, "q_bits": BITS, "q_group_size": GROUP_SIZE}
     with tempfile.TemporaryDirectory() as scratch:
         trained, packed = Path(scratch, "model"), Path(scratch, "demo")
-        trained.mkdir()
-        parts = sorted(args.collected.glob("model.part*"))
-        (trained / "model.safetensors").write_bytes(b"".join(p.read_bytes() for p in parts))
-        shutil.copy(args.collected / "config.json", trained)
-        for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copytree(args.model, trained)
+        # What was trained is a checkpoint to the converter, not a folder that it wrote.
+        (trained / MODEL_FILE).unlink(missing_ok=True)
+        for name in TOKENIZER_FILES:
             shutil.copy(args.tokenizer / name, trained)
         report = convert(trained, packed, **settings)
         print(f"{report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB", *report.warnings)
-        if (args.collected / "draft.tar").exists():
-            with tarfile.open(args.collected / "draft.tar") as archive:
-                archive.extractall(scratch, filter="data")
+        if args.head.is_dir():
             model, _ = load(str(packed))
-            report = convert_draft(Path(scratch, "draft"), packed / "draft", model, **settings)
+            report = convert_draft(args.head, packed / DRAFT_FOLDER, model, **settings)
             print(f"draft head: {report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB")
         trained_on = load_config(args.config)
         names = {name for stage in trained_on.stage for name in stage.weights}

@@ -1,22 +1,28 @@
 #!/bin/bash
-# Trains the demo model on NVIDIA GPUs: its long run, its draft head, and the ablation.
-#   bench/train_demo.sh setup PARTS   install MLX's CUDA build and this package from carried files
-#   bench/train_demo.sh update        take this tree's code, while nothing runs
-#   bench/train_demo.sh main GPU      the demo model, then its draft head
-#   bench/train_demo.sh ablation GPU  four short runs: both objectives, none, AL, CS
-#   bench/train_demo.sh baseline GPU  the long run without AL and CS
-#   bench/train_demo.sh stop NAME     end main, ablation or baseline
-#   bench/train_demo.sh wait SECONDS  until the runs end or the time is over; prints their last lines
-#   bench/train_demo.sh collect OUT   weights in parts of 15 MiB, logs
-# Extra arguments of main, ablation and baseline go to blockffn-train. Runs outlive this script and
-# go on from their last checkpoint when started again.
+# Trains the demo model on two NVIDIA GPUs: its long run and the same without AL and CS, an
+# ablation of short runs, and the draft head. Each step but the last three runs in the background:
+# it outlives this script, and goes on from its last checkpoint when started again.
+#   bench/train_demo.sh install PARTS   MLX's CUDA build and this package, from carried files
+#   bench/train_demo.sh warm MANIFEST   compile the kernels on made-up text
+#   bench/train_demo.sh data FOLDER     unpack the tokens
+#   bench/train_demo.sh ablation        short runs, two at a time
+#   bench/train_demo.sh long NAME FLAGS one long run on both GPUs
+#   bench/train_demo.sh draft NAME      the draft head of the long run NAME
+#   bench/train_demo.sh stop STEP       end a step
+#   bench/train_demo.sh wait SECONDS [STEP ...]  until they end (all by default); prints last lines
+#   bench/train_demo.sh package NAME    8-bit weights of NAME and its head, evaluated
+#   bench/train_demo.sh collect OUT NAME  weights and logs, in parts of 15 MiB
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 work=${DEMO_WORK:-$HOME/demo}
 data=$work/data runs=$work/runs
+both_gpus=${DEMO_GPUS:-0,1}
 short=(--set stage.0.steps=350 --set stage.0.warmup=100 --set stage.1.steps=150
   --set stage.1.decay=150 --set stage.2.steps=0 --set sparsity.hold=100 --set sparsity.interval=20
   --set eval_interval=500)
+warm=(--set stage.0.steps=2 --set stage.0.warmup=1 --set stage.1.steps=2 --set stage.1.decay=2
+  --set stage.2.steps=2 --set stage.2.decay=2 --set stage.0.batch_size=16
+  --set stage.1.batch_size=16 --set stage.2.batch_size=16 --set checkpoint_interval=100)
 
 environment() {
   cd "$work" # else python -c would find the tree in the way of the package
@@ -27,86 +33,130 @@ print(':'.join(glob.glob(list(nvidia.__path__)[0] + '/*/lib')))")
   export LD_LIBRARY_PATH=$libraries:${LD_LIBRARY_PATH:-}
 }
 
-package() { # the tree under its installed names
-  rm -rf "$work/package" && mkdir -p "$work/package"
-  cp -r "$root/blockffn_mlx" "$work/package/"
-  cp -r "$root/cli" "$work/package/blockffn_mlx/cli"
-  cp -r "$root/metal" "$work/package/blockffn_mlx/metal"
-}
-
 run_command() { # run_command NAME ARGUMENTS...: a blockffn command without its installed script
-  python3 -c "import sys; from blockffn_mlx.cli.$1 import main; sys.exit(main())" "${@:2}"
+  exec python3 -c "import sys; from blockffn_mlx.cli.$1 import main; sys.exit(main())" "${@:2}"
 }
 
-train() { # train NAME ARGUMENTS...: one run under its name, its output in NAME.txt
-  mkdir -p "$runs"
-  run_command train "$root/examples/demo.toml" --set data.path="$data" --set data.tokenizer="$data" \
-    --set output="$runs/$1" "${@:2}" >>"$runs/$1.txt" 2>&1
+launch() { # launch GPUS NAME ARGUMENTS...: a command on one GPU, or data-parallel on several
+  local gpus=(${1//,/ }) rank port=$((20000 + RANDOM % 10000))
+  for rank in "${!gpus[@]}"; do
+    (
+      export CUDA_VISIBLE_DEVICES=${gpus[rank]}
+      # Compiled kernels are kept; ranks that compile in step must not read each other's half files.
+      export MLX_PTX_CACHE_DIR=$work/${cache:-kernels}-${gpus[rank]}
+      if [ ${#gpus[@]} -gt 1 ]; then
+        export MLX_RANK=$rank MLX_WORLD_SIZE=${#gpus[@]} NCCL_HOST_IP=127.0.0.1 NCCL_PORT=$port
+      fi
+      run_command "${@:2}"
+    ) &
+  done
+  for rank in "${!gpus[@]}"; do
+    # Without one rank the other would wait for ever.
+    wait -n || { kill $(jobs -p) 2>/dev/null; return 1; }
+  done
 }
 
-train_main() {
-  train demo "$@"
-  run_command train_draft "$runs/demo/model" "$root/examples/demo_draft.toml" \
-    --set data.path="$data" --set output="$runs/demo-draft" >>"$runs/demo-draft.txt" 2>&1
+train() { # train GPUS NAME ARGUMENTS...: one run under its name, its output in NAME.txt
+  launch "$1" train "$root/examples/demo.toml" --set data.path="${text:-$data}" \
+    --set data.tokenizer="$work/package/blockffn_mlx/demo" --set output="$runs/$2" "${@:3}" \
+    >>"$runs/$2.txt" 2>&1
 }
 
-train_ablation() {
-  train both "${short[@]}" "$@"
-  train none "${short[@]}" --set sparsity.al=0 --set sparsity.cs=0 "$@"
-  train al "${short[@]}" --set sparsity.cs=0 "$@"
-  train cs "${short[@]}" --set sparsity.al=0 "$@"
+draft() { # draft GPUS NAME ARGUMENTS...: the draft head of run NAME
+  launch "$1" train_draft "$runs/$2/model" "$root/examples/demo_draft.toml" \
+    --set data.path="${text:-$data}" --set output="$runs/$2-draft" "${@:3}" \
+    >>"$runs/$2-draft.txt" 2>&1
 }
 
-train_baseline() { train baseline --set sparsity.al=0 --set sparsity.cs=0 "$@"; }
+step_warm() {
+  export text=$work/warm
+  python3 "$root/bench/demo_warm.py" "$1" "$text"
+  train "$both_gpus" warm "${warm[@]}"
+  cache=kernels-draft draft "$both_gpus" warm --set stage.0.steps=2 --set stage.0.batch_size=16
+}
+
+step_ablation() {
+  local first=${both_gpus%,*} second=${both_gpus#*,}
+  {
+    train "$first" both "${short[@]}" || true
+    train "$first" al "${short[@]}" --set sparsity.cs=0 || true
+    train "$first" al-doubled "${short[@]}" --set sparsity.al=6e-3
+  } &
+  {
+    train "$second" none "${short[@]}" --set sparsity.al=0 --set sparsity.cs=0 || true
+    train "$second" cs "${short[@]}" --set sparsity.al=0 || true
+    train "$second" cs-doubled "${short[@]}" --set sparsity.cs=0.12
+  } &
+  wait
+}
+
+step_long() { train "$both_gpus" "$@"; }
+step_draft() { cache=kernels-draft draft "$both_gpus" "$@"; }
 
 case ${1:?see the head of this script} in
-setup)
-  parts=${2:?the folder of the carried files}
-  mkdir -p "$data" "$work/wheels" "$work/site"
-  mv "$parts"/*.json "$parts"/tokens_*.xz "$data"/
-  cat $(ls "$parts"/part* | sort -V) | tar -C "$work/wheels" -xf -
-  mv "$parts"/*.whl "$work/wheels"/
+install)
+  mkdir -p "$work/wheels" "$work/site" "$work/package" "$runs"
+  cat $(ls "${2:?the folder of the carried files}"/part* | sort -V) | tar -C "$work/wheels" -xf -
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade \
     --target "$work/site" "$work"/wheels/*.whl
-  package && environment
+  cp -r "$root/blockffn_mlx" "$work/package/" # the tree under its installed names
+  cp -r "$root/cli" "$work/package/blockffn_mlx/cli"
+  cp -r "$root/metal" "$work/package/blockffn_mlx/metal"
+  # What runs in the background must not change under it.
+  mkdir -p "$work/tree" && cp -r "$root/bench" "$root/examples" "$work/tree/"
+  environment
   python3 -c "import mlx.core as mx, blockffn_mlx; print('mlx', mx.__version__, mx.default_device())"
   nvidia-smi --query-gpu=name,memory.total --format=csv
   ;;
-update)
-  package
+data)
+  mkdir -p "$data" && cp "${2:?the folder of the carried files}"/* "$data/"
+  xz --decompress --force --threads=0 "$data"/tokens_*.xz || python3 - "$data" <<'PYTHON'
+import lzma, pathlib, sys
+for path in pathlib.Path(sys.argv[1]).glob("tokens_*.xz"):
+    path.with_suffix("").write_bytes(lzma.decompress(path.read_bytes()))
+PYTHON
+  sed -i 's/\.u16\.xz"/.u16"/' "$data/manifest.json"
   ;;
-main | ablation | baseline)
-  mkdir -p "$runs"
-  CUDA_VISIBLE_DEVICES=${2:?the GPU} setsid "$root/bench/train_demo.sh" "in-session-$1" "${@:3}" >"$runs/$1.out" 2>&1 </dev/null &
-  echo $! >"$runs/$1.pid"
+warm | ablation | long | draft)
+  name=$1 && if [ "$1" = long ] || [ "$1" = draft ]; then name=$1-$2; fi
+  setsid "$work/tree/bench/train_demo.sh" "in-session-$1" "${@:2}" >"$runs/$name.out" 2>&1 </dev/null &
+  echo $! >"$runs/$name.pid"
   ;;
 in-session-*)
   environment
-  "train_${1#in-session-}" "${@:2}"
+  "step_${1#in-session-}" "${@:2}"
   ;;
 stop)
-  kill -- "-$(cat "$runs/${2:?main, ablation or baseline}.pid")"
+  kill -- "-$(cat "$runs/${2:?the step}.pid")"
   ;;
 wait)
-  for ((i = 0; i < ${2:?seconds}; i += 5)); do
-    alive=no
-    for pid in "$runs"/*.pid; do if kill -0 "$(cat "$pid")" 2>/dev/null; then alive=yes; fi; done
-    if [ $alive = no ]; then break; fi
-    sleep 5
+  for ((i = 0; i < ${2:?seconds}; i += 2)); do
+    alive=
+    for step in ${@:3} $([ $# -gt 2 ] || (cd "$runs" && ls -- *.pid | sed 's/\.pid//')); do
+      if kill -0 "$(cat "$runs/$step.pid")" 2>/dev/null; then alive+=" $step"; fi
+    done
+    if [ -z "$alive" ]; then break; fi
+    sleep 2
   done
-  for text in "$runs"/*.txt "$runs"/*.out; do echo "== $text" && tail -n "${LINES_EACH:-4}" "$text"; done
-  nvidia-smi --query-gpu=memory.used,utilization.gpu --format=csv,noheader
-  echo "still running: $alive"
+  for output in "$runs"/*.txt "$runs"/*.out; do
+    if [ -s "$output" ]; then echo "== ${output#"$runs/"}" && tail -n "${LINES_EACH:-3}" "$output"; fi
+  done
+  echo "still running:$alive"
+  ;;
+package)
+  environment
+  export CUDA_VISIBLE_DEVICES=${both_gpus%,*}
+  python3 "$root/bench/demo_package.py" "$runs/$2/model" "$runs/$2-draft/draft" \
+    "$work/package/blockffn_mlx/demo" "$data/SOURCES.md" --config "$root/examples/demo.toml" --target "$work/packed"
+  python3 "$root/bench/demo_evaluate.py" "$work/packed" "$data" "$runs/evaluation.json" --config "$root/examples/demo.toml"
+  python3 "$root/bench/demo_backends.py" "$work/packed" "$data" "$runs/backends.json" --config "$root/examples/demo.toml"
   ;;
 collect)
-  out=${2:?the folder to write to}
+  out=${2:?the folder to write to} name=${3:?the long run}
   mkdir -p "$out"
-  tar -C "$runs" -czf "$out/logs.tar.gz" --exclude '*.safetensors' $(cd "$runs" && ls -d ./*/log.jsonl ./*.txt)
-  if [ -d "$runs/demo/model" ]; then
-    split -b 15M -d -a 1 "$runs/demo/model/model.safetensors" "$out/model.part"
-    cp "$runs/demo/model/config.json" "$out/config.json"
-  fi
-  if [ -d "$runs/demo-draft/draft" ]; then tar -C "$runs/demo-draft" -cf "$out/draft.tar" draft; fi
+  tar -C "$runs" -czf "$out/logs.tar.gz" --exclude '*.safetensors' $(cd "$runs" && ls -d ./*/log.jsonl ./*.txt ./*.json 2>/dev/null)
+  tar -C "$runs" -cf - "$name/model" $(cd "$runs" && ls -d "$name-draft/draft" 2>/dev/null) | split -b 15M -d -a 1 - "$out/trained.part"
+  if [ -d "$work/packed" ]; then tar -C "$work" -cf - packed | split -b 15M -d -a 1 - "$out/packed.part"; fi
   ls -la "$out"
   ;;
 *) echo "train_demo.sh: no such step $1" >&2 && exit 1 ;;

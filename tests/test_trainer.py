@@ -239,7 +239,8 @@ def test_shares_make_the_mean_of_processes_the_mean_of_the_batch(folder):
         share = mx.array(batch_share(rows, whole, size, 16))
         arrays = Batch(*map(as_array, rows))
         settings = trainer.config.sparsity
-        return np.array(objective(trainer.model, arrays, mx.array(0.1), settings, share)[1])
+        factors = mx.array([settings.al, 0.1])
+        return np.array(objective(trainer.model, arrays, factors, settings, share)[1])
 
     halves = np.mean([parts(whole.rows(rank, 2), 2) for rank in (0, 1)], axis=0)
     np.testing.assert_allclose(halves[:4], parts(whole, 1)[:4], rtol=1e-5)

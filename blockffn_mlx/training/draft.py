@@ -132,7 +132,7 @@ class DraftTrainer(Trainer):
         super().__init__(config, head, corpus, **callbacks)
 
     def objective(
-        self, batch: Batch, cs_factor: mx.array, share: mx.array
+        self, batch: Batch, factors: mx.array, share: mx.array
     ) -> tuple[mx.array, mx.array]:
         """`draft_objective`, weighed by this process's part of the token pairs."""
         total, metrics = draft_objective(self.model, self.target, batch, self.config.head)

@@ -47,19 +47,20 @@ def token_losses(model: nn.Module, batch: Batch) -> mx.array:
 def objective(
     model: nn.Module,
     batch: Batch,
-    cs_factor: mx.array,
+    factors: mx.array,
     settings: Sparsity,
     share: mx.array,
 ) -> tuple[mx.array, mx.array]:
     """The scalar to minimise, and its parts.
 
-    LM + al * mean over layers of AL + cs_factor * mean over layers of CS + the ablated penalties
+    LM + factors[0] * mean over layers of AL + factors[1] * mean over layers of CS + the penalties
     that have a weight.
 
     Args:
         model: A BlockFFN model.
         batch: Arrays of MLX.
-        cs_factor: The present weight of CS.
+        factors: [2] float32, the present weights of AL and CS: an input, so that a compiled step
+            serves any.
         settings: Weights of the other objectives.
         share: [4] float32 of `batch_share`.
 
@@ -100,7 +101,7 @@ def objective(
         return sum(values) / len(values)
 
     al, cs = paired * over_layers(al), chunks * over_layers(cs)
-    total = loss + settings.al * al + cs_factor * cs + sum(penalties)
+    total = loss + factors[0] * al + factors[1] * cs + sum(penalties)
     tls, cls = 1 - real * over_layers(active), 1 - over_layers(active_chunks)
     return total, mx.stack([loss, al, cs, tls, cls])
 

@@ -94,28 +94,28 @@ def make_step(
     Args:
         model: The model.
         optimizer: Its optimiser.
-        objective: (batch, cs_factor, share) -> (scalar to minimise, array of metrics).
+        objective: (batch, factors, share) -> (scalar to minimise, array of metrics).
         settings: Gradient clipping, compute dtype, and whether to compile.
         group: The processes of the run.
 
     Returns:
-        step(batch, share, cs_factor, gathered, micro_batches) -> (metrics, rest). Adds the
+        step(batch, share, factors, gathered, micro_batches) -> (metrics, rest). Adds the
         micro-batch's gradients to ``gathered`` (None at first). With ``micro_batches`` 0, rest is
         the gradients so far; otherwise they are divided by it, averaged over the processes,
         clipped and applied, and rest is their norm.
     """
     dtype = getattr(mx, settings.dtype)
 
-    def loss(parameters, batch, share, cs_factor):
+    def loss(parameters, batch, share, factors):
         # The passes see the masters in the compute dtype; their gradients come in float32.
         model.update(in_compute_dtype(parameters, dtype))
-        return objective(Batch(*batch), cs_factor, share)
+        return objective(Batch(*batch), factors, share)
 
     gradient = mx.value_and_grad(loss)
 
-    def step(batch, share, cs_factor, gathered, micro_batches):
+    def step(batch, share, factors, gathered, micro_batches):
         masters = model.trainable_parameters()
-        (_, metrics), gradients = gradient(masters, batch, share, cs_factor)
+        (_, metrics), gradients = gradient(masters, batch, share, factors)
         model.update(masters)
         metrics = mx.distributed.all_sum(metrics, group=group) / group.size()
         if gathered is not None:

@@ -86,10 +86,10 @@ class Trainer:
         return make_step(self.model, self.optimizer, self.objective, settings, self.group)
 
     def objective(
-        self, batch: Batch, cs_factor: mx.array, share: mx.array
+        self, batch: Batch, factors: mx.array, share: mx.array
     ) -> tuple[mx.array, mx.array]:
         """What a step minimises, and the values of `metrics`; see `objective.objective`."""
-        return objective(self.model, batch, cs_factor, self.config.sparsity, share)
+        return objective(self.model, batch, factors, self.config.sparsity, share)
 
     def evaluate(self) -> dict:
         """The figures of an evaluation; the model is in the compute dtype."""
@@ -182,7 +182,7 @@ class Trainer:
         share = mx.ones(4)
         self.optimizer.set_learning_rate(0.0)
         arrays = Batch(*(None if array is None else mx.array(array) for array in batch))
-        mx.eval(self._run_step(arrays, share, mx.array(self.adaptive.factor), None, 1))
+        mx.eval(self._run_step(arrays, share, self._factors(), None, 1))
         mx.eval(self.model.state, self.optimizer.state)
 
     def _draw(self) -> list[tuple[Batch, mx.array]]:
@@ -198,6 +198,10 @@ class Trainer:
             drawn.append((Batch(*arrays), mx.array(share)))
         return drawn
 
+    def _factors(self) -> mx.array:
+        """The present weights of AL and CS."""
+        return mx.array([self.config.sparsity.al, self.adaptive.factor])
+
     def _dispatch(self, drawn: list[tuple[Batch, mx.array]]) -> tuple[mx.array, mx.array]:
         """Queues one optimiser step; returns its metrics and gradient norm, not yet computed."""
         self.learning_rate = warmup_stable_decay(
@@ -211,11 +215,11 @@ class Trainer:
         )
         self.optimizer.set_learning_rate(self.learning_rate)
         self.cs_factor = self.adaptive.factor
-        factor, count = mx.array(self.cs_factor), len(drawn)
+        factors, count = self._factors(), len(drawn)
         total, gathered = 0, None
         for i, (batch, share) in enumerate(drawn, 1):
             micro_batches = count if i == count else 0
-            metrics, gathered = self._run_step(batch, share, factor, gathered, micro_batches)
+            metrics, gathered = self._run_step(batch, share, factors, gathered, micro_batches)
             if not micro_batches:
                 mx.async_eval(metrics, gathered)
             total = total + metrics / count
