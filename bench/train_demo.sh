@@ -19,7 +19,7 @@ data=$work/data runs=$work/runs
 both_gpus=${DEMO_GPUS:-0,1}
 short=(--set stage.0.steps=350 --set stage.0.warmup=100 --set stage.1.steps=150
   --set stage.1.decay=150 --set stage.2.steps=0 --set sparsity.hold=100 --set sparsity.interval=20
-  --set eval_interval=500)
+  --set eval_interval=500 --set sparsity.al=3e-3 --set sparsity.cs=6e-2)
 warm=(--set stage.0.steps=2 --set stage.0.warmup=1 --set stage.1.steps=2 --set stage.1.decay=2
   --set stage.2.steps=2 --set stage.2.decay=2 --set stage.0.batch_size=16
   --set stage.1.batch_size=16 --set stage.2.batch_size=16 --set checkpoint_interval=100)
