@@ -121,3 +121,11 @@ class QuantizedExpertLinear(nn.Module):
     def weights(self) -> ExpertWeights:
         """What the functional forms in ffn.py take."""
         return tuple(self[name] for name in ("weight", "scales", "biases") if name in self)
+
+    def to_dequantized(self) -> ExpertLinear:
+        """The plain layer."""
+        width = self.scales.shape[-1] * self.group_size
+        num_experts, output_dims, _ = self.scales.shape
+        plain = ExpertLinear(width, output_dims, num_experts)
+        plain.weight = dequantized(self.weights, width)
+        return plain

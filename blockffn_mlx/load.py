@@ -3,17 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_model, load_tokenizer
+from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 from transformers import PreTrainedConfig
 
 from .checkpoint import open_checkpoint, read_json
 from .convert import MODEL_FILE, convert
+from .experts import QuantizedExpertLinear
 from .hub import Progress, commit_of, download, is_local
 from .model import Model, ModelArgs
 from .model_cache import cached_path, folder_state
 
-# The model that comes with the package, a converted folder.
+# The model that comes with the package: its name, and its converted folder.
+DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
 
@@ -34,7 +38,8 @@ def load(
     version of this package; the settings are those of `convert` and do not touch an MLX folder.
 
     Args:
-        path_or_repo: A converted folder, a PyTorch checkpoint's folder, or a Hub id of either.
+        path_or_repo: A converted folder, a PyTorch checkpoint's folder, or a Hub id of either; or
+            "demo", the model that comes with the package, as float32 where a CPU computes.
         revision: Branch, tag or commit of a Hub id.
         quantize, q_bits, q_group_size, dtype, q_mode: As in `convert`.
         lazy: Whether weights are read only when they are used.
@@ -54,6 +59,11 @@ def load(
         "dtype": dtype,
         "q_mode": q_mode,
     }
+    if path_or_repo == DEMO:
+        model, tokenizer = _load_folder(DEMO_FOLDER, lazy)
+        if mx.default_device() == mx.cpu:
+            unpack(model)
+        return model, tokenizer
     if is_local(path_or_repo):
         folder = Path(path_or_repo).expanduser()
         if not folder.is_dir():
@@ -97,3 +107,15 @@ def _load_folder(folder: Path, lazy: bool) -> tuple[Model, TokenizerWrapper | No
     # Given a config, transformers reads only the tokenizer's own files.
     extra: dict[str, Any] = {"trust_remote_code": False, "config": PreTrainedConfig()}
     return model, load_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
+
+
+def unpack(model: Model):
+    """Turns packed weights into plain float32 ones, with which MLX is much faster on a CPU."""
+    model.set_dtype(mx.float32)  # scales first, so that unpacking does not round
+    plain = [
+        (name, module.to_dequantized())
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedExpertLinear)
+    ]
+    model.update_modules(tree_unflatten(plain))
+    dequantize_model(model)

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..conversation import Conversation
-from ..load import DEMO_FOLDER
+from ..load import DEMO
 from ..memory import memory_need
 from .chat_commands import COMMANDS, Leave, is_command, run_command
 from .chat_input import LineInput, TerminalInput, make_input
@@ -40,7 +40,7 @@ LEAST_CONTEXT = 64
 def parser() -> argparse.ArgumentParser:
     """The command's flags: those of blockffn-generate, and mlx_lm.chat's defaults."""
     parser = make_parser(PROG, "Chat with a BlockFFN model.")
-    add_model_flags(parser, default="demo")
+    add_model_flags(parser, default=DEMO)
     parser.add_argument("--prompt", "-p", help="one message; - takes each line of stdin as a turn")
     parser.add_argument("--system-prompt", help="system message")
     parser.add_argument(
@@ -137,7 +137,7 @@ class Chat:
         """Says what the model is."""
         settings, args = self.settings, self.model.args
         name = Path(settings.model).name or settings.model
-        if settings.model == str(DEMO_FOLDER):
+        if settings.model == DEMO:
             self.view.note(DEMO_LINE)
         elif settings.raw:
             self.view.note(f"{name}: each message is completed as plain text")

@@ -15,13 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from ..convert import DTYPES
-from ..load import DEMO_FOLDER, load
+from ..load import load
 from ..model import Model
 from ..speculative.verify import each_row
 from ..version import __version__
-
-# The name of the model that comes with the package.
-DEMO = "demo"
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -62,7 +59,8 @@ def add_model_flags(
     parser.add_argument(
         "model" if positional else "--model",
         **({} if positional else {"default": default, "required": default is None}),
-        help="a converted folder, a PyTorch checkpoint folder, or a Hub id (converted once, kept)",
+        help="a converted folder, a PyTorch checkpoint folder, a Hub id (converted once, kept), or "
+        "demo: the small model that comes with the package",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise what is converted")
@@ -74,15 +72,9 @@ def add_model_flags(
 def load_for_text(args: argparse.Namespace, lazy: bool = False) -> tuple[Model, TokenizerWrapper]:
     """The model that `add_model_flags` names, with a tokenizer, showing progress.
 
-    "demo" in `args.model` gives way to the embedded model's folder.
-
     Raises:
         ValueError: If the model has no tokenizer files, besides what `load` raises.
     """
-    if args.model == DEMO:
-        if not (DEMO_FOLDER / "config.json").exists():
-            raise ValueError("this installation holds no demo model: give --model PATH or HUB-ID")
-        args.model = str(DEMO_FOLDER)
     with loading_progress() as progress:
         model, tokenizer = load(
             args.model,

@@ -88,12 +88,6 @@ def test_one_prompt_and_exit_statuses(run, folder, tmp_path):
         assert status == 1 and not out and complaint in one_line(err)
 
 
-def test_a_missing_demo_is_one_line(run, monkeypatch, tmp_path):
-    monkeypatch.setattr("blockffn_mlx.cli.common.DEMO_FOLDER", tmp_path)
-    status, _, err = run()
-    assert status == 1 and "--model" in one_line(err)
-
-
 def test_base_models_and_raw_completion_are_named(run, tmp_path):
     base = toy_folder(tmp_path / "base", chat_tuned=False)
     assert "base model" in run("--model", base)[2]

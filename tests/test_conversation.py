@@ -10,7 +10,7 @@ from toy_chat import toy_model, toy_tokenizer
 
 from blockffn_mlx.chat_format import ChatFormat, clean
 from blockffn_mlx.conversation import Conversation
-from blockffn_mlx.load import DEMO_FOLDER, load
+from blockffn_mlx.load import load
 from blockffn_mlx.speculative import SpeculationStats, make_draft
 from blockffn_mlx.token_history import TokenText, decode_tokens, encode_text, reuse
 from blockffn_mlx.tokenizer import CHAT_TEMPLATE
@@ -319,10 +319,8 @@ def test_odd_text_is_answered(model, tokenizer):
     assert clean("a\udc80b").startswith("a") and "\udc80" not in clean("a\udc80b")
 
 
-@pytest.mark.skipif(not (DEMO_FOLDER / "config.json").exists(), reason="no demo weights")
 def test_ten_turns_on_the_demo():
-    model, tokenizer = load(DEMO_FOLDER)
-    model.set_dtype(mx.float32)
+    model, tokenizer = load("demo")
     chat = Conversation(model, tokenizer)
     for turn in range(10):
         question = f"What is {turn} and one?"

@@ -8,7 +8,7 @@ from mlx_lm.utils import load as load_mlx_lm
 
 from .. import checkpoint
 from ..hub import download, is_local
-from ..load import load
+from ..load import DEMO, DEMO_FOLDER, load
 from .cost import pass_cost
 from .eagle_files import load_draft
 from .engine import Drafter
@@ -33,7 +33,7 @@ def make_draft(
             lookup; a folder or Hub id of an EAGLE head or a language model; or a drafter.
         model: The target.
         tokenizer: The target's tokenizer, which a draft model's has to equal.
-        model_path: The target's folder, for "auto".
+        model_path: What the target was loaded from, for "auto".
 
     Raises:
         ValueError: If the folder holds no draft, or one that does not fit the target.
@@ -41,7 +41,7 @@ def make_draft(
     if spec is None or spec == "none":
         return None
     if spec == "auto":
-        own = Path(model_path or "") / DRAFT_FOLDER
+        own = (DEMO_FOLDER if model_path == DEMO else Path(model_path or "")) / DRAFT_FOLDER
         spec = own if model_path and own.is_dir() else "lookup"
     if spec == "lookup":
         return LookupDraft()

@@ -1,0 +1,114 @@
+"""The embedded model: what it says, how fast it starts, what the package holds of it."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+
+import blockffn_mlx as bf
+from blockffn_mlx.load import DEMO_FOLDER, load
+from blockffn_mlx.training.config import load_config
+
+REPO = Path(__file__).resolve().parent.parent
+REQUEST = "Tell me a story about a brave mouse."
+# Greedy tokens in float32 on a CPU: "Once upon a time, there was a brave mouse named Rusty. ..."
+STORY = [
+    *(1879, 887, 268, 541, 8119, 487, 327, 268, 2118, 2469, 914, 3352, 8118, 3352, 918, 302),
+    *(268, 1521, 2488, 302, 271, 1779, 298, 268, 5045, 8118, 3352, 1923, 288, 965, 3872, 8118),
+]
+NEAR_TIE = 0.05
+# Written for this test: no training text is in the repository.
+PASSAGE = (
+    "The old lighthouse keeper climbed the stairs every evening. He lit the lamp, looked out over "
+    "the dark water and waited for the ships to come home. One night a small boat came out of the "
+    "storm, and in it sat a girl with a lantern."
+)
+PASSAGE_LOSS = 3.0875
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load("demo")
+
+
+def test_first_tokens_of_a_story(demo):
+    model, tokenizer = demo
+    messages = [{"role": "user", "content": REQUEST}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    cache, compared = model.make_cache(), 0
+    for expected in STORY:
+        logits = np.array(model(mx.array([ids]), cache)[0, -1])
+        second, first = np.partition(logits, -2)[-2:]
+        if first - second < NEAR_TIE:
+            break
+        assert logits.argmax() == expected
+        ids, compared = [expected], compared + 1
+    assert compared > 8
+
+
+def test_loss_and_sparsity_of_a_passage(demo):
+    model, tokenizer = demo
+    ids = mx.array([[tokenizer.bos_token_id, *tokenizer.encode(PASSAGE, add_special_tokens=False)]])
+    loss = nn.losses.cross_entropy(model(ids)[:, :-1], ids[:, 1:], reduction="mean")
+    assert loss.item() == pytest.approx(PASSAGE_LOSS, abs=2e-3)
+    sparsity = bf.sparsity(model, ids)
+    assert sparsity.tls > 0.8 and sparsity.cls > 0.65
+
+
+def test_the_command_tells_a_story_in_six_seconds(tmp_path):
+    command = "import sys; from blockffn_mlx.cli.generate import main; sys.exit(main())"
+    flags = ["--model", "demo", "-p", REQUEST, "--verbose", "false"]
+    seconds = []
+    for _ in range(2):  # the first start may have to read the package from disk
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", command, *flags],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        seconds.append(time.perf_counter() - start)
+    assert "mouse" in done.stdout and len(done.stdout.split()) > 60
+    assert min(seconds) < 6
+
+
+def test_packed_and_unpacked_weights_say_the_same(demo):
+    model, _ = demo
+    packed, _ = load(DEMO_FOLDER)
+    packed.set_dtype(mx.float32)
+    ids = mx.array([STORY])
+    np.testing.assert_allclose(packed(ids), model(ids), atol=1e-3)
+    assert {w.dtype for w in (model.layers[0].mlp.up_proj.weight, model.model.norm.weight)} == {
+        mx.float32
+    }
+
+
+def test_its_own_draft_is_accepted_and_changes_nothing(demo):
+    model, tokenizer = demo
+    draft = bf.speculative.make_draft("auto", model, tokenizer, "demo")
+    stats, width = bf.speculative.SpeculationStats(), bf.speculative.FixedWidth(16)
+    options = dict(draft=draft, draft_width=width, draft_stats=stats)
+    messages = [{"role": "user", "content": REQUEST}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    drafted = bf.generate(model, tokenizer, ids, max_tokens=64, **options)
+    assert drafted == bf.generate(model, tokenizer, ids, max_tokens=64)
+    assert stats.tokens_per_round > 2.5
+
+
+def test_size_and_notice():
+    files = [path for path in DEMO_FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 30e6
+    config = json.loads((DEMO_FOLDER / "config.json").read_text())
+    assert config["quantization"]["bits"] == 8
+    run = load_config(REPO / "examples/demo.toml")
+    sources = {name for stage in run.stage for name in stage.weights}
+    notice = (DEMO_FOLDER / "NOTICE").read_text()
+    assert all(f"{name}: " in notice for name in sources)
+    assert not any(f"{name}: " in notice for name in run.data.exclude)
