@@ -1,5 +1,6 @@
 """The embedded model: what it says, how fast it starts, what the package holds of it."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -112,3 +113,11 @@ def test_size_and_notice():
     notice = (DEMO_FOLDER / "NOTICE").read_text()
     assert all(f"{name}: " in notice for name in sources)
     assert not any(f"{name}: " in notice for name in run.data.exclude)
+
+
+def test_the_page_shows_what_was_measured():
+    spec = importlib.util.spec_from_file_location("demo_card", REPO / "bench/demo_card.py")
+    card = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(card)
+    page = (REPO / "docs/demo.md").read_text()
+    assert all(table in page for table in card.tables(REPO / "bench/demo"))
