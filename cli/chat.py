@@ -243,7 +243,7 @@ class Chat:
         if stopped:
             self.view.note("stopped; the chat goes on")
         if stats.last and (self.view.is_live or self.settings.stats):
-            self.view.note(stats.line())
+            self.view.note(stats.line(full=self.settings.stats))
         self._warn_of_full_context()
         self.view.space()
 

@@ -85,34 +85,51 @@ class TurnStats:
         self.meter.count()
 
     def parts(self) -> list[str]:
-        """The figures, most telling first."""
+        """What the line under an answer says, most telling first."""
         if self.last is None:
             return ["reading"]
-        chat = self.conversation
         parts = [
             f"{self.last.generation_tokens} tokens",
-            f"{self.last.generation_tps:.1f} a second",
-            f"first after {self.first_token:.2f} s ({chat.prefilled} of {chat.prompt_tokens} read)",
+            f"{self.last.generation_tps:.1f}/s",
+            f"first after {self.first_token:.2f} s",
         ]
         if self.speculation:
             rounds = self.speculation.rounds - self.before.rounds
             accepted = self.speculation.accepted - self.before.accepted
-            parts.append(f"{accepted / max(rounds, 1):.2f} accepted a round ({rounds} rounds)")
+            parts.append(f"{accepted / max(rounds, 1):.1f} accepted a round")
         ratio = self.meter.ratio
         if ratio is not None:
             parts.append(f"{ratio:.0%} of experts read")
-        parts.append(f"{1000 * self.last.peak_memory:,.0f} MB at most")
-        used = chat.prompt_tokens + self.last.generation_tokens
-        parts.append(f"context {used:,} of {chat.max_context:,}")
+        parts.append(memory_text(self.last.peak_memory))
         return parts
 
-    def line(self) -> str:
-        """All of it in one line."""
-        return " · ".join(self.parts())
+    def details(self) -> list[str]:
+        """What the live panel and `--stats` say besides."""
+        if self.last is None:
+            return []
+        chat = self.conversation
+        used = chat.prompt_tokens + self.last.generation_tokens
+        details = [
+            f"{chat.prefilled:,} of {chat.prompt_tokens:,} prompt tokens read",
+            f"context {used:,} of {chat.max_context:,}",
+        ]
+        if self.speculation:
+            details.append(f"{self.speculation.rounds - self.before.rounds} rounds of drafts")
+        return details
+
+    def line(self, full: bool = False) -> str:
+        """The figures in one line, with or without the details."""
+        return " · ".join([*self.parts(), *(self.details() if full else ())])
 
     def panel(self) -> Panel:
         """All of it in a frame, for the screen while an answer comes."""
-        return Panel(Text("\n".join(self.parts())), title="answer", expand=False, style="dim")
+        rows = [*self.parts(), *self.details()]
+        return Panel(Text("\n".join(rows)), title="answer", expand=False, style="dim")
+
+
+def memory_text(gigabytes: float) -> str:
+    """The most memory that MLX used so far."""
+    return f"{gigabytes:.1f} GB" if gigabytes >= 1 else f"{1000 * gigabytes:.0f} MB"
 
 
 @contextmanager

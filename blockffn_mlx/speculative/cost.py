@@ -21,8 +21,12 @@ from .verify import target_pass
 
 # Both sides of the widths at which matrix kernels change on known chips, and powers of two.
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 32, 33, 48, MAX_NODES)
+# A CPU has no such kernels, and its time grows evenly with the width.
+CPU_WIDTHS = (1, 2, 4, 8, 16, 32, MAX_NODES)
 CONTEXT_LENGTH = 64
 REPEATS = 5
+# After so many seconds two repeats are enough.
+PATIENCE = 6.0
 
 
 @dataclass
@@ -112,11 +116,20 @@ def read_cost(file: Path) -> PassCost | None:
 
 def measure(
     model: Any,
-    widths: tuple[int, ...] = WIDTHS,
+    widths: tuple[int, ...] | None = None,
     repeats: int = REPEATS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PassCost:
-    """Times passes behind a short context: one warm-up, then the median of `repeats`."""
+    """Times passes behind a short context: one warm-up, then the median of `repeats` or fewer.
+
+    Args:
+        model: A BlockFFN model.
+        widths: Tokens of the passes, 1 first; None for those that matter on this device.
+        repeats: Timed passes of each width; a slow machine stops after two.
+        on_progress: Called with (steps done, steps in all).
+    """
+    if widths is None:
+        widths = CPU_WIDTHS if mx.default_device() == mx.cpu else WIDTHS
     # A generator of its own: the user's seed must not notice that something was measured.
     draw = np.random.default_rng(0)
     vocab_size = model.args.vocab_size
@@ -137,8 +150,11 @@ def measure(
 
     # Widths take turns, so that whatever else the machine does falls on all of them alike.
     passes = np.zeros((repeats + 1, len(widths), 2, 2))
-    total = (repeats + 1) * len(widths)
+    total, begin = (repeats + 1) * len(widths), time.perf_counter()
     for repeat in range(repeats + 1):
+        if repeat > 2 and time.perf_counter() - begin > PATIENCE:
+            passes = passes[:repeat]
+            break
         for index, width in enumerate(widths):
             if on_progress:
                 on_progress(repeat * len(widths) + index, total)
