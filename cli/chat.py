@@ -28,9 +28,9 @@ from .draft import add_draft_flags, draft_options
 
 PROG = "blockffn-chat"
 HISTORY = "~/.blockffn_chat_history"
-DEMO_LINE = (
-    "BlockFFN demo: about twenty million parameters, stories and small talk, often wrong. "
-    "For a real model: blockffn-chat --model SparseLLM/BlockFFN-3B-SFT"
+DEMO_LINES = (
+    "BlockFFN demo, 19 million parameters: short stories and small talk, often wrong.",
+    "For a real model: blockffn-chat --model SparseLLM/BlockFFN-3B-SFT",
 )
 # The context is called nearly full from this share on.
 NEARLY_FULL = 0.75
@@ -138,7 +138,7 @@ class Chat:
         settings, args = self.settings, self.model.args
         name = Path(settings.model).name or settings.model
         if settings.model == DEMO:
-            self.view.note(DEMO_LINE)
+            self.view.note("\n".join(DEMO_LINES))
         elif settings.raw:
             self.view.note(f"{name}: each message is completed as plain text")
         elif not args.chat_tuned:
@@ -151,13 +151,13 @@ class Chat:
 
     def talk(self):
         """Reads messages and commands until the end."""
-        words = {name: command.words for name, command in COMMANDS.items()}
         history = Path(self.settings.history).expanduser()
-        self.input = make_input(history, words, self.settings.no_color, self.view.is_live)
+        self.input = make_input(history, COMMANDS, self.settings.no_color, self.view.is_live)
         if self.can_edit:
             self.view.note("/help lists commands, Ctrl-D leaves")
             if self.input.problem:
                 self.view.note(self.input.problem)
+            self.view.space()
         warned = False
         while True:
             try:

@@ -70,6 +70,7 @@ def show_help(chat: "Chat", argument: str):
         'Many lines: end a line with \\, put """ around them, or paste. '
         "Ctrl-C stops an answer; Ctrl-D leaves."
     )
+    chat.view.space()
 
 
 def clear(chat: "Chat", argument: str):
@@ -176,6 +177,7 @@ def sparsity(chat: "Chat", argument: str):
         f"TLS {result.tls:.1%} · CLS_{result.chunk} {result.cls:.1%} · reuse ratio {reuse} "
         f"over the last answer's {end - first} tokens"
     )
+    chat.view.space()
 
 
 def save(chat: "Chat", argument: str):

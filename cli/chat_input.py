@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
@@ -13,7 +13,11 @@ from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
 
+if TYPE_CHECKING:
+    from .chat_commands import Command
+
 PROMPT, CONTINUED, QUOTES = "> ", ". ", '"""'
+PROMPT_STYLE = "bold ansicyan"
 # A pasted book is a message, but no line that anyone searches for later.
 LONGEST_REMEMBERED = 10_000
 
@@ -76,14 +80,14 @@ class TerminalInput:
 
     Args:
         history: File that keeps what was typed; None keeps nothing.
-        commands: Commands and the words that can follow each; None stands for file names.
+        commands: Commands by name.
         no_color: Whether to leave out colours.
     """
 
     def __init__(
         self,
         history: Path | None,
-        commands: Mapping[str, Iterable[str] | None],
+        commands: Mapping[str, "Command"],
         no_color: bool = False,
     ):
         self.problem = history_problem(history) if history else None
@@ -106,7 +110,7 @@ class TerminalInput:
             KeyboardInterrupt: For Ctrl-C on an empty line.
         """
         try:
-            return unquoted(self.session.prompt(PROMPT, default=text))
+            return unquoted(self.session.prompt([(PROMPT_STYLE, PROMPT)], default=text))
         except EOFError:
             return None
 
@@ -171,7 +175,7 @@ def history_problem(path: Path) -> str | None:
 class CommandCompleter(Completer):
     """Completes a command, and the word or file after it."""
 
-    def __init__(self, commands: Mapping[str, Iterable[str] | None]):
+    def __init__(self, commands: Mapping[str, "Command"]):
         self.commands = commands
         self.files = PathCompleter(expanduser=True)
 
@@ -181,20 +185,22 @@ class CommandCompleter(Completer):
             return
         name, space, rest = text.partition(" ")
         if not space:
-            for command in self.commands:
+            for command, about in self.commands.items():
                 if command.startswith(name):
-                    yield Completion(command, start_position=-len(name))
-        elif self.commands.get(name, ()) is None:
+                    yield Completion(command, -len(name), display_meta=about.help)
+        elif (command := self.commands.get(name)) is None:
+            return
+        elif command.words is None:
             yield from self.files.get_completions(Document(rest), event)
         else:
-            for word in self.commands.get(name, ()):
+            for word in command.words:
                 if word.startswith(rest):
-                    yield Completion(word, start_position=-len(rest))
+                    yield Completion(word, -len(rest))
 
 
 def make_input(
     history: Path | None,
-    commands: Mapping[str, Iterable[str] | None],
+    commands: Mapping[str, "Command"],
     no_color: bool,
     can_edit: bool,
 ) -> TerminalInput | LineInput:

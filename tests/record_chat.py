@@ -16,10 +16,10 @@ from terminal import CHAT, Terminal
 LINES = (
     "Hello! What is your name?",
     "Tell me a story about a brave mouse.",
-    "Who was the story about?",
     "/sparsity",
+    "Who was the story about?",
 )
-COLUMNS, ROWS = 88, 60
+COLUMNS, ROWS = 84, 60
 # pyte's names of colours that rich calls otherwise.
 NAMES = {"default": None, "brown": "yellow", "brightbrown": "bright_yellow"}
 

@@ -269,7 +269,7 @@ def test_messages_of_many_lines():
 
 
 def test_completion_and_what_counts_as_a_command(tmp_path):
-    completer = CommandCompleter({name: c.words for name, c in COMMANDS.items()})
+    completer = CommandCompleter(COMMANDS)
 
     def offered(text: str) -> list[str]:
         return [c.text for c in completer.get_completions(Document(text), CompleteEvent())]

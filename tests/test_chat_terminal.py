@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 
 import pytest
 from terminal import CHAT, Terminal
@@ -41,6 +42,21 @@ def press_up(terminal: Terminal):
     while terminal.screen.display == before:
         terminal.send("\x1b[A")
         terminal.pump(1)
+
+
+def test_the_demo_starts_in_three_seconds(tmp_path):
+    seconds = []
+    for _ in range(2):  # the first start may have to read the package from disk
+        start = time.perf_counter()
+        terminal = Terminal([*CHAT, "--history", str(tmp_path / "history")])
+        terminal.wait_for("/help lists commands")
+        seconds.append(time.perf_counter() - start)
+        terminal.wait_for_prompt()
+        assert "BlockFFN demo" in terminal.text and "--model SparseLLM/BlockFFN" in terminal.text
+        assert "Hello" in terminal.enter("Hello!")
+        terminal.send("/exit\r")
+        assert terminal.end() == 0
+    assert min(seconds) < 3
 
 
 def test_commands(chat, tmp_path, folder):
