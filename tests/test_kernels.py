@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 from conftest import TINY
 from ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error
+from test_demo import NEAR_TIE, PASSAGE
 
 import blockffn_mlx as bf
 from blockffn_mlx import doctor, kernels
+from blockffn_mlx.load import DEMO_FOLDER, load
+from blockffn_mlx.sparsity import record_router_scores, sparsity_of_scores
 
 ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
 BACKEND = "cuda" if mx.cuda.is_available() else "metal"
@@ -216,6 +219,37 @@ def test_golden_model(golden, monkeypatch, name):
     assert ON_GPU or {run.name for run in runs} and len(runs) == 3 * len(model.layers)
     error = relative_error(logits, expected["logits"][:1].astype(np.float64))
     assert error < GOLDEN[name]
+
+
+def test_the_demo_is_the_same_through_kernels_and_operations():
+    """Packed weights: sparsity within 0.1 points, greedy tokens up to the first near-tie."""
+    model, tokenizer = load(DEMO_FOLDER)
+    model.set_dtype(mx.float32)
+    text = [tokenizer.bos_token_id, *tokenizer.encode(PASSAGE, add_special_tokens=False)]
+
+    def sparsity_and_tokens(backend: str) -> tuple[np.ndarray, list[int], int]:
+        for layer in model.layers:
+            layer.mlp.backend = backend
+        cache = model.make_cache()
+        with record_router_scores(model) as recorded:
+            for begin in range(0, 48, 16):
+                mx.eval(model(mx.array([text[begin : begin + 16]]), cache))
+        result = sparsity_of_scores([mx.concatenate(p, axis=1) for p in recorded])
+        cache, tokens, sure, ids = model.make_cache(), [], None, text[:9]
+        for step in range(24):
+            logits = np.array(model(mx.array([ids]), cache)[0, -1])
+            second, first = np.partition(logits, -2)[-2:]
+            sure = step if sure is None and first - second < NEAR_TIE else sure
+            tokens.append(int(logits.argmax()))
+            ids = tokens[-1:]
+        return np.array([result.tls, result.cls]), tokens, 24 if sure is None else sure
+
+    expected, expected_tokens, sure = sparsity_and_tokens("ops")
+    with running() as runs:
+        found, tokens, _ = sparsity_and_tokens(BACKEND)
+    assert ON_GPU or len(runs) == 3 * len(model.layers) * (3 + 24)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert tokens[:sure] == expected_tokens[:sure] and sure > 4
 
 
 def test_negative_router_norm_weights(monkeypatch):
