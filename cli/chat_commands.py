@@ -13,7 +13,7 @@ from rich.text import Text
 
 from ..sparsity import router_scores, sparsity_of_scores
 from ..transcript import load_transcript, save_transcript
-from .sparsity_view import heat_map, save_svg
+from .sparsity_view import heat_map_for, save_svg
 
 if TYPE_CHECKING:
     from .chat import Chat
@@ -169,8 +169,7 @@ def sparsity(chat: "Chat", argument: str):
         save_svg(str(path), active, result)
         chat.view.note(f"saved {path}")
         return
-    in_color = chat.view.console.color_system is not None and not chat.view.console.no_color
-    chat.view.show(heat_map(active, chat.view.console.width, in_color))
+    chat.view.show(heat_map_for(chat.view.console, active))
     no_pairs = all(math.isnan(ratio) for ratio in result.reuse_per_layer)
     reuse = "none" if no_pairs else f"{result.reuse:.1%}"
     chat.view.note(

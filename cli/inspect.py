@@ -14,7 +14,7 @@ from rich.table import Table
 
 from ..sparsity import Sparsity, router_scores, sparsity_of_scores
 from .common import add_model_flags, load_for_text, make_parser, print_json, run_main
-from .sparsity_view import heat_map, layer_table, save_svg
+from .sparsity_view import heat_map_for, layer_table, save_svg
 
 PROG = "blockffn-inspect"
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         if args.svg:
             save_svg(args.svg, active, result)
         if not args.json:
-            console.print(heat_map(active, console.width))
+            console.print(heat_map_for(console, active))
             console.print(layer_table(result, active))
             if args.tokens:
                 console.print(token_table(active, tokens))

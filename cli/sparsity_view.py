@@ -44,6 +44,12 @@ def heat_map(active: np.ndarray, width: int = 80, in_color: bool = True) -> Tabl
     return table
 
 
+def heat_map_for(console: Console, active: np.ndarray) -> Table:
+    """`heat_map` as wide as a console, in colours only where it shows them."""
+    in_color = console.color_system is not None and not console.no_color
+    return heat_map(active, console.width, in_color)
+
+
 def layer_table(result: Sparsity, active: np.ndarray) -> Table:
     """TLS, CLS and reuse per layer, and their means."""
     table = Table(title=f"Sparsity over {active.shape[1]} tokens")

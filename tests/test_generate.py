@@ -202,6 +202,7 @@ def test_inspect_command(converted, tmp_path):
     text.write_text("some text to measure " * 5)
     flags = ["-p", "hello there", "--text", text, "--svg", svg]
     drawn = run("inspect", folder, *flags, "--tokens")
+    assert "·" in drawn.stdout and "\x1b" not in drawn.stdout  # a pipe has no colours to tell by
     assert drawn.returncode == 0, drawn.stderr
     assert "CLS_8" in drawn.stdout and "nats" in drawn.stdout and svg.read_text()[:4] == "<svg"
     document = json.loads(run("inspect", folder, *flags, "--json").stdout)
