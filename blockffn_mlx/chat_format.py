@@ -1,6 +1,6 @@
 """A conversation as the one string that a model reads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,6 +14,10 @@ class ChatFormat:
     Templates trim messages; a cache holds what was sampled. So the template only lays out the
     places of the answers, which are then filled in.
 
+    Args:
+        tokenizer: mlx-lm's TokenizerWrapper with a chat template.
+        options: More arguments of the template.
+
     Attributes:
         stop: The format's role markers as text: an answer ends before the first of them.
         has_system: Whether the template has a place for a system message. Where it has none, the
@@ -25,8 +29,8 @@ class ChatFormat:
 
     is_chat = True
 
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None):
+        self.tokenizer, self.options = tokenizer, options or {}
         system, question, answer = ("system", _mark(0)), ("user", _mark(1)), _mark(2)
         try:
             self.has_system = system[1] in self._apply([system, question])
@@ -68,6 +72,7 @@ class ChatFormat:
                 [{"role": role, "content": text} for role, text in messages],
                 tokenize=False,
                 add_generation_prompt=True,
+                **self.options,
             )
         except TemplateError as error:
             raise ValueError(f"the model's chat template fails: {error}") from error

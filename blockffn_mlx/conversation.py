@@ -1,6 +1,6 @@
 """A conversation kept in the prompt cache: each turn prefills only what is new."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +47,8 @@ class Conversation:
         system: A system prompt.
         raw: Whether messages are plain text to continue, without a chat format.
         max_context: The most tokens in the cache; the model's own limit if None.
+        stop: Texts that end an answer, besides the format's own markers.
+        template_options: More arguments of the chat template.
 
     Attributes:
         messages: All messages, a system prompt first.
@@ -63,13 +65,16 @@ class Conversation:
         system: str | None = None,
         raw: bool = False,
         max_context: int | None = None,
+        stop: Sequence[str] = (),
+        template_options: Mapping[str, Any] | None = None,
     ):
         if tokenizer is None:
             raise ValueError("this model has no tokenizer files: a chat needs them")
         if not raw and not tokenizer.has_chat_template:
             raise ValueError("this model has no chat template: use --raw to complete plain text")
         self.model, self.tokenizer = model, tokenizer
-        self.format = RawFormat() if raw else ChatFormat(tokenizer)
+        self.format = RawFormat() if raw else ChatFormat(tokenizer, template_options)
+        self.stop = (*self.format.stop, *stop)
         self.max_context = max_context or model.args.max_position_embeddings
         self.messages: list[Message] = []
         self.prompt_tokens = self.prefilled = 0
@@ -171,7 +176,7 @@ class Conversation:
                     self.tokenizer,
                     prompt,
                     max_tokens=min(max_tokens, room) if max_tokens > 0 else room,
-                    stop=self.format.stop,
+                    stop=self.stop,
                     prompt_cache=self.cache,
                     prompt_progress_callback=stop,
                     **options,
@@ -249,7 +254,7 @@ class Conversation:
         answer = decode_tokens(self.tokenizer, sampled)
         ended = bool(sampled) and sampled[-1] in self.tokenizer.eos_token_ids
         text = answer.cut(len(sampled) - ended).text
-        places = [place for marker in self.format.stop if (place := text.find(marker)) >= 0]
+        places = [place for marker in self.stop if (place := text.find(marker)) >= 0]
         text = text[: min(places, default=len(text))]
         self.messages.append(Message("assistant", shown.strip(), text))
         offsets = {layer_cache.offset for layer_cache in self.cache}

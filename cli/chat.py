@@ -17,6 +17,7 @@ from .chat_input import LineInput, TerminalInput, make_input
 from .chat_stats import measured
 from .chat_view import View
 from .common import (
+    add_format_flags,
     add_model_flags,
     add_sampling_flags,
     load_for_text,
@@ -42,13 +43,7 @@ def parser() -> argparse.ArgumentParser:
     parser = make_parser(PROG, "Chat with a BlockFFN model.")
     add_model_flags(parser, default=DEMO)
     parser.add_argument("--prompt", "-p", help="one message; - takes each line of stdin as a turn")
-    parser.add_argument("--system-prompt", help="system message")
-    parser.add_argument(
-        "--raw",
-        "--ignore-chat-template",
-        action="store_true",
-        help="complete each message as plain text",
-    )
+    add_format_flags(parser)
     add_draft_flags(parser)
     parser.add_argument("--stats", action="store_true", help="always show live statistics")
     parser.add_argument("--history", metavar="FILE", default=HISTORY, help="what was typed before")
@@ -111,7 +106,15 @@ class Chat:
         self._check_memory(settings.model, model, context)
         mx.eval(model.parameters())
         drafting = draft_options(settings, model, tokenizer)
-        conversation = Conversation(model, tokenizer, settings.system_prompt, settings.raw, context)
+        conversation = Conversation(
+            model,
+            tokenizer,
+            settings.system_prompt,
+            settings.raw,
+            context,
+            settings.stop,
+            settings.chat_template_config,
+        )
         self.model, self.tokenizer, self.drafting = model, tokenizer, drafting
         self.conversation, self.settings = conversation, settings
         self.update_sampler()

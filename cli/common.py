@@ -88,7 +88,44 @@ def load_for_text(args: argparse.Namespace, lazy: bool = False) -> tuple[Model, 
         )
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer files: text needs them.")
+    for token in getattr(args, "extra_eos_token", ()):
+        tokenizer.add_eos_token(token)
     return model, tokenizer
+
+
+def add_format_flags(parser: argparse.ArgumentParser):
+    """What makes a prompt of messages, and what ends an answer."""
+    parser.add_argument("--system-prompt", help="system message for the chat template")
+    parser.add_argument(
+        "--raw",
+        "--ignore-chat-template",
+        action="store_true",
+        help="complete the prompt as plain text",
+    )
+    parser.add_argument(
+        "--chat-template-config",
+        type=json_object,
+        default={},
+        metavar="JSON",
+        help="arguments for the template",
+    )
+    parser.add_argument(
+        "--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="more tokens that end it"
+    )
+    parser.add_argument(
+        "--stop", nargs="+", default=(), metavar="TEXT", help="texts that end the answer"
+    )
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The value of a flag that takes a JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
+    return value
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int = 100):

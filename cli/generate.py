@@ -1,7 +1,6 @@
 """blockffn-generate: one answer to one prompt."""
 
 import argparse
-import json
 import sys
 from typing import Any
 
@@ -9,6 +8,7 @@ from mlx_lm.generate import GenerationResponse
 
 from ..generate import stream_generate
 from .common import (
+    add_format_flags,
     add_model_flags,
     add_sampling_flags,
     load_for_text,
@@ -28,22 +28,13 @@ def parser() -> argparse.ArgumentParser:
     parser = make_parser(PROG, "Generate text with a BlockFFN model.")
     add_model_flags(parser)
     parser.add_argument("--prompt", "-p", default="hello", help="the message; - reads stdin")
-    parser.add_argument("--system-prompt", help="system message for the chat template")
     parser.add_argument("--prefill-response", help="beginning of the answer")
-    parser.add_argument(
-        "--raw",
-        "--ignore-chat-template",
-        action="store_true",
-        help="complete the prompt as plain text",
-    )
+    add_format_flags(parser)
     parser.add_argument(
         "--use-default-chat-template",
         action="store_true",
         help="chat even if the model does not look chat-tuned",
     )
-    parser.add_argument("--chat-template-config", help="arguments for the template, as JSON")
-    parser.add_argument("--extra-eos-token", nargs="+", default=(), help="more tokens that end it")
-    parser.add_argument("--stop", nargs="+", default=(), help="texts that end the answer")
     add_sampling_flags(parser)
     add_draft_flags(parser)
     parser.add_argument("--max-kv-size", type=int, help="most positions the cache keeps")
@@ -68,8 +59,6 @@ def run(args: argparse.Namespace) -> int:
     """Loads, generates, prints."""
     text = sys.stdin.read() if args.prompt == "-" else unescape(args.prompt)
     model, tokenizer = load_for_text(args)
-    for token in args.extra_eos_token:
-        tokenizer.add_eos_token(token)
     prompt = build_prompt(args, model, tokenizer, text)
     drafting = draft_options(args, model, tokenizer)
     responses = stream_generate(
@@ -134,7 +123,7 @@ def build_prompt(
         tokenize=False,
         add_generation_prompt=args.prefill_response is None,
         continue_final_message=args.prefill_response is not None,
-        **json.loads(args.chat_template_config or "{}"),
+        **args.chat_template_config,
     )
 
 

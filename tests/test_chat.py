@@ -89,6 +89,16 @@ def test_one_prompt_and_exit_statuses(run, folder, tmp_path):
         assert status == 1 and not out and complaint in one_line(err)
 
 
+def test_flags_that_end_an_answer_and_shape_the_format(run):
+    story = "--model", "demo", "--prompt", "Tell me a story about a brave mouse."
+    _, out, _ = run(*story, "--stop", "there was", "a brave", "-m", 32)
+    assert out == "Once upon a time,\n" or out == "Once upon a time, \n"
+    _, out, _ = run(*story, "--extra-eos-token", ".", "-m", 64)
+    assert out.count(".") == 0 and "mouse" in out
+    with pytest.raises(SystemExit):
+        run(*story, "--chat-template-config", "[1]")
+
+
 def test_base_models_and_raw_completion_are_named(run, tmp_path):
     base = toy_folder(tmp_path / "base", chat_tuned=False)
     assert "base model" in run("--model", base)[2]
