@@ -28,7 +28,7 @@ def main():
     parser.add_argument("data")
     parser.add_argument("out")
     parser.add_argument("--config", default="examples/demo.toml")
-    parser.add_argument("--prompts", type=int, default=4, help="of each chat source")
+    parser.add_argument("--prompts", type=int, default=2, help="of each chat source")
     args = parser.parse_args()
     backend = kernels.available_backend()
     if backend is None:
