@@ -45,8 +45,8 @@ def press_up(terminal: Terminal):
 
 
 def test_the_demo_starts_in_three_seconds(tmp_path):
-    seconds = []
-    for _ in range(2):  # the first start may have to read the package from disk
+    seconds = [3.0]
+    while min(seconds) >= 3 and len(seconds) < 3:  # a first start may have to read from disk
         start = time.perf_counter()
         terminal = Terminal([*CHAT, "--history", str(tmp_path / "history")])
         terminal.wait_for("/help lists commands")

@@ -65,8 +65,8 @@ def test_loss_and_sparsity_of_a_passage(demo):
 def test_the_command_tells_a_story_in_six_seconds(tmp_path):
     command = "import sys; from blockffn_mlx.cli.generate import main; sys.exit(main())"
     flags = ["--model", "demo", "-p", REQUEST, "--verbose", "false"]
-    seconds = []
-    for _ in range(2):  # the first start may have to read the package from disk
+    seconds = [6.0]
+    while min(seconds) >= 6 and len(seconds) < 3:  # a first start may have to read from disk
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", command, *flags],

@@ -236,18 +236,18 @@ def test_the_demo_is_the_same_through_kernels_and_operations():
                 mx.eval(model(mx.array([text[begin : begin + 16]]), cache))
         result = sparsity_of_scores([mx.concatenate(p, axis=1) for p in recorded])
         cache, tokens, sure, ids = model.make_cache(), [], None, text[:9]
-        for step in range(24):
+        for step in range(12):
             logits = np.array(model(mx.array([ids]), cache)[0, -1])
             second, first = np.partition(logits, -2)[-2:]
             sure = step if sure is None and first - second < NEAR_TIE else sure
             tokens.append(int(logits.argmax()))
             ids = tokens[-1:]
-        return np.array([result.tls, result.cls]), tokens, 24 if sure is None else sure
+        return np.array([result.tls, result.cls]), tokens, 12 if sure is None else sure
 
     expected, expected_tokens, sure = sparsity_and_tokens("ops")
     with running() as runs:
         found, tokens, _ = sparsity_and_tokens(BACKEND)
-    assert ON_GPU or len(runs) == 3 * len(model.layers) * (3 + 24)
+    assert ON_GPU or len(runs) == 3 * len(model.layers) * (3 + 12)
     np.testing.assert_allclose(found, expected, atol=1e-3)
     assert tokens[:sure] == expected_tokens[:sure] and sure > 4
 
