@@ -246,6 +246,19 @@ def test_shares_make_the_mean_of_processes_the_mean_of_the_batch(folder):
     np.testing.assert_allclose(halves[:4], parts(whole, 1)[:4], rtol=1e-5)
 
 
+def test_the_objective_is_the_sum_of_its_weighted_parts(folder):
+    trainer = make_trainer(folder)
+    batch = Batch(*map(as_array, trainer.sampler.batch(2)))
+    al, cs = 0.5, 3.0
+    factors = mx.array([al, cs])
+    total, parts = objective(trainer.model, batch, factors, trainer.config.sparsity, mx.ones(4))
+    loss, locality, chunks = np.array(parts)[:3]
+    assert min(loss, locality, chunks) > 0.01
+    assert total.item() == pytest.approx(loss + al * locality + cs * chunks, rel=1e-5)
+    own = trainer.config.sparsity
+    np.testing.assert_allclose(trainer._factors(), [own.al, own.cs])
+
+
 PARALLEL = """
 import sys
 import numpy as np
