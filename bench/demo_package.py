@@ -30,6 +30,8 @@ The demo model in this folder was trained from scratch with blockffn-train; its 
 this package's licence. It was trained on the text below, none of which is included. Text under
 share-alike licences was left out.
 
+WordNet 3.0 Copyright 2006 by Princeton University. All rights reserved.
+
 """
 
 
