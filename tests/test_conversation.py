@@ -10,7 +10,7 @@ from toy_chat import toy_model, toy_tokenizer
 
 from blockffn_mlx.chat_format import ChatFormat, clean
 from blockffn_mlx.conversation import Conversation
-from blockffn_mlx.load import load
+from blockffn_mlx.load import load, unpack
 from blockffn_mlx.speculative import SpeculationStats, make_draft
 from blockffn_mlx.token_history import TokenText, decode_tokens, encode_text, reuse
 from blockffn_mlx.tokenizer import CHAT_TEMPLATE
@@ -321,6 +321,7 @@ def test_odd_text_is_answered(model, tokenizer):
 
 def test_ten_turns_on_the_demo():
     model, tokenizer = load("demo")
+    unpack(model)  # float32 on a GPU too
     chat = Conversation(model, tokenizer)
     for turn in range(10):
         question = f"What is {turn} and one?"
