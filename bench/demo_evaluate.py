@@ -1,6 +1,7 @@
 """Measures a demo model on its validation data: loss and sparsity per source, draft acceptance.
 
 usage: demo_evaluate.py MODEL DATA OUT.json [--tokens N] [--prompts N]
+MODEL is a packed folder, or demo.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import mlx.core as mx
 import numpy as np
 
 from blockffn_mlx import load, speculative, stream_generate
-from blockffn_mlx.speculative.drafters import DRAFT_FOLDER
 from blockffn_mlx.training.config import load_config
 from blockffn_mlx.training.data import Corpus, read_packed
 from blockffn_mlx.training.evaluate import evaluate
@@ -47,7 +47,7 @@ def main():
         "tokens_per_source": args.tokens or "all",
         **evaluate(model, corpus, 512, args.batch_size, args.tokens, settings.template),
     }
-    draft = speculative.load_draft(f"{args.model}/{DRAFT_FOLDER}", model)
+    draft = speculative.make_draft("auto", model, tokenizer, args.model)
     prompts = chat_prompts(corpus, args.prompts)
     figures["acceptance"] = {
         name: acceptance(model, tokenizer, draft, prompts, **shape)
