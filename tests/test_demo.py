@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from demo_text import PASSAGE, REQUEST, greedy
 from mlx.utils import tree_flatten
 
 import blockffn_mlx as bf
@@ -18,19 +19,11 @@ from blockffn_mlx.load import DEMO_FOLDER, load, unpack
 from blockffn_mlx.training.config import load_config
 
 REPO = Path(__file__).resolve().parent.parent
-REQUEST = "Tell me a story about a brave mouse."
 # Greedy tokens in float32 on a CPU: "Once upon a time, there was a brave mouse named Rusty. ..."
 STORY = [
     *(1879, 887, 268, 541, 8119, 487, 327, 268, 2118, 2469, 914, 3352, 8118, 3352, 918, 302),
     *(268, 1521, 2488, 302, 271, 1779, 298, 268, 5045, 8118, 3352, 1923, 288, 965, 3872, 8118),
 ]
-NEAR_TIE = 0.05
-# Written for this test: no training text is in the repository.
-PASSAGE = (
-    "The old lighthouse keeper climbed the stairs every evening. He lit the lamp, looked out over "
-    "the dark water and waited for the ships to come home. One night a small boat came out of the "
-    "storm, and in it sat a girl with a lantern."
-)
 PASSAGE_LOSS = 3.0875
 
 
@@ -45,15 +38,8 @@ def test_first_tokens_of_a_story(demo):
     model, tokenizer = demo
     messages = [{"role": "user", "content": REQUEST}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
-    cache, compared = model.make_cache(), 0
-    for expected in STORY:
-        logits = np.array(model(mx.array([ids]), cache)[0, -1])
-        second, first = np.partition(logits, -2)[-2:]
-        if first - second < NEAR_TIE:
-            break
-        assert logits.argmax() == expected
-        ids, compared = [expected], compared + 1
-    assert compared > 8
+    tokens, sure = greedy(model, ids, len(STORY))
+    assert tokens[:sure] == STORY[:sure] and sure > 8
 
 
 def test_loss_and_sparsity_of_a_passage(demo):

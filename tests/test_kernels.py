@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import TINY
+from demo_text import PASSAGE, greedy
 from ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error
-from test_demo import NEAR_TIE, PASSAGE
 
 import blockffn_mlx as bf
 from blockffn_mlx import doctor, kernels
@@ -235,14 +235,7 @@ def test_the_demo_is_the_same_through_kernels_and_operations():
             for begin in range(0, 48, 16):
                 mx.eval(model(mx.array([text[begin : begin + 16]]), cache))
         result = sparsity_of_scores([mx.concatenate(p, axis=1) for p in recorded])
-        cache, tokens, sure, ids = model.make_cache(), [], None, text[:9]
-        for step in range(12):
-            logits = np.array(model(mx.array([ids]), cache)[0, -1])
-            second, first = np.partition(logits, -2)[-2:]
-            sure = step if sure is None and first - second < NEAR_TIE else sure
-            tokens.append(int(logits.argmax()))
-            ids = tokens[-1:]
-        return np.array([result.tls, result.cls]), tokens, 12 if sure is None else sure
+        return np.array([result.tls, result.cls]), *greedy(model, text[:9], 12)
 
     expected, expected_tokens, sure = sparsity_and_tokens("ops")
     with running() as runs:
