@@ -1,7 +1,7 @@
 #!/bin/bash
 # Trains the demo model on two NVIDIA GPUs: its long run and the same without AL and CS, an
-# ablation of short runs, and the draft head. Each step but the last three runs in the background:
-# it outlives this script, and goes on from its last checkpoint when started again.
+# ablation of short runs, and the draft head. warm, ablation, long and draft run in the background:
+# they outlive this script, and a long run goes on from its last checkpoint when started again.
 #   bench/train_demo.sh install PARTS   MLX's CUDA build and this package, from carried files
 #   bench/train_demo.sh warm MANIFEST   compile the kernels on made-up text
 #   bench/train_demo.sh data FOLDER     unpack the tokens
