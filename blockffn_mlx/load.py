@@ -61,12 +61,12 @@ def load(
         "q_mode": q_mode,
     }
     if path_or_repo == DEMO:
-        model, tokenizer = _load_folder(DEMO_FOLDER, lazy)
+        model, tokenizer = _load_folder(model_folder(DEMO), lazy)
         if mx.default_device() == mx.cpu:
             unpack(model)
         return model, tokenizer
     if is_local(path_or_repo):
-        folder = Path(path_or_repo).expanduser()
+        folder = model_folder(path_or_repo)
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is no folder: give a model folder or a Hub id.")
         if _is_converted(folder):
@@ -84,6 +84,11 @@ def load(
     if not cached.exists():
         convert(source, cached, revision=revision, on_progress=on_progress, **settings)
     return _load_folder(cached, lazy)
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder that a local model's name stands for: the demo's own, or the path."""
+    return DEMO_FOLDER if path == DEMO else Path(path).expanduser()
 
 
 def _is_converted(folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from ..doctor import gpu_backend, random_layer, seconds_per_call
 from ..ffn import choose_backend, chunk_union_ffn
+from ..load import model_folder
 from ..predict import CHIPS, LAUNCH, STREAMING, Layer, find_chip, predict
 from ..speculative.cost import device_name
 from .common import print_json
@@ -28,7 +28,7 @@ def add_parser(commands: Any):
         "for that chip, without it is measured here. Sizes are the 3B model's unless given.",
     )
     parser.add_argument("--model-chip", metavar="CHIP", help=f"predict for: {', '.join(CHIPS)}")
-    parser.add_argument("--model", help="take the sizes from this folder's config.json")
+    parser.add_argument("--model", help="take the sizes from this folder's config.json, or demo")
     parser.add_argument("--hidden-size", type=int, default=2048)
     parser.add_argument("--expert-size", type=int, default=128)
     parser.add_argument("--num-experts", type=int, default=128)
@@ -68,7 +68,10 @@ def sizes(args: argparse.Namespace) -> tuple[Layer, int]:
     if args.dtype is None:
         args.dtype = "bfloat16" if args.model_chip or gpu_backend() else "float32"
     if args.model:
-        config = json.loads((Path(args.model) / "config.json").read_text(encoding="utf-8"))
+        file = model_folder(args.model) / "config.json"
+        if not file.is_file():
+            raise ValueError(f"no {file}: give a converted folder, or demo")
+        config = json.loads(file.read_text(encoding="utf-8"))
         names = {"num_layers": "num_hidden_layers"}
         for name in ("hidden_size", "expert_size", "num_experts", "num_layers"):
             if not isinstance(config.get(names.get(name, name)), int):

@@ -78,6 +78,11 @@ def test_command_json(monkeypatch, capsys, tmp_path):
     assert [(r["tokens"], r["active"]) for r in document["rows"]] == [(1, 4), (8, 4), (32, 4)]
 
 
+def test_command_knows_the_demo(monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, "--model-chip", "m4", "--model", "demo", "--json")
+    assert status == 0 and json.loads(out)["num_layers"] == 10
+
+
 def test_command_measures_here(monkeypatch, capsys):
     sizes = ["--hidden-size", "64", "--expert-size", "32", "--num-experts", "8"]
     flags = [*sizes, "--tokens", "2", "--dtype", "float32", "--json"]
@@ -93,7 +98,7 @@ def test_command_measures_here(monkeypatch, capsys):
         (["--model-chip", "M9"], "no chip 'M9'"),
         (["--model-chip", "M1", "--active", "1.5"], "--active takes shares"),
         (["--model-chip", "M1", "--tokens", "0"], "positive"),
-        (["--model-chip", "M1", "--model", "nowhere"], "nowhere"),
+        (["--model-chip", "M1", "--model", "nowhere"], "give a converted folder, or demo"),
     ],
 )
 def test_command_refuses_in_one_line(monkeypatch, capsys, flags, message):

@@ -8,7 +8,7 @@ from mlx_lm.utils import load as load_mlx_lm
 
 from .. import checkpoint
 from ..hub import download, is_local
-from ..load import DEMO, DEMO_FOLDER, load
+from ..load import load, model_folder
 from .cost import pass_cost
 from .eagle_files import load_draft
 from .engine import Drafter
@@ -41,7 +41,7 @@ def make_draft(
     if spec is None or spec == "none":
         return None
     if spec == "auto":
-        own = (DEMO_FOLDER if model_path == DEMO else Path(model_path or "")) / DRAFT_FOLDER
+        own = model_folder(model_path or "") / DRAFT_FOLDER
         spec = own if model_path and own.is_dir() else "lookup"
     if spec == "lookup":
         return LookupDraft()
