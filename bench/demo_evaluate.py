@@ -26,14 +26,20 @@ SHAPES = {
 ANSWER_TOKENS = 96
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def make_parser(description: str, prompts: int) -> argparse.ArgumentParser:
+    """What every look at the demo is told."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("data")
     parser.add_argument("out")
     parser.add_argument("--config", default="examples/demo.toml")
+    parser.add_argument("--prompts", type=int, default=prompts, help="of each chat source")
+    return parser
+
+
+def main():
+    parser = make_parser(__doc__, prompts=8)
     parser.add_argument("--tokens", type=int, help="of each source; all if left out")
-    parser.add_argument("--prompts", type=int, default=8, help="of each chat source")
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
 

@@ -103,7 +103,7 @@ install)
   cp -r "$root/cli" "$work/package/blockffn_mlx/cli"
   cp -r "$root/metal" "$work/package/blockffn_mlx/metal"
   # What runs in the background must not change under it.
-  mkdir -p "$work/tree" && cp -r "$root/bench" "$root/examples" "$work/tree/"
+  mkdir -p "$work/tree" && cp -r "$root"/{bench,examples,tests} "$work/tree/"
   environment
   python3 -c "import mlx.core as mx, blockffn_mlx; print('mlx', mx.__version__, mx.default_device())"
   nvidia-smi --query-gpu=name,memory.total --format=csv

@@ -61,7 +61,11 @@ def load(
         "q_mode": q_mode,
     }
     if path_or_repo == DEMO:
-        model, tokenizer = _load_folder(model_folder(DEMO), lazy)
+        if not (DEMO_FOLDER / "config.json").exists():
+            raise FileNotFoundError(
+                "no demo model came with this installation: name another --model"
+            )
+        model, tokenizer = _load_folder(DEMO_FOLDER, lazy)
         if mx.default_device() == mx.cpu:
             unpack(model)
         return model, tokenizer

@@ -29,9 +29,9 @@ from .draft import add_draft_flags, draft_options
 
 PROG = "blockffn-chat"
 HISTORY = "~/.blockffn_chat_history"
-DEMO_LINES = (
-    "BlockFFN demo, 19 million parameters: short stories and small talk, often wrong.",
-    "For a real model: blockffn-chat --model SparseLLM/BlockFFN-3B-SFT",
+DEMO_NOTE = (
+    "BlockFFN demo, 19 million parameters: short stories and small talk, often wrong.\n"
+    "For a real model: blockffn-chat --model SparseLLM/BlockFFN-3B-SFT"
 )
 # The context is called nearly full from this share on.
 NEARLY_FULL = 0.75
@@ -141,7 +141,7 @@ class Chat:
         settings, args = self.settings, self.model.args
         name = Path(settings.model).name or settings.model
         if settings.model == DEMO:
-            self.view.note("\n".join(DEMO_LINES))
+            self.view.note(DEMO_NOTE)
         elif settings.raw:
             self.view.note(f"{name}: each message is completed as plain text")
         elif not args.chat_tuned:
