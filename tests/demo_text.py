@@ -13,13 +13,15 @@ PASSAGE = (
 NEAR_TIE = 0.05  # logits; below, two right computations may choose differently
 
 
-def greedy(model, ids: list[int], steps: int) -> tuple[list[int], int]:
+def greedy(
+    model, ids: list[int], steps: int, near_tie: float = NEAR_TIE
+) -> tuple[list[int], int]:
     """Greedy tokens, and how many come before the first near-tie."""
     cache, tokens, sure = model.make_cache(), [], steps
     for step in range(steps):
         logits = np.array(model(mx.array([ids]), cache)[0, -1].astype(mx.float32))
         second, first = np.partition(logits, -2)[-2:]
-        if first - second < NEAR_TIE:
+        if first - second < near_tie:
             sure = min(sure, step)
         tokens.append(int(logits.argmax()))
         ids = tokens[-1:]
