@@ -60,9 +60,10 @@ def convert_draft(
     check_target(target, overwrite)
     if is_local(hf_path):
         folder = Path(hf_path).expanduser()
+        name = folder.resolve().name
         check_target(target, overwrite, source=folder)
     else:
-        folder = download(str(hf_path), revision, on_progress)
+        folder, name = download(str(hf_path), revision, on_progress), str(hf_path)
     config, weights = read_head(folder)
     if settings and "quantization" in config:
         raise ValueError(f"{folder} is quantised already: convert the published head.")
@@ -73,7 +74,7 @@ def convert_draft(
         head.set_dtype(getattr(mx, dtype))
     fields = dataclasses.asdict(head.args)
     written = {name: value for name, value in fields.items() if name not in DERIVED}
-    written |= {"blockffn_mlx": {"source": str(hf_path), "version": __version__}}
+    written |= {"blockffn_mlx": {"source": name, "version": __version__}}
     if settings:
         plan = plan_quantization(head, settings)
         written["quantization"] = quantization_config(settings, plan)

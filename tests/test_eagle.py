@@ -353,6 +353,8 @@ def test_a_converted_head_drafts_like_the_published_one(converted, target, data,
     report = json.loads(done.stdout)
     parameters = sum(w.size for w in mx.load(str(HEAD / "model.safetensors")).values())
     assert report["layout"] == "EAGLE head" and report["parameters"] == parameters
+    origin = json.loads((out / "config.json").read_text())["blockffn_mlx"]
+    assert origin["source"] == "published"  # a local folder's name, not where it lies
     assert not list(out.glob("*.pkl")) and (out / "freq_384.json").exists()
     draft = load_draft(out, target)
     assert draft.frequent.size == 384
