@@ -20,6 +20,7 @@ SHORT_RUNS = {
 LONG_RUNS = {
     "demo": "the demo: AL 2.5e-3, CS 0.2",
     "baseline": "neither",
+    "demo-second": "second try: small sources read too often",
     "demo-first": "first try: AL 3e-3, CS 0.1",
 }
 

@@ -15,6 +15,8 @@ from blockffn_mlx import load, speculative, stream_generate
 from blockffn_mlx.training.config import load_config
 from blockffn_mlx.training.data import Corpus, read_packed
 from blockffn_mlx.training.evaluate import evaluate
+from blockffn_mlx.training.objective import token_losses
+from blockffn_mlx.training.sampling import Batch, validation_windows
 
 # Sources of real conversations: their held-out requests are the prompts of the acceptance runs.
 CHAT_SOURCES = ("real_story_chat", "oasst_pairs", "persona_chat", "topical_chat", "fairytaleqa_qa")
@@ -46,13 +48,16 @@ def main():
     model, tokenizer = load(args.model)
     if mx.default_device() == mx.cpu:
         model.set_dtype(mx.float32)
-    settings = load_config(args.config).data
+    config = load_config(args.config)
+    settings, context = config.data, config.stage[-1].context
     corpus = read_packed(args.data).without(settings.exclude)
     figures = {
         "machine": platform.machine() if mx.default_device() == mx.cpu else gpu_name(),
         "tokens_per_source": args.tokens or "all",
-        **evaluate(model, corpus, 512, args.batch_size, args.tokens, settings.template),
+        "context": context,
+        **evaluate(model, corpus, context, args.batch_size, args.tokens, settings.template),
     }
+    figures["loss_by_position"] = loss_by_position(model, corpus, context, args.batch_size)
     draft = speculative.make_draft("auto", model, tokenizer, args.model)
     prompts = chat_prompts(corpus, args.prompts)
     figures["acceptance"] = {
@@ -62,6 +67,17 @@ def main():
     with open(args.out, "w") as file:
         json.dump(figures, file, indent=1)
     print(json.dumps({name: figures[name] for name in ("real", "template", "all", "acceptance")}))
+
+
+def loss_by_position(model, corpus: Corpus, context: int, batch_size: int) -> list[float]:
+    """Nats a token of continuous text in each eighth of the context."""
+    windows, _ = validation_windows(corpus.validation["books_md"], context, corpus.pad)
+    rows = []
+    for begin in range(0, len(windows.inputs) - batch_size, batch_size):  # all but padded ones
+        parts = [mx.array(array[begin : begin + batch_size]) for array in windows[:-1]]
+        rows.append(token_losses(model, Batch(*parts, segments=None)))
+        mx.eval(rows)
+    return mx.concatenate(rows).reshape(-1, 8, context // 8).mean((0, 2)).tolist()
 
 
 def gpu_name() -> str:

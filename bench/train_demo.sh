@@ -1,13 +1,17 @@
 #!/bin/bash
 # Trains the demo model on two NVIDIA GPUs: its long run and the same without AL and CS, an
-# ablation of short runs, and the draft head. warm, ablation, long and draft run in the background:
-# they outlive this script, and a long run goes on from its last checkpoint when started again.
+# ablation of short runs, the last steps, and the draft head. warm, ablation, long, tune and draft
+# run in the background: they outlive this script, and a long run goes on from its last checkpoint
+# when started again.
+# DEMO_GPUS=2,3 takes two other GPUs: on four of them the long runs go side by side.
 #   bench/train_demo.sh install PARTS   MLX's CUDA build and this package, from carried files
 #   bench/train_demo.sh warm MANIFEST   compile the kernels on made-up text
+#   bench/train_demo.sh share GPU OTHER give one GPU's compiled kernels to another of its kind
 #   bench/train_demo.sh data FOLDER     unpack the tokens
 #   bench/train_demo.sh ablation        short runs, two at a time
 #   bench/train_demo.sh long NAME FLAGS one long run on both GPUs
-#   bench/train_demo.sh draft NAME      the draft head of the long run NAME
+#   bench/train_demo.sh tune NAME       the last steps of the long run NAME: the run NAME-tuned
+#   bench/train_demo.sh draft NAME      the draft head of the run NAME
 #   bench/train_demo.sh stop STEP       end a step
 #   bench/train_demo.sh wait SECONDS [STEP ...]  until they end (all by default); prints last lines
 #   bench/train_demo.sh package NAME    8-bit weights of NAME and its head, evaluated
@@ -91,6 +95,10 @@ step_ablation() {
 }
 
 step_long() { train "$both_gpus" "$@"; }
+step_tune() {
+  launch "$both_gpus" train "$root/examples/demo_tune.toml" --finetune "$runs/$1/model" \
+    --set data.path="$data" --set output="$runs/$1-tuned" >>"$runs/$1-tuned.txt" 2>&1
+}
 step_draft() { cache=kernels-draft draft "$both_gpus" "$@"; }
 
 case ${1:?see the head of this script} in
@@ -117,14 +125,19 @@ for path in pathlib.Path(sys.argv[1]).glob("tokens_*.xz"):
 PYTHON
   sed -i 's/\.u16\.xz"/.u16"/' "$data/manifest.json"
   ;;
-warm | ablation | long | draft)
-  name=$1 && if [ "$1" = long ] || [ "$1" = draft ]; then name=$1-$2; fi
+warm | ablation | long | tune | draft)
+  name=$1 && if [[ $1 = long || $1 = tune || $1 = draft ]]; then name=$1-$2; fi
   setsid "$work/tree/bench/train_demo.sh" "in-session-$1" "${@:2}" >"$runs/$name.out" 2>&1 </dev/null &
   echo $! >"$runs/$name.pid"
   ;;
 in-session-*)
   environment
   "step_${1#in-session-}" "${@:2}"
+  ;;
+share)
+  for cache in kernels kernels-draft; do
+    cp -r "$work/$cache-${2:?a GPU}" "$work/$cache-${3:?another GPU}"
+  done
   ;;
 stop)
   kill -- "-$(cat "$runs/${2:?the step}.pid")"

@@ -13,9 +13,7 @@ PASSAGE = (
 NEAR_TIE = 0.05  # logits; below, two right computations may choose differently
 
 
-def greedy(
-    model, ids: list[int], steps: int, near_tie: float = NEAR_TIE
-) -> tuple[list[int], int]:
+def greedy(model, ids: list[int], steps: int, near_tie: float = NEAR_TIE) -> tuple[list[int], int]:
     """Greedy tokens, and how many come before the first near-tie."""
     cache, tokens, sure = model.make_cache(), [], steps
     for step in range(steps):

@@ -19,12 +19,12 @@ from blockffn_mlx.load import DEMO_FOLDER, load, unpack
 from blockffn_mlx.training.config import load_config
 
 REPO = Path(__file__).resolve().parent.parent
-# Greedy tokens in float32 on a CPU: "Once upon a time, there was a brave mouse named Rusty. ..."
+# Greedy tokens in float32 on a CPU: "Once upon a time, there was a brave mouse named Button. ..."
 STORY = [
-    *(1879, 887, 268, 541, 8119, 487, 327, 268, 2118, 2469, 914, 3352, 8118, 3352, 918, 302),
-    *(268, 1521, 2488, 302, 271, 1779, 298, 268, 5045, 8118, 3352, 1923, 288, 965, 3872, 8118),
+    *(1879, 887, 268, 541, 8119, 487, 327, 268, 2118, 2469, 914, 3015, 8118, 3015, 918, 302),
+    *(268, 1521, 2488, 302, 271, 1779, 298, 268, 5045, 8118, 9, 1241, 928, 8119, 3015, 853),
 ]
-PASSAGE_LOSS = 3.0875
+PASSAGE_LOSS = 3.1629
 
 
 @pytest.fixture(scope="module")
