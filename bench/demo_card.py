@@ -18,7 +18,7 @@ SHORT_RUNS = {
     "cs-doubled": "AL 3e-3, CS 0.12",
 }
 LONG_RUNS = {
-    "demo": "the demo: AL 2.5e-3, CS 0.2",
+    "demo": "the demo's long run: AL 2.5e-3, CS 0.2",
     "baseline": "neither",
     "demo-second": "second try: small sources read too often",
     "demo-first": "first try: AL 3e-3, CS 0.1",
