@@ -26,6 +26,7 @@ SHAPES = {
     "tree of 32": {"width": 32, "top_k": 10, "depth": 5},
 }
 ANSWER_TOKENS = 96
+POSITION_WINDOWS = 64
 
 
 def make_parser(description: str, prompts: int) -> argparse.ArgumentParser:
@@ -73,7 +74,7 @@ def loss_by_position(model, corpus: Corpus, context: int, batch_size: int) -> li
     """Nats a token of continuous text in each eighth of the context."""
     windows, _ = validation_windows(corpus.validation["books_md"], context, corpus.pad)
     rows = []
-    for begin in range(0, len(windows.inputs) - batch_size, batch_size):  # all but padded ones
+    for begin in range(0, POSITION_WINDOWS, batch_size):
         parts = [mx.array(array[begin : begin + batch_size]) for array in windows[:-1]]
         rows.append(token_losses(model, Batch(*parts, segments=None)))
         mx.eval(rows)
