@@ -49,7 +49,7 @@ def main():
         # What was trained is a checkpoint to the converter, not a folder that it wrote.
         (trained / MODEL_FILE).unlink(missing_ok=True)
         config = json.loads((trained / "config.json").read_text())
-        config |= {"eos_token_id": END_TOKENS}
+        config["eos_token_id"] = END_TOKENS
         (trained / "config.json").write_text(json.dumps(config))
         for name in TOKENIZER_FILES:
             shutil.copy(args.tokenizer / name, trained)

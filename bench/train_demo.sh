@@ -97,7 +97,8 @@ step_ablation() {
 step_long() { train "$both_gpus" "$@"; }
 step_tune() {
   launch "$both_gpus" train "$root/examples/demo_tune.toml" --finetune "$runs/$1/model" \
-    --set data.path="$data" --set output="$runs/$1-tuned" >>"$runs/$1-tuned.txt" 2>&1
+    --set data.path="${text:-$data}" --set output="$runs/$1-tuned" "${@:2}" \
+    >>"$runs/$1-tuned.txt" 2>&1
 }
 step_draft() { cache=kernels-draft draft "$both_gpus" "$@"; }
 
@@ -136,7 +137,8 @@ in-session-*)
   ;;
 share)
   for cache in kernels kernels-draft; do
-    cp -r "$work/$cache-${2:?a GPU}" "$work/$cache-${3:?another GPU}"
+    mkdir -p "$work/$cache-${3:?another GPU}"
+    cp -r "$work/$cache-${2:?a GPU}/." "$work/$cache-$3" # again after more was compiled, too
   done
   ;;
 stop)
