@@ -14,7 +14,7 @@ struct DownOperands {
   Active list;
 
   template <int OCTETS, typename Weights>
-  void load_rows(thread typename Weights::Span* out, Weights down, uint row, uint k) const {
+  void load_rows(thread typename Weights::Span* out, Weights down, uint row, uint k) const thread {
     // Before the length is asked for, so that both come at once; the list is as long as it can be.
     const uint expert = list[min(k / EXPERT_SIZE, uint(EXPERTS - 1))];
     if (k < length) {
@@ -34,7 +34,7 @@ struct DownOperands {
 
   // Tokens past the last repeat it; nobody reads their columns.
   template <int WORDS>
-  void load_token(thread uint* out, uint token, uint k) const {
+  void load_token(thread uint* out, uint token, uint k) const thread {
     if (k < length) {
       const uint row = k / EXPERT_SIZE * tokens + min(token, tokens - 1);
       copy_words<WORDS>(out, (const device uint*)(h + (row * EXPERT_SIZE + k % EXPERT_SIZE)));

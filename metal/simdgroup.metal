@@ -36,7 +36,7 @@ inline float to_float(uint value) {
 // operand it brings k = row * span / 2 + j in step j, for columns 2 * quarter and + 1.
 struct TokenHalves {
   uint token0, token1, k0, k1;
-  TokenHalves(uint row, uint quarter, uint span) 
+  TokenHalves(uint row, uint quarter, uint span) thread
       : token0(2 * quarter), token1(2 * quarter + 1), k0(row * span / 2), k1(row * span / 2) {}
 };
 
@@ -47,7 +47,7 @@ struct MatrixRows {
   enum { SPAN = Weights::span };
   float values[OCTETS][SPAN];
 
-  MatrixRows(const thread typename Weights::Span* spans) {
+  MatrixRows(const thread typename Weights::Span* spans) thread {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
@@ -60,7 +60,7 @@ struct MatrixRows {
   // sums += rows of octet i by 8 tokens, whose half spans are x0 and x1.
   void multiply(
       int i, const thread uint* x0, const thread uint* x1, thread float* sums,
-      thread float*) const {
+      thread float*) const thread {
     simdgroup_matrix<float, 8, 8> a, b, c;
     c.thread_elements()[0] = sums[0];
     c.thread_elements()[1] = sums[1];

@@ -20,7 +20,7 @@ struct Tile<false, T, Weights, OCTETS, TOKENS> {
   // A lane's part of a window: of the weights, and of one token.
   struct Rows {
     float values[OCTETS][span];
-    Rows(const thread typename Weights::Span* spans) {
+    Rows(const thread typename Weights::Span* spans) thread {
 #pragma unroll
       for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
@@ -35,7 +35,7 @@ struct Tile<false, T, Weights, OCTETS, TOKENS> {
   };
   float sums[OCTETS][TOKENS];
 
-  void clear() {
+  void clear() thread {
     for (int i = 0; i < OCTETS; ++i) {
       for (int t = 0; t < TOKENS; ++t) {
         sums[i][t] = 0.0f;
@@ -49,7 +49,7 @@ struct Tile<false, T, Weights, OCTETS, TOKENS> {
     operands.template load_token<words>(out.x, t, start + quarter * span);
   }
 
-  void add(int t, const thread Rows& rows, const thread Column& column) {
+  void add(int t, const thread Rows& rows, const thread Column& column) thread {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
@@ -60,7 +60,7 @@ struct Tile<false, T, Weights, OCTETS, TOKENS> {
   }
 
   // Writes the sums to out[token * stride + row].
-  void store(threadgroup float* out, uint stride, uint row, uint quarter) {
+  void store(threadgroup float* out, uint stride, uint row, uint quarter) thread {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
@@ -85,7 +85,7 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
   };
   float sums[OCTETS][columns][2];  // rows 8 * i + row, tokens 8 * n + 2 * quarter + {0, 1}
 
-  void clear() {
+  void clear() thread {
     for (int i = 0; i < OCTETS; ++i) {
       for (int n = 0; n < columns; ++n) {
         sums[i][n][0] = sums[i][n][1] = 0.0f;
@@ -101,14 +101,14 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
     operands.template load_token<half_words>(out.x[1], 8 * n + halves.token1, start + halves.k1);
   }
 
-  void add(int n, const thread Rows& rows, const thread Column& column) {
+  void add(int n, const thread Rows& rows, const thread Column& column) thread {
 #pragma unroll
     for (int i = 0; i < OCTETS; i += ROW_STEP) {
       rows.multiply(i, column.x[0], column.x[1], sums[i][n], sums[i + ROW_STEP - 1][n]);
     }
   }
 
-  void store(threadgroup float* out, uint stride, uint row, uint quarter) {
+  void store(threadgroup float* out, uint stride, uint row, uint quarter) thread {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll

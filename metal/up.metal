@@ -13,7 +13,7 @@ struct UpOperands {
   uint length;     // HIDDEN
 
   template <int OCTETS, typename Weights>
-  void load_rows(thread typename Weights::Span* out, Weights up, uint row, uint k) const {
+  void load_rows(thread typename Weights::Span* out, Weights up, uint row, uint k) const thread {
     if (k < uint(HIDDEN)) {
 #pragma unroll
       for (int i = 0; i < OCTETS; ++i) {
@@ -29,7 +29,7 @@ struct UpOperands {
 
   // Tokens past the last repeat it; nobody reads their columns.
   template <int WORDS>
-  void load_token(thread uint* out, uint token, uint k) const {
+  void load_token(thread uint* out, uint token, uint k) const thread {
     if (k < uint(HIDDEN)) {
       copy_words<WORDS>(out, (const device uint*)(x + (min(token, tokens - 1) * HIDDEN + k)));
     } else {

@@ -24,12 +24,12 @@ struct PlainWeights {
   enum { span = 32 / sizeof(T), interleaved = false };  // span: neighbours that one lane takes
   struct Span {
     uint words[8];
-    float value(int j) const { return element(words, j, T(0)); }
-    uint pair(int j) const { return words[j]; }  // for cuda.h: the 16-bit elements 2 * j, 2 * j + 1
+    float value(int j) const thread { return element(words, j, T(0)); }
+    uint pair(int j) const thread { return words[j]; }  // for cuda.h: the 16-bit elements 2 * j, 2 * j + 1
   };
   const device T* data;
 
-  void load(thread Span& out, ulong row, uint column, uint columns) const {
+  void load(thread Span& out, ulong row, uint column, uint columns) const thread {
     stream_words<8>(out.words, (const device uint*)(data + (row * columns + column)));
   }
   static void clear(thread Span& out) {
@@ -48,18 +48,18 @@ struct AffineWeights {
     uint words[4];
     T scale, bias;
     // Bits stay where they lie as long as that is below 2^23, and the scale makes up for it.
-    float value(int j) const {
+    float value(int j) const thread {
       const int bit = j * BITS % 32, shift = bit + BITS <= 23 ? 0 : 16;
       const uint packed = words[j * BITS / 32] >> shift & (((1u << BITS) - 1) << (bit - shift));
       return to_float(packed) * (float(scale) / float(1u << (bit - shift))) + float(bias);
     }
-    uint pair(int j) const { return affine_pair(words, BITS, j, scale, bias); }
+    uint pair(int j) const thread { return affine_pair(words, BITS, j, scale, bias); }
   };
   const device uint* data;
   const device T* scales;
   const device T* biases;
 
-  void load(thread Span& out, ulong row, uint column, uint columns) const {
+  void load(thread Span& out, ulong row, uint column, uint columns) const thread {
     stream_words<4>(out.words, data + (row * columns + column) / (32 / BITS));
     const ulong group = (row * columns + column) / GROUP;
     out.scale = scales[group];

@@ -2,6 +2,7 @@
 
 from .build import NO_COMPILER, build, compiler
 from .capture import MLX_HEADERS, PRELUDE, Launch, MetalKernel, Run, harness, launches
+from .language import STANDARDS, refusals
 from .lint import limits, lint
 from .run import Buffer, Counters, Traffic, dispatch
 from .source import MetalError, translate
@@ -10,6 +11,7 @@ __all__ = [
     "MLX_HEADERS",
     "NO_COMPILER",
     "PRELUDE",
+    "STANDARDS",
     "Buffer",
     "Counters",
     "Launch",
@@ -24,5 +26,6 @@ __all__ = [
     "launches",
     "limits",
     "lint",
+    "refusals",
     "translate",
 ]

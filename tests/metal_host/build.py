@@ -132,16 +132,21 @@ def build(text: str, mode: str) -> Path:
     return cached(".so", key, make)
 
 
-def clang_only(text: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Hand a translated kernel to the compiler, for its messages or a listing on stdout."""
-    include = ["-I", str(HERE / "include")]
-    command = [*require_compiler(), *FLAGS, *ARCH, *include, *flags, "-x", "c++", "-"]
+def run_clang(flags: list[str], text: str) -> subprocess.CompletedProcess[str]:
+    """Hand a text to the compiler on its standard input."""
+    command = [*require_compiler(), *flags, "-"]
     return subprocess.run(command, input=text, capture_output=True, text=True)
 
 
-def syntax_errors(text: str, flag: str) -> list[str]:
-    """Messages of clang about the kernel's own lines when compiled with one more flag."""
-    done = clang_only(text, flag, "-Wuninitialized", "-fsyntax-only")
+def clang_only(text: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Hand a translated kernel to the compiler, for its messages or a listing on stdout."""
+    include = ["-I", str(HERE / "include")]
+    return run_clang([*FLAGS, *ARCH, *include, *flags, "-x", "c++"], text)
+
+
+def syntax_errors(text: str, *flags: str) -> list[str]:
+    """Messages of clang about the kernel's own lines when compiled with these flags too."""
+    done = clang_only(text, *flags, "-Wuninitialized", "-fsyntax-only")
     lines = [
         line
         for line in done.stderr.splitlines()
