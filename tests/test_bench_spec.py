@@ -4,10 +4,10 @@ import argparse
 import json
 
 import pytest
-from blockffn_mlx.cli import bench, bench_spec
-from blockffn_mlx.cli.bench_spec import MODES, Question, Result, read_questions
 from conftest import tiny_model
 
+from blockffn_mlx.cli import bench, bench_spec
+from blockffn_mlx.cli.bench_spec import MODES, Question, Result, read_questions
 from blockffn_mlx.speculative import SpeculationStats
 
 GROUPS = [

@@ -11,12 +11,6 @@ import mlx.core as mx
 import numpy as np
 import pyte
 import pytest
-from blockffn_mlx.cli import chat as chat_command
-from blockffn_mlx.cli.chat_commands import COMMANDS, is_command
-from blockffn_mlx.cli.chat_input import CommandCompleter, LineInput, goes_on, unquoted
-from blockffn_mlx.cli.chat_markdown import printable, split_blocks
-from blockffn_mlx.cli.chat_stats import UnionMeter
-from blockffn_mlx.cli.chat_view import LiveAnswer
 from mlx.utils import tree_flatten
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
@@ -25,6 +19,12 @@ from terminal import CHAT
 from toy_chat import toy_folder, toy_model
 
 from blockffn_mlx import memory
+from blockffn_mlx.cli import chat as chat_command
+from blockffn_mlx.cli.chat_commands import COMMANDS, is_command
+from blockffn_mlx.cli.chat_input import CommandCompleter, LineInput, goes_on, unquoted
+from blockffn_mlx.cli.chat_markdown import printable, split_blocks
+from blockffn_mlx.cli.chat_stats import UnionMeter
+from blockffn_mlx.cli.chat_view import LiveAnswer
 from blockffn_mlx.memory import MemoryNeed, machine_memory, memory_need
 from blockffn_mlx.transcript import load_transcript, save_transcript
 

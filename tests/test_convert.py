@@ -11,7 +11,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from blockffn_mlx.cli.convert import main
 from conftest import GOLDEN, TINY
 from layout_cases import write_form
 from mlx.utils import tree_flatten
@@ -19,6 +18,7 @@ from torch_files import save_bin
 
 import blockffn_mlx as bf
 from blockffn_mlx.checkpoint import load_checkpoint, read_json
+from blockffn_mlx.cli.convert import main
 from blockffn_mlx.experts import QuantizedExpertLinear
 from blockffn_mlx.shards import plan_quantization, resolve_quantization
 

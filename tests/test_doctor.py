@@ -5,9 +5,9 @@ import json
 import metal_host
 import mlx.core as mx
 import pytest
-from blockffn_mlx.cli import doctor as command
 
 from blockffn_mlx import doctor, kernels
+from blockffn_mlx.cli import doctor as command
 
 ON_GPU = doctor.gpu_backend() is not None
 

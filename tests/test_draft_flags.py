@@ -6,11 +6,11 @@ import sys
 
 import mlx.core as mx
 import pytest
-from blockffn_mlx.cli import draft as draft_flags
-from blockffn_mlx.cli import generate as command
 from conftest import GOLDEN, tiny_model
 
 import blockffn_mlx as bf
+from blockffn_mlx.cli import draft as draft_flags
+from blockffn_mlx.cli import generate as command
 from blockffn_mlx.speculative import (
     AdaptiveWidth,
     FixedWidth,

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
-from blockffn_mlx.cli.convert import main as convert_main
 from conftest import GOLDEN
 from huggingface_hub.errors import (
     DryRunError,
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
 
 import blockffn_mlx as bf
 from blockffn_mlx import hub, model_cache
+from blockffn_mlx.cli.convert import main as convert_main
 
 REPO = "someone/BlockFFN-Test-SFT"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

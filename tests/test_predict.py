@@ -5,10 +5,10 @@ import json
 import metal_host
 import mlx.core as mx
 import pytest
-from blockffn_mlx.cli.bench import main
 from ffn_cases import Case, float64
 
 from blockffn_mlx import kernels
+from blockffn_mlx.cli.bench import main
 from blockffn_mlx.ffn import chunk_union_ffn
 from blockffn_mlx.predict import CHIPS, LAUNCH, Layer, find_chip, predict
 
