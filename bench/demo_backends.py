@@ -16,7 +16,8 @@ import mlx.core as mx
 from demo_evaluate import chat_prompts, gpu_name, make_parser
 
 from blockffn_mlx import kernels, load
-from blockffn_mlx.sparsity import record_router_scores, sparsity_of_scores
+from blockffn_mlx.analysis.sparsity import sparsity_of_scores
+from blockffn_mlx.models.activation import record_router_scores
 from blockffn_mlx.training.config import load_config
 from blockffn_mlx.training.data import read_packed
 

@@ -16,15 +16,16 @@ from statistics import median
 import mlx.core as mx
 
 import blockffn_mlx as bf
+from blockffn_mlx.models.eagle import EagleHead, HeadArgs
 from blockffn_mlx.speculative import (
     AdaptiveWidth,
-    LookupDraft,
-    ModelDraft,
+    LookupDrafter,
+    ModelDrafter,
     SpeculationStats,
     Tree,
 )
 from blockffn_mlx.speculative.cost import device_name, measure
-from blockffn_mlx.speculative.eagle import EagleDraft, EagleHead, HeadArgs
+from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
 
 SMALL = dict(
     vocab_size=4096,
@@ -129,9 +130,9 @@ def main():
     text = prompt + answer
     drafts = {
         **{f"chance {p}": lambda p=p: ChanceDraft(text, p) for p in (0.0, 0.3, 0.6, 0.9)},
-        "lookup": LookupDraft,
-        "small random model": lambda: ModelDraft(small, sizes["vocab_size"]),
-        "random EAGLE head": lambda: EagleDraft(random_head(model, dtype), model),
+        "lookup": LookupDrafter,
+        "small random model": lambda: ModelDrafter(small, sizes["vocab_size"]),
+        "random EAGLE head": lambda: EagleDrafter(random_head(model, dtype), model),
     }
     rows = {}
     print(f"{device_name()}, MLX {mx.__version__}, {args.size} {args.dtype}, {args.tokens} tokens,")

@@ -12,11 +12,11 @@ except ImportError:
     ) from None
 
 from . import checkpoint, ffn, kernels, speculative, training
+from .analysis.sparsity import router_scores, sparsity
 from .convert import convert
 from .generate import generate, stream_generate
 from .load import load
 from .model import Model, ModelArgs
-from .sparsity import router_scores, sparsity
 
 __all__ = [
     "Model",

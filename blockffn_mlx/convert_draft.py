@@ -10,10 +10,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from .atomic_folder import atomic_folder, check_target
+from .checkpoints.eagle_head import build_head, frequency_lists, read_head
 from .convert import ConversionReport
 from .hub import Progress, download, is_local
 from .shards import ShardWriter, plan_quantization, quantization_config, resolve_quantization
-from .speculative.eagle_files import build_head, frequency_lists, read_head
 from .version import __version__
 
 # Read off the tensors or taken from the target whenever a head is loaded.

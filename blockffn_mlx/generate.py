@@ -80,7 +80,7 @@ def stream_generate(
     )
     if prompt_progress_callback is not None:
         options["prompt_progress_callback"] = prompt_progress_callback
-    drafter = speculative.make_draft(draft, model, tokenizer)
+    drafter = speculative.make_drafter(draft, model, tokenizer)
     if drafter is None:
         steps = generate_step(
             prompt,

@@ -17,6 +17,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.models.mla import MultiLinear
 
 from .ffn import ACTIVATIONS, MAX_CHUNK, BlockFFN
+from .models.activation import record_router_scores, union_share
 
 # MLA's inner norms keep the default of the original code whatever the config says.
 MLA_NORM_EPS = 1e-6
@@ -296,6 +297,10 @@ class BlockFFNModel(nn.Module):
         self.layers = [DecoderLayer(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids [B, T] -> scaled embeddings [B, T, H]."""
+        return self.embed_tokens(tokens) * self.scale_emb
+
     def __call__(
         self,
         inputs: mx.array,
@@ -315,7 +320,7 @@ class BlockFFNModel(nn.Module):
         Returns:
             [B, T, H].
         """
-        h = self.embed_tokens(inputs) * self.scale_emb
+        h = self.embed(inputs)
         if cache is None:
             cache = [None] * len(self.layers)
         if mask is None:
@@ -343,12 +348,44 @@ class Model(nn.Module):
         """Token ids [B, T] -> logits [B, T, V]."""
         return self.logits(self.model(inputs, cache))
 
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids [B, T] -> scaled embeddings [B, T, H]."""
+        return self.model.embed(tokens)
+
+    def hidden(
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        mask: mx.array | None = None,
+        positions: mx.array | None = None,
+    ) -> mx.array:
+        """Hidden states after the final norm [B, T, H]; arguments as BlockFFNModel takes them."""
+        return self.model(tokens, cache, mask, positions)
+
+    def hidden_and_union(
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        mask: mx.array | None = None,
+        positions: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """`hidden`, and the fraction of experts that some token of the pass uses, a scalar."""
+        with record_router_scores(self) as recorded:
+            hidden = self.hidden(tokens, cache, mask, positions)
+        return hidden, union_share([scores for (scores,) in recorded])
+
     def logits(self, hidden_states: mx.array) -> mx.array:
         """Hidden states after the final norm [..., H] -> logits [..., V]."""
         hidden_states = hidden_states / self.logit_divisor
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(hidden_states)
         return self.lm_head(hidden_states)
+
+    def logits_for(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
+        """`logits` for some token ids [V'] only: hidden states [..., H] -> [..., V']."""
+        tied = self.args.tie_word_embeddings
+        rows = linear_rows(self.model.embed_tokens if tied else self.lm_head, tokens)
+        return lambda hidden_states: rows(hidden_states / self.logit_divisor)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Splits kv_b_proj, whose rows are [k_nope | v] per head, into the halves MLA uses."""
@@ -398,3 +435,15 @@ class Model(nn.Module):
     def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
         """Everything but the router: a small error there switches experts on or off."""
         return lambda path, module: not path.endswith("router_proj")
+
+
+def linear_rows(head: nn.Module, rows: mx.array) -> nn.Module:
+    """A linear map with some rows of an output head or an embedding, quantised like it."""
+    linear = nn.Linear(1, 1, bias=False)
+    if isinstance(head, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        settings = {name: getattr(head, name) for name in ("group_size", "bits", "mode")}
+        linear = nn.QuantizedLinear(512, 1, bias=False, **settings)
+    for name in ("weight", "scales", "biases"):
+        if name in head and head[name] is not None:
+            linear[name] = head[name][rows]
+    return linear

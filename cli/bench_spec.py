@@ -18,7 +18,7 @@ from rich.table import Table
 
 from ..chat_format import ChatFormat, RawFormat
 from ..generate import stream_generate
-from ..speculative import Drafter, Policy, SpeculationStats, make_draft, make_policy
+from ..speculative import Drafter, Policy, SpeculationStats, make_drafter, make_policy
 from ..speculative.cost import PassCost, device_name, pass_cost
 from .common import add_model_flags, load_for_text, loading_progress, print_json
 from .draft import add_draft_flags
@@ -150,7 +150,7 @@ def run_spec(args: argparse.Namespace) -> int:
     if args.max_tokens < 1 or args.warm_up < 0:
         raise ValueError("--max-tokens takes 1 or more, --warm-up 0 or more")
     model, tokenizer = load_for_text(args)
-    drafter = make_draft(args.draft, model, tokenizer, args.model)
+    drafter = make_drafter(args.draft, model, tokenizer, args.model)
     if drafter is None:
         raise ValueError("--draft none leaves nothing to compare: give auto, lookup or a path")
     bench = SpecBench(model, tokenizer, drafter, args)

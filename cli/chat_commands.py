@@ -11,7 +11,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from ..sparsity import router_scores, sparsity_of_scores
+from ..analysis.sparsity import router_scores, sparsity_of_scores
 from ..transcript import load_transcript, save_transcript
 from .sparsity_view import heat_map_for, save_svg
 

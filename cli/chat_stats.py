@@ -6,13 +6,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
-import numpy as np
 from mlx_lm.generate import GenerationResponse
 from rich.panel import Panel
 from rich.text import Text
 
 from ..conversation import Conversation
-from ..sparsity import record_router_scores
+from ..models.activation import record_router_scores, union_share
 from ..speculative import SpeculationStats
 
 # Passes after which their scores are counted and let go.
@@ -44,13 +43,11 @@ class UnionMeter:
             self._fold()
 
     def _fold(self):
-        if not self.recorded[0]:
+        shares = [union_share(layers) for layers in zip(*self.recorded, strict=True)]
+        if not shares:
             return
-        starts = np.cumsum([0] + [scores.shape[1] for scores in self.recorded[0]])[:-1]
-        used = [np.array(mx.concatenate(passes, axis=1)[0] != 0) for passes in self.recorded]
-        by_pass = [np.logical_or.reduceat(layer, starts).mean(axis=1) for layer in used]
-        self.total += float(np.mean(by_pass, axis=0).sum())
-        self.passes += len(starts)
+        self.total += mx.stack(shares).sum().item()
+        self.passes += len(shares)
         for passes in self.recorded:
             passes.clear()
 

@@ -12,7 +12,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ..sparsity import Sparsity, router_scores, sparsity_of_scores
+from ..analysis.sparsity import SparsityReport, router_scores, sparsity_of_scores
 from .common import add_model_flags, load_for_text, make_parser, print_json, run_main
 from .sparsity_view import heat_map_for, layer_table, save_svg
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def sparsity_document(
-    result: Sparsity, active: np.ndarray, ids: list[int], tokens: list[str]
+    result: SparsityReport, active: np.ndarray, ids: list[int], tokens: list[str]
 ) -> dict[str, Any]:
     """The measures as JSON: means, layers, and the experts of each token in each layer."""
     used = [[np.flatnonzero(row).tolist() for row in layer] for layer in active]

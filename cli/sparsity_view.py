@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..sparsity import Sparsity
+from ..analysis.sparsity import SparsityReport
 
 # From unused to used by every token, readable on dark and on light grounds.
 SHADES = ("grey23", "dark_green", "green4", "green3", "yellow3", "bright_yellow")
@@ -50,7 +50,7 @@ def heat_map_for(console: Console, active: np.ndarray) -> Table:
     return heat_map(active, console.width, in_color)
 
 
-def layer_table(result: Sparsity, active: np.ndarray) -> Table:
+def layer_table(result: SparsityReport, active: np.ndarray) -> Table:
     """TLS, CLS and reuse per layer, and their means."""
     table = Table(title=f"Sparsity over {active.shape[1]} tokens")
     for name in ("layer", "TLS %", f"CLS_{result.chunk} %", "reuse %", "experts a token"):
@@ -67,7 +67,7 @@ def layer_table(result: Sparsity, active: np.ndarray) -> Table:
     return table
 
 
-def save_svg(path: str, active: np.ndarray, result: Sparsity):
+def save_svg(path: str, active: np.ndarray, result: SparsityReport):
     """Writes the heat map and the table as an SVG picture."""
     width = active.shape[2] + 14
     console = Console(record=True, width=max(64, width), file=io.StringIO(), force_terminal=True)

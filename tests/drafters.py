@@ -5,7 +5,7 @@ import random
 from blockffn_mlx.speculative import Tree
 
 
-class ScriptedDraft:
+class ScriptedDrafter:
     """What drafters share: counts what the cache holds and checks what it is told."""
 
     def __init__(self):
@@ -30,7 +30,7 @@ class ScriptedDraft:
         return True
 
 
-class OracleDraft(ScriptedDraft):
+class OracleDrafter(ScriptedDrafter):
     """Proposes the true continuation as a chain, each node among wrong siblings.
 
     Args:
@@ -55,7 +55,7 @@ class OracleDraft(ScriptedDraft):
         return Tree.from_lists(tokens, parents)
 
 
-class RandomDraft(ScriptedDraft):
+class RandomDrafter(ScriptedDrafter):
     """Proposes random trees that hold pieces of the true continuation in odd places.
 
     Duplicate siblings, true tokens under wrong parents, chains and stars: all occur.

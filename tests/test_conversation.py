@@ -11,7 +11,7 @@ from toy_chat import toy_model, toy_tokenizer
 from blockffn_mlx.chat_format import ChatFormat, clean
 from blockffn_mlx.conversation import Conversation
 from blockffn_mlx.load import load, unpack
-from blockffn_mlx.speculative import SpeculationStats, make_draft
+from blockffn_mlx.speculative import SpeculationStats, make_drafter
 from blockffn_mlx.token_history import TokenText, decode_tokens, encode_text, reuse
 from blockffn_mlx.tokenizer import CHAT_TEMPLATE
 
@@ -267,7 +267,7 @@ def test_an_answer_ends_with_the_context(model, tokenizer):
 
 def test_a_draft_changes_no_answer(model, tokenizer):
     answers = []
-    for options in ({}, {"draft": make_draft("lookup", model), "draft_width": 4}):
+    for options in ({}, {"draft": make_drafter("lookup", model), "draft_width": 4}):
         stats = SpeculationStats()
         options = options and {**options, "draft_stats": stats}
         chat = Conversation(model, tokenizer)

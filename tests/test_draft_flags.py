@@ -14,14 +14,14 @@ from blockffn_mlx.cli import generate as command
 from blockffn_mlx.speculative import (
     AdaptiveWidth,
     FixedWidth,
-    LookupDraft,
-    ModelDraft,
+    LookupDrafter,
+    ModelDrafter,
     SpeculationStats,
     cost,
-    make_draft,
+    make_drafter,
     make_policy,
 )
-from blockffn_mlx.speculative.eagle import EagleDraft
+from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
 
 HEAD = str(GOLDEN / "gqa_block_eagle")
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -63,7 +63,7 @@ def test_every_flag_reaches_the_engine(converted, monkeypatch, one_price, capsys
         command.run(command.parser().parse_args(base + rest + flags))
         assert json.loads(capsys.readouterr().out)["draft"]["rounds"] == 5
     kinds = [type(drafter) for drafter, _ in calls]
-    assert kinds == [LookupDraft, EagleDraft, ModelDraft, LookupDraft]
+    assert kinds == [LookupDrafter, EagleDrafter, ModelDrafter, LookupDrafter]
     policies = [options["policy"] for _, options in calls]
     assert [type(p) for p in policies] == [FixedWidth, FixedWidth, AdaptiveWidth, AdaptiveWidth]
     assert [p.width() for p in policies[:2]] == [5, 7]
@@ -113,7 +113,7 @@ def test_refusals_are_one_line(converted, flags, message):
 
 def test_stream_generate_yields_responses_with_from_draft():
     model, stats = tiny_model(), SpeculationStats()
-    options = dict(max_tokens=20, draft=LookupDraft(min_ngram=1), draft_width=6)
+    options = dict(max_tokens=20, draft=LookupDrafter(min_ngram=1), draft_width=6)
     found = list(bf.stream_generate(model, None, PROMPT * 3, draft_stats=stats, **options))
     plain = list(bf.stream_generate(model, None, PROMPT * 3, max_tokens=20))
     assert [r.token for r in found] == [r.token for r in plain]
@@ -126,7 +126,7 @@ def test_a_stop_text_inside_an_accepted_path_ends_there(golden):
     """The oracle of a draft is the model itself: whole paths are accepted."""
     model, tokenizer, _ = golden("gqa_block")
     ids, cache = tokenizer.encode("once upon a time"), model.make_cache()
-    options = dict(max_tokens=30, draft=ModelDraft(model, 384), draft_width=8)
+    options = dict(max_tokens=30, draft=ModelDrafter(model, 384), draft_width=8)
     plain = list(bf.stream_generate(model, tokenizer, ids, max_tokens=30))
     text = "".join(r.text for r in plain)
     for place in range(4, len(text) - 2, max(len(text) // 5, 1)):
@@ -151,7 +151,7 @@ def test_an_eos_inside_an_accepted_path_ends_there(golden):
         end = plain.index(plain[place])
         tokenizer._eos_token_ids, kept = {plain[place]}, tokenizer._eos_token_ids
         cache = model.make_cache()
-        options = dict(max_tokens=16, draft=ModelDraft(model, 384), draft_width=8)
+        options = dict(max_tokens=16, draft=ModelDrafter(model, 384), draft_width=8)
         found = list(bf.stream_generate(model, tokenizer, ids, prompt_cache=cache, **options))
         tokenizer._eos_token_ids = kept
         assert [r.token for r in found] == plain[: end + 1]
@@ -160,22 +160,22 @@ def test_an_eos_inside_an_accepted_path_ends_there(golden):
 
 def test_auto_takes_the_head_in_the_models_folder(tmp_path, golden):
     model, _, _ = golden("gqa_block")
-    assert isinstance(make_draft("auto", model), LookupDraft)
-    assert isinstance(make_draft("auto", model, None, tmp_path), LookupDraft)
+    assert isinstance(make_drafter("auto", model), LookupDrafter)
+    assert isinstance(make_drafter("auto", model, None, tmp_path), LookupDrafter)
     (tmp_path / "draft").symlink_to(HEAD)
-    assert isinstance(make_draft("auto", model, None, tmp_path), EagleDraft)
+    assert isinstance(make_drafter("auto", model, None, tmp_path), EagleDrafter)
 
 
 def test_a_draft_model_with_another_tokenizer_is_refused(golden, converted):
     model, tokenizer, _ = golden("gqa_block")
-    assert make_draft(str(converted("mla_linear")), model, tokenizer).vocab_size == 384
+    assert make_drafter(str(converted("mla_linear")), model, tokenizer).vocab_size == 384
 
     class Other:
         def get_vocab(self):
             return {"a": 0}
 
     with pytest.raises(ValueError, match="another tokenizer than the model"):
-        make_draft(str(converted("mla_linear")), model, Other())
+        make_drafter(str(converted("mla_linear")), model, Other())
 
 
 def test_unknown_drafts_are_refused(tmp_path):
@@ -183,10 +183,10 @@ def test_unknown_drafts_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros(1)})
     with pytest.raises(ValueError, match="no draft of a known kind"):
-        make_draft(str(tmp_path), model)
-    assert make_draft("none", model) is None and make_draft(None, model) is None
-    drafter = LookupDraft()
-    assert make_draft(drafter, model) is drafter
+        make_drafter(str(tmp_path), model)
+    assert make_drafter("none", model) is None and make_drafter(None, model) is None
+    drafter = LookupDrafter()
+    assert make_drafter(drafter, model) is drafter
     policy = FixedWidth(3)
     assert make_policy(policy, model) is policy
 

@@ -15,8 +15,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from blockffn_mlx.convert_draft import convert_draft
+from blockffn_mlx.models.eagle import EagleHead, HeadArgs
 from blockffn_mlx.speculative import load_draft
-from blockffn_mlx.speculative.eagle import EagleDraft, EagleHead, HeadArgs, head_rows
+from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
 from blockffn_mlx.speculative.tree import path_to
 
 HEAD = GOLDEN / "gqa_block_eagle"
@@ -75,10 +76,10 @@ def test_a_smaller_tree_is_the_better_part_of_a_larger_one(target, data):
     assert [large.tokens.tolist()[node] for node in kept] == trees[12].tokens.tolist()
 
 
-def test_prefill_in_chunks_fills_the_same_cache(target, data, monkeypatch):
-    monkeypatch.setattr("blockffn_mlx.speculative.eagle.MAX_WAITING", 4)
+def test_prefill_in_chunks_fills_the_same_cache(target, data):
     hidden, ids = mx.array(data["hidden"]), data["token_ids"][0].tolist()
-    whole, chunked = load_draft(HEAD, target), load_draft(HEAD, target)
+    whole = load_draft(HEAD, target)
+    chunked = EagleDrafter(whole.head, target, max_waiting=4)
     whole.observe(hidden, ids[:-1])
     for start in range(0, 21, 5):
         chunked.observe(hidden[:, start : start + 5], ids[:-1][start : start + 5])
@@ -146,7 +147,7 @@ def test_trees_of_a_head_whose_attention_matters(seed):
     head.load_weights(
         [(n, 4 * v) for n, v in tree_flatten(head.parameters()) if "self_attn" in n], strict=False
     )
-    draft = EagleDraft(head, model)
+    draft = EagleDrafter(head, model)
     hidden, tokens = mx.random.normal((1, 6, 48)), [1, 2, 3, 4, 5, 6, 7]
     expected = reference_tree(draft, list(hidden[0]), tokens, 3, 3, 24)
     tree = draft.propose(hidden, mx.array([tokens]), top_k=3, depth=3, total_tokens=24)
@@ -223,7 +224,7 @@ def test_a_reduced_vocabulary_takes_rows_of_the_targets_head(tied, bits):
         nn.quantize(model, 32, bits, class_predicate=lambda n, m: "embed" in n or "head" in n)
     rows = mx.array([5, 60, 0, 17])
     hidden = mx.random.normal((1, 3, 64))
-    found = head_rows(model, rows)(hidden / model.logit_divisor)
+    found = model.logits_for(rows)(hidden)
     assert mx.abs(found - model.logits(hidden)[..., rows]).max() < 1e-4
 
 
@@ -335,7 +336,7 @@ def test_rows_start_where_an_unseen_conversation_ended(target, data):
     hidden = mx.array(data["hidden"])[:, :3]
     tree = draft.propose(hidden, mx.array([[0] * 40 + [5, 6, 7, 8]]), 2, 1, 5)
     assert draft.length == 43 and len(tree) == 5
-    assert isinstance(draft, EagleDraft) and draft.cache[0].offset == 3
+    assert isinstance(draft, EagleDrafter) and draft.cache[0].offset == 3
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])

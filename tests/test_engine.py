@@ -6,17 +6,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import GOLDEN, tiny_model
-from drafters import OracleDraft, RandomDraft, ScriptedDraft
+from drafters import OracleDrafter, RandomDrafter, ScriptedDrafter
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 import blockffn_mlx as bf
-from blockffn_mlx.sparsity import record_router_scores
+from blockffn_mlx.models.activation import record_router_scores
 from blockffn_mlx.speculative import (
     FixedWidth,
-    LookupDraft,
-    ModelDraft,
+    LookupDrafter,
+    ModelDrafter,
     SpeculationStats,
     Tree,
     stream,
@@ -56,10 +56,10 @@ def prompts(count: int, vocab_size: int):
 
 def drafters_for(model, text, head):
     vocab_size = model.args.vocab_size
-    yield OracleDraft(text, vocab_size)
-    yield RandomDraft(text, vocab_size, seed=len(text))
-    yield LookupDraft(min_ngram=1)
-    yield ModelDraft(model, vocab_size)
+    yield OracleDrafter(text, vocab_size)
+    yield RandomDrafter(text, vocab_size, seed=len(text))
+    yield LookupDrafter(min_ngram=1)
+    yield ModelDrafter(model, vocab_size)
     yield head
 
 
@@ -107,7 +107,7 @@ def test_an_oracle_needs_the_fewest_rounds_possible(attention, depth):
     prompt, max_tokens = [3, 1, 4, 1, 5], 24
     text = prompt + plain(model, prompt, max_tokens)
     stats = SpeculationStats()
-    drafter = OracleDraft(text, 61, depth, siblings=1)
+    drafter = OracleDrafter(text, 61, depth, siblings=1)
     found = speculate(model, prompt, drafter, 32, max_tokens=max_tokens, stats=stats)
     assert found == text[len(prompt) :]
     assert stats.rounds == -(-max_tokens // (depth + 1)) and stats.plain_tokens == 0
@@ -124,7 +124,7 @@ def test_branches_do_not_see_each_other(attention):
         cache = model.make_cache()
         model(mx.array([prompt]), cache)
         tree = Tree.from_lists(siblings, parents)
-        hidden, logits = bf.speculative.verify.target_pass(model, cache, tree)
+        hidden, logits, _ = bf.speculative.verify.target_pass(model, cache, tree)
         assert cache[0].offset == len(prompt) + len(tree)
         for path in tree.paths:
             text = prompt + [siblings[node] for node in path]
@@ -140,7 +140,7 @@ def test_closing_inside_an_accepted_path_keeps_what_was_yielded(attention, taken
     model = tiny_model(attention_type=attention)
     prompt, question = [3, 1, 4, 1, 5], [9, 2, 6]
     text = prompt + plain(model, prompt, 12)
-    cache, drafter = model.make_cache(), OracleDraft(text, 61, depth=3)
+    cache, drafter = model.make_cache(), OracleDrafter(text, 61, depth=3)
     options = dict(policy=FixedWidth(16), max_tokens=12, prompt_cache=cache)
     steps = stream(mx.array(prompt), model, drafter, **options)
     taken_steps = [next(steps) for _ in range(taken)]
@@ -152,7 +152,7 @@ def test_closing_inside_an_accepted_path_keeps_what_was_yielded(attention, taken
     assert {c.offset for c in cache} == {len(held)} and drafter.tokens == held
 
     expected = plain(model, held + question, 6)
-    found = speculate(model, question, LookupDraft(), max_tokens=6, prompt_cache=cache)
+    found = speculate(model, question, LookupDrafter(), max_tokens=6, prompt_cache=cache)
     assert found == expected
     assert_continues(model, cache, held + question + expected)
 
@@ -164,9 +164,9 @@ def test_the_next_turn_on_a_trimmed_cache(golden, kind):
     prompt, question = [3, 1, 4, 1, 5] * 3, [9, 2, 6]
     text = prompt + plain(model, prompt, 12)
     drafter = {
-        "oracle": OracleDraft(text, 384),
-        "lookup": LookupDraft(min_ngram=1),
-        "model": ModelDraft(model, 384),
+        "oracle": OracleDrafter(text, 384),
+        "lookup": LookupDrafter(min_ngram=1),
+        "model": ModelDrafter(model, 384),
         "eagle": bf.speculative.load_draft(GOLDEN / "gqa_block_eagle", model),
     }[kind]
     cache = model.make_cache()
@@ -189,7 +189,7 @@ def test_plain_steps_leave_the_same_caches():
     prompt = [3, 1, 4, 1, 5]
     text = prompt + plain(model, prompt, 12)
 
-    class Silent(ScriptedDraft):
+    class Silent(ScriptedDrafter):
         def ready(self, root):
             return False
 
@@ -208,7 +208,7 @@ def test_an_interrupt_in_a_pass_leaves_whole_caches():
     prompt = [3, 1, 4, 1, 5]
     text = prompt + plain(model, prompt, 9)
 
-    class Interrupting(OracleDraft):
+    class Interrupting(OracleDrafter):
         def draft(self, root, total_tokens, max_depth):
             if len(self.tokens) > 8:
                 model.model(mx.array([[1, 2]]), cache)  # half a pass
@@ -237,10 +237,10 @@ def test_logits_processors_see_each_nodes_own_path():
         options = dict(logits_processors=processors)
         expected = plain(model, prompt, 20, **options)
         assert expected != plain(model, prompt, 20)
-        for kind in (OracleDraft, RandomDraft):
+        for kind in (OracleDrafter, RandomDrafter):
             drafter = kind(prompt + expected, 61)
             assert speculate(model, prompt, drafter, 12, max_tokens=20, **options) == expected
-        assert speculate(model, prompt, LookupDraft(), max_tokens=20, **options) == expected
+        assert speculate(model, prompt, LookupDrafter(), max_tokens=20, **options) == expected
 
 
 def test_a_round_reads_the_device_once(monkeypatch):
@@ -251,7 +251,7 @@ def test_a_round_reads_the_device_once(monkeypatch):
         bf.speculative.engine.mx, "eval", lambda *a: (reads.append(1), evaluate(*a))
     )
     stats = SpeculationStats()
-    drafter = ModelDraft(model, 61)
+    drafter = ModelDrafter(model, 61)
     speculate(model, [3], drafter, 4, max_tokens=16, stats=stats)
     assert stats.rounds == 4 and len(reads) == stats.rounds
 
@@ -259,7 +259,7 @@ def test_a_round_reads_the_device_once(monkeypatch):
 def test_the_union_ratio_counts_experts_that_any_node_uses():
     model, stats = tiny_model(), SpeculationStats()
     with record_router_scores(model) as recorded:
-        steps = stream(mx.array([3]), model, ModelDraft(tiny_model(), 61), stats=stats)
+        steps = stream(mx.array([3]), model, ModelDrafter(tiny_model(), 61), stats=stats)
         next(steps)
         used = [np.array(scores[-1] != 0)[0] for scores in recorded]
         steps.close()
@@ -271,11 +271,11 @@ def test_the_union_ratio_counts_experts_that_any_node_uses():
 def test_a_draft_models_cache_follows_what_was_accepted():
     """After rejections, rewinds and silence it drafts as if it had read the text at once."""
     model, rng = tiny_model(), random.Random(2)
-    drafter, text = ModelDraft(model, 61), [3, 1, 4]
+    drafter, text = ModelDrafter(model, 61), [3, 1, 4]
     for width in (5, 3, 8, 1, 6, 2, 64, 7):
         drafter.observe(None, text[drafter.length :])
         tree = drafter.draft(9, width, 63)
-        fresh = ModelDraft(model, 61)
+        fresh = ModelDrafter(model, 61)
         fresh.observe(None, text)
         assert tree.tokens.tolist() == fresh.draft(9, width, 63).tokens.tolist()
         held = drafter.settled + drafter.proposed.size
@@ -290,19 +290,19 @@ def test_a_draft_models_cache_follows_what_was_accepted():
 def test_outside_observers_keep_watching():
     model = tiny_model()
     with record_router_scores(model) as recorded:
-        speculate(model, [3, 1, 4], ModelDraft(model, 61), 4, max_tokens=8)
+        speculate(model, [3, 1, 4], ModelDrafter(model, 61), 4, max_tokens=8)
     assert sum(scores.shape[1] for scores in recorded[0]) >= 3 + 8 - 1
 
 
 def test_what_speculation_cannot_do_is_refused():
     model = tiny_model()
     with pytest.raises(ValueError, match="one prompt at a time"):
-        next(stream(mx.array([[1, 2], [3, 4]]), model, LookupDraft()))
+        next(stream(mx.array([[1, 2], [3, 4]]), model, LookupDrafter()))
     with pytest.raises(ValueError, match="prompt is empty"):
-        next(stream(mx.array([], mx.int32), model, LookupDraft()))
+        next(stream(mx.array([], mx.int32), model, LookupDrafter()))
     for cache in (RotatingKVCache(max_size=16), QuantizedKVCache()):
         with pytest.raises(ValueError, match=f"not {type(cache).__name__}"):
-            next(stream(mx.array([1]), model, LookupDraft(), prompt_cache=[cache] * 2))
+            next(stream(mx.array([1]), model, LookupDrafter(), prompt_cache=[cache] * 2))
     with pytest.raises(ValueError, match="1 to 64 nodes, got 65"):
         FixedWidth(65)
 
@@ -314,7 +314,7 @@ def test_seeded_sampling_does_not_depend_on_being_seen(golden):
     texts = []
     for _ in range(2):
         mx.random.seed(3)
-        drafter = RandomDraft([3, 1, 4] * 9, 61)
+        drafter = RandomDrafter([3, 1, 4] * 9, 61)
         texts.append(speculate(model, [3, 1, 4], drafter, max_tokens=16, sampler=sampler))
     assert texts[0] == texts[1] and len(set(texts[0])) > 4
 

@@ -14,8 +14,9 @@ from ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error
 
 import blockffn_mlx as bf
 from blockffn_mlx import doctor, kernels
+from blockffn_mlx.analysis.sparsity import sparsity_of_scores
 from blockffn_mlx.load import DEMO_FOLDER, load
-from blockffn_mlx.sparsity import record_router_scores, sparsity_of_scores
+from blockffn_mlx.models.activation import record_router_scores
 
 ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
 BACKEND = "cuda" if mx.cuda.is_available() else "metal"

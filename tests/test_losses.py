@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from blockffn_mlx.sparsity import sparsity_of_scores
+from blockffn_mlx.analysis.sparsity import sparsity_of_scores
 from blockffn_mlx.training.losses import (
     activation_locality_loss,
     chunk_sparsification_loss,

@@ -180,17 +180,19 @@ def test_fixed_width_never_changes():
     assert policy.width() == 5
 
 
-def test_costs_are_measured_once_and_kept(tmp_path, monkeypatch):
+def test_costs_are_measured_once_and_kept(tmp_path):
     model, seen = tiny_model(), []
-    monkeypatch.setattr(cost, "WIDTHS", (1, 2, 4))
-    monkeypatch.setattr(cost.measure, "__defaults__", ((1, 2, 4), 1, None))
-    first = cost.pass_cost(model, folder=tmp_path, on_progress=lambda *done: seen.append(done))
+
+    def priced():
+        progress = lambda *done: seen.append(done)  # noqa: E731
+        return cost.pass_cost(model, False, progress, tmp_path, widths=(1, 2, 4), repeats=1)
+
+    first = priced()
     assert seen == [(step, 6) for step in range(7)]  # a warm-up and one repeat of three widths
     assert first.widths == [1, 2, 4] and min(first.shared + first.distinct) > 0
     assert all(0 < u <= 1 for u in first.shared_union + first.distinct_union)
 
-    monkeypatch.setattr(cost, "measure", lambda *a, **k: pytest.fail("measured again"))
-    assert cost.pass_cost(model, folder=tmp_path) == first
+    assert priced() == first and len(seen) == 7  # read, not measured again
     (file,) = tmp_path.iterdir()
     kept = json.loads(file.read_text())
     assert kept["device"] == cost.device_name() and kept["mlx"] == cost.mx.__version__

@@ -1,14 +1,13 @@
 """Sparsity measures against their definitions, counted by hand and in numpy."""
 
-import sys
-
 import mlx.core as mx
 import numpy as np
 import pytest
 from conftest import tiny_model
 
 import blockffn_mlx as bf
-from blockffn_mlx.sparsity import record_router_scores, sparsity_of_scores
+from blockffn_mlx.analysis.sparsity import router_scores, sparsity_of_scores
+from blockffn_mlx.models.activation import activation_sums, record_router_scores, union_share
 
 
 def scores_of(rows: list[str]) -> mx.array:
@@ -27,6 +26,29 @@ def test_definitions_by_hand():
     assert result.reuse == pytest.approx((0.5 + 0 + 1) / 3)
 
 
+def test_padding_and_tails_count_nowhere():
+    """By hand: tokens 0, 1, 3, 4 of 5 are real, chunks of 2; the second row is all padding."""
+    scores = scores_of(["11..", "1...", "1111", "-...", "11.."])
+    scores = mx.concatenate([scores, scores])
+    real = mx.array([[True, True, False, True, True], [False] * 5])
+    sums = activation_sums(scores, 2, real)
+    expected = {
+        "activation": (2 + 1 + 1 + 2) / 4,
+        "tokens": 4,
+        "chunk_activation": 2 / 4,  # the chunk with padding and the tail are left out
+        "chunks": 1,
+        "reuse": 1 / 2 + 1 / 1,
+        "pairs": 2,
+    }
+    for name, value in expected.items():
+        assert getattr(sums, name).tolist() == pytest.approx([value, 0]), name
+
+
+def test_a_pass_uses_the_union_of_its_tokens():
+    passes = [scores_of(["11..", "-..."]), scores_of(["....", "1111"])]
+    assert union_share(passes).item() == pytest.approx((2 + 4) / 8)
+
+
 def test_windows_nest_and_length_one_is_token_level():
     model = tiny_model(num_experts=30)
     ids = mx.random.randint(0, 61, (2, 64))
@@ -37,12 +59,10 @@ def test_windows_nest_and_length_one_is_token_level():
     assert len(values[0].tls_per_layer) == 2
 
 
-def test_long_text_in_passes_equals_one_pass(monkeypatch):
+def test_long_text_in_passes_equals_one_pass():
     model, ids = tiny_model(), mx.random.randint(0, 61, (1, 50))
     whole = bf.router_scores(model, ids)
-    # bf.sparsity is the function; the module of that name is reached through sys.modules.
-    monkeypatch.setattr(sys.modules["blockffn_mlx.sparsity"], "PASS_LENGTH", 16)
-    parts = bf.router_scores(model, ids)
+    parts = router_scores(model, ids, pass_length=16)
     for a, b in zip(whole, parts, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)
 

@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 import blockffn_mlx as bf
-from blockffn_mlx.sparsity import sparsity_of_scores
+from blockffn_mlx.analysis.sparsity import sparsity_of_scores
 from blockffn_mlx.training.build import build_corpus, build_model, prepare, save_model
 from blockffn_mlx.training.config import load_config
 from blockffn_mlx.training.data import unigram_loss

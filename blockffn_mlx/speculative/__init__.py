@@ -1,24 +1,27 @@
 """Speculative decoding: draft trees, one target pass per round, lossless verification."""
 
-from .drafters import make_draft, make_policy
-from .eagle_files import load_draft
+from .drafters import load_draft, make_drafter, make_policy
+from .eagle_drafter import EagleDrafter
 from .engine import Drafter, SpeculationStats, stream
-from .lookup import LookupDraft
-from .model import ModelDraft
+from .lookup_drafter import LookupDrafter
+from .model_drafter import ModelDrafter
 from .policy import AdaptiveWidth, FixedWidth, Policy
+from .target import Target
 from .tree import Tree
 
 __all__ = [
     "AdaptiveWidth",
     "Drafter",
+    "EagleDrafter",
     "FixedWidth",
-    "LookupDraft",
-    "ModelDraft",
+    "LookupDrafter",
+    "ModelDrafter",
     "Policy",
     "SpeculationStats",
+    "Target",
     "Tree",
     "load_draft",
-    "make_draft",
+    "make_drafter",
     "make_policy",
     "stream",
 ]

@@ -16,7 +16,6 @@ from mlx.utils import tree_flatten
 
 from ..model_cache import cache_folder
 from .tree import MAX_NODES, Tree
-from .union import watch_union
 from .verify import target_pass
 
 # Both sides of the widths at which matrix kernels change on known chips, and powers of two.
@@ -81,6 +80,8 @@ def pass_cost(
     refresh: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     folder: Path | None = None,
+    widths: tuple[int, ...] | None = None,
+    repeats: int = REPEATS,
 ) -> PassCost:
     """The cost table of a model on this machine, from the cache or measured now.
 
@@ -89,12 +90,13 @@ def pass_cost(
         refresh: Measures even if a table is kept.
         on_progress: Called with (steps done, steps in all) while measuring.
         folder: Where tables are kept; the user's cache folder if None.
+        widths, repeats: As in `measure`.
     """
     folder = folder or cache_folder() / "widths"
     file = folder / f"{fingerprint(model)}.json"
     if not refresh and (kept := read_cost(file)):
         return kept
-    cost = measure(model, on_progress=on_progress)
+    cost = measure(model, widths, repeats, on_progress)
     folder.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps({"device": device_name(), "mlx": mx.__version__, **asdict(cost)}))
@@ -134,19 +136,17 @@ def measure(
     draw = np.random.default_rng(0)
     vocab_size = model.args.vocab_size
     cache = model.make_cache()
-    model.model(mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH))), cache)
+    model.hidden(mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH))), cache)
     mx.eval([c.state for c in cache])
 
     def once(tokens: np.ndarray) -> tuple[float, float]:
         start = time.perf_counter()
-        with watch_union(model) as union:
-            _, logits = target_pass(model, cache, Tree.chain(tokens.tolist()))
-        ratio = union.ratio()
-        mx.eval(mx.argmax(logits, axis=-1), ratio)
+        _, logits, union = target_pass(model, cache, Tree.chain(tokens.tolist()))
+        mx.eval(mx.argmax(logits, axis=-1), union)
         seconds = time.perf_counter() - start
         for layer_cache in cache:
             layer_cache.trim(len(tokens))
-        return seconds, ratio.item()
+        return seconds, union.item()
 
     # Widths take turns, so that whatever else the machine does falls on all of them alike.
     passes = np.zeros((repeats + 1, len(widths), 2, 2))

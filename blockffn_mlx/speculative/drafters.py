@@ -7,20 +7,21 @@ from typing import Any
 from mlx_lm.utils import load as load_mlx_lm
 
 from .. import checkpoint
+from ..checkpoints.eagle_head import build_head, read_frequent, read_head
 from ..hub import download, is_local
 from ..load import load, model_folder
 from .cost import pass_cost
-from .eagle_files import load_draft
+from .eagle_drafter import EagleDrafter
 from .engine import Drafter
-from .lookup import LookupDraft
-from .model import ModelDraft
+from .lookup_drafter import LookupDrafter
+from .model_drafter import ModelDrafter
 from .policy import AdaptiveWidth, FixedWidth, Policy
 
 # Where a converted model's own draft head lies inside its folder.
 DRAFT_FOLDER = "draft"
 
 
-def make_draft(
+def make_drafter(
     spec: str | Path | Drafter | None,
     model: Any,
     tokenizer: Any = None,
@@ -44,7 +45,7 @@ def make_draft(
         own = model_folder(model_path or "") / DRAFT_FOLDER
         spec = own if model_path and own.is_dir() else "lookup"
     if spec == "lookup":
-        return LookupDraft()
+        return LookupDrafter()
     if not isinstance(spec, (str, Path)):
         return spec
     path = Path(spec).expanduser() if is_local(spec) else download(str(spec))
@@ -55,7 +56,24 @@ def make_draft(
     return load_draft_model(path, model, tokenizer)
 
 
-def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDraft:
+def load_draft(path: str | Path, model: Any, draft_vocab: int | None = None) -> EagleDrafter:
+    """Loads an EAGLE draft head, converted or as published.
+
+    Args:
+        path: A folder with config.json, the tensors, and maybe freq_*.pkl / .npy / .json.
+        model: The target that it was trained for.
+        draft_vocab: Which frequency list to use, by its length; the paper's or the nearest if None.
+
+    Raises:
+        ValueError: If the folder holds no EAGLE head, or one for another model.
+    """
+    path = Path(path)
+    config, weights = read_head(path)
+    head = build_head(path, config, weights, model)
+    return EagleDrafter(head, model, read_frequent(path, model.args.vocab_size, draft_vocab))
+
+
+def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDrafter:
     """A language model as the drafter: a BlockFFN, or whatever mlx-lm runs."""
     config = checkpoint.read_json(path / "config.json")
     if "model_type" not in config:
@@ -71,9 +89,9 @@ def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDraft:
     if not same:
         raise ValueError(
             f"the draft model {path} has another tokenizer than the model: "
-            "take one of the same family, or --draft lookup"
+            "take one of the same family, or lookup"
         )
-    return ModelDraft(draft, model.args.vocab_size)
+    return ModelDrafter(draft, model.args.vocab_size)
 
 
 def make_policy(

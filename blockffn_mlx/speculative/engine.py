@@ -11,8 +11,8 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.sample_utils import greedy_sampler
 
 from .policy import FixedWidth, Policy
+from .target import Target
 from .tree import MAX_NODES, Tree
-from .union import watch_union
 from .verify import (
     LogitsProcessor,
     Sampler,
@@ -116,7 +116,7 @@ class SpeculationStats:
 
 def stream(
     prompt: mx.array,
-    model: Any,
+    target: Target,
     drafter: Drafter,
     *,
     policy: Policy | None = None,
@@ -137,7 +137,7 @@ def stream(
 
     Args:
         prompt: Token ids [T], at least one.
-        model: The target, a BlockFFN model.
+        target: The model, or whatever else answers as one.
         drafter: Proposes. One that followed this conversation before goes on where the cache
             ends; to another, what the cache holds stays unknown.
         policy: Width of each round; always 8 if None.
@@ -157,13 +157,13 @@ def stream(
         ValueError: For a batch, an empty prompt, or caches that cannot drop rows.
     """
     decoder = Decoder(
-        model,
+        target,
         drafter,
         policy or FixedWidth(DEFAULT_WIDTH),
         stats or SpeculationStats(),
         sampler or greedy_sampler,
         logits_processors,
-        model.make_cache() if prompt_cache is None else prompt_cache,
+        target.make_cache() if prompt_cache is None else prompt_cache,
     )
     if prompt.ndim != 1:
         raise ValueError(f"speculation decodes one prompt at a time, got shape {prompt.shape}")
@@ -195,7 +195,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: Any,
+        target: Target,
         drafter: Drafter,
         policy: Policy,
         stats: SpeculationStats,
@@ -204,7 +204,7 @@ class Decoder:
         cache: list[Any],
     ):
         check_cache(cache)
-        self.model, self.cache = model, cache
+        self.target, self.cache = target, cache
         self.drafter, self.policy, self.stats = drafter, policy, stats
         self.sampler, self.logits_processors = sampler, logits_processors
         self.cached: int = cache[0].offset
@@ -220,7 +220,7 @@ class Decoder:
         progress(0, len(prompt))
         for start in range(0, len(prompt) - 1, step_size):
             tokens = prompt[start : min(start + step_size, len(prompt) - 1)]
-            hidden = self.model.model(mx.array([tokens]), self.cache)
+            hidden = self.target.hidden(mx.array([tokens]), self.cache)
             mx.eval([c.state for c in self.cache], hidden)
             self._take_in(hidden, tokens)
             progress(start + len(tokens), len(prompt))
@@ -247,12 +247,10 @@ class Decoder:
         """Draft, one target pass, accept, compact. One wait for the device."""
         start = time.perf_counter()
         tree = self.drafter.draft(self.root, width, (remaining or MAX_NODES) - 1)
-        with watch_union(self.model) as watched:
-            hidden, logits = target_pass(self.model, self.cache, tree)
+        hidden, logits, union = target_pass(self.target, self.cache, tree)
         samples, logprobs = sample_nodes(
             logits, self.sampler, self.logits_processors, tree, self.history
         )
-        union = watched.ratio()
         mx.eval(samples, logprobs, hidden, tree.tokens, tree.parents, tree.ranks, union)
         seconds = time.perf_counter() - start
 
@@ -312,7 +310,7 @@ class Decoder:
         for layer_cache in self.cache:
             layer_cache.trim(layer_cache.offset - self.cached)
         if self.root is not None:
-            hidden = self.model.model(mx.array([[self.root]]), self.cache)
+            hidden = self.target.hidden(mx.array([[self.root]]), self.cache)
             # Nobody waits for it, but a stream belongs to its thread and the caches may not.
             mx.async_eval([c.state for c in self.cache], hidden)
             self._take_in(hidden, [self.root])
@@ -320,10 +318,10 @@ class Decoder:
 
     def _step(self, token: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Starts a pass over one token [1]; returns its sample, log-probabilities and hidden."""
-        tree = Tree.chain(token)
-        hidden, logits = target_pass(self.model, self.cache, tree)
+        hidden = self.target.hidden(token[None], self.cache)
+        logits = self.target.logits(hidden)[0]
         sampled, logprobs = sample_nodes(
-            logits, self.sampler, self.logits_processors, tree, self.history
+            logits, self.sampler, self.logits_processors, Tree.chain(token), self.history
         )
         mx.async_eval(sampled, logprobs, hidden)
         return sampled, logprobs[0], hidden

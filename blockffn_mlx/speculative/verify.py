@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from .target import Target
 from .tree import Tree, path_to
 
 Sampler = Callable[[mx.array], mx.array]
@@ -22,19 +23,22 @@ def check_cache(cache: list[Any]) -> None:
             )
 
 
-def target_pass(model: Any, cache: list[KVCache], tree: Tree) -> tuple[mx.array, mx.array]:
-    """Runs the model over all nodes at once; each cache grows by one row per node, in node order.
+def target_pass(
+    target: Target, cache: list[KVCache], tree: Tree
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Runs the target over all nodes at once; each cache grows by one row per node, in node order.
 
     Returns:
-        Hidden states after the final norm [1, n, H] and logits [n, V].
+        Hidden states after the final norm [1, n, H], logits [n, V], and the fraction of experts
+        that some node uses, a scalar.
     """
     mask = positions = None
     if not tree.is_chain:
         offset = cache[0].offset
         mask = mx.concatenate([mx.ones((len(tree), offset), mx.bool_), tree.mask], axis=1)
         positions = offset + tree.positions
-    hidden = model.model(tree.tokens[None], cache, mask=mask, positions=positions)
-    return hidden, model.logits(hidden)[0]
+    hidden, union = target.hidden_and_union(tree.tokens[None], cache, mask, positions)
+    return hidden, target.logits(hidden)[0], union
 
 
 def sample_nodes(

@@ -15,7 +15,7 @@ from ..atomic_folder import atomic_folder
 from ..convert_draft import DERIVED
 from ..load import load
 from ..model import Model
-from ..speculative.eagle import EagleHead, HeadArgs
+from ..models.eagle import EagleHead, HeadArgs
 from .build import build_corpus, check_vocabulary, initialise
 from .config import Head, TrainingConfig
 from .data import Corpus

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..sparsity import watch_routers
+from ..models.activation import watch_routers
 from . import losses
 from .config import Sparsity
 from .sampling import Batch

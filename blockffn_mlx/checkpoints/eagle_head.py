@@ -9,29 +9,12 @@ import mlx.nn as nn
 import numpy as np
 
 from .. import checkpoint
-from .eagle import EagleDraft, EagleHead, HeadArgs
+from ..models.eagle import EagleHead, HeadArgs
 
 # Tensors that some checkpoints hold and no head uses: the target's own serve.
 UNUSED = ("embed_tokens.weight", "lm_head.weight", "layers.0.input_layernorm.weight")
 # The list that the paper's benchmark drafts from.
 DRAFT_VOCAB = 16384
-
-
-def load_draft(path: str | Path, model: Any, draft_vocab: int | None = None) -> EagleDraft:
-    """Loads an EAGLE draft head, converted or as published.
-
-    Args:
-        path: A folder with config.json, the tensors, and maybe freq_*.pkl / .npy / .json.
-        model: The target that it was trained for.
-        draft_vocab: Which frequency list to use, by its length; the paper's or the nearest if None.
-
-    Raises:
-        ValueError: If the folder holds no EAGLE head, or one for another model.
-    """
-    path = Path(path)
-    config, weights = read_head(path)
-    head = build_head(path, config, weights, model)
-    return EagleDraft(head, model, read_frequent(path, model.args.vocab_size, draft_vocab))
 
 
 def read_head(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:

@@ -10,7 +10,7 @@ from .tree import Tree
 PREFILL_STEP_SIZE = 2048
 
 
-class ModelDraft:
+class ModelDrafter:
     """Drafts with any mlx-lm model, or a second BlockFFN, that has the target's tokenizer.
 
     Args:

@@ -7,7 +7,7 @@ import mlx.core as mx
 from .tree import Tree
 
 
-class LookupDraft:
+class LookupDrafter:
     """Proposes what followed the longest earlier occurrence of the sequence's own ending.
 
     The longest matching ending wins, and the latest occurrence among equals. A longer match is

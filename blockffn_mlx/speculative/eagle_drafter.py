@@ -1,122 +1,18 @@
-"""EAGLE-2: one decoder layer that continues the target's hidden states, and a dynamic tree."""
+"""EAGLE-2: drafts a dynamic tree with a head that continues the target's hidden states."""
 
 from bisect import bisect_left
-from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm.models.base import BaseModelArgs, create_attention_mask
 from mlx_lm.models.cache import KVCache
-from mlx_lm.models.llama import MLP
 
-from ..model import Attention, Positions
+from ..models.eagle import EagleHead
+from .target import Target
 from .tree import Tree, best_first, check_size
 
 TOP_K, DEPTH = 10, 5
-# Rows that wait for the next draft before they are run on their own.
-MAX_WAITING = 512
 
 
-@dataclass
-class HeadArgs(BaseModelArgs):
-    """A draft head's config.json; RoPE and the norms' eps follow the target's.
-
-    Attributes:
-        head_dim: Width of a head; hidden_size / num_attention_heads if None.
-        fc_bias: Whether `fc` has a bias. This and `input_norms` are read off the tensors.
-        input_norms: Whether embedding and hidden state are normalised on the way in.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_attention_heads: int
-    vocab_size: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    num_hidden_layers: int = 1
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    fc_bias: bool = False
-    input_norms: tuple[str, ...] = ()
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-    max_position_embeddings: int = 4096
-
-    def __post_init__(self):
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-
-
-class EagleLayer(nn.Module):
-    """A decoder layer without muP factors; the first one has no norm before its attention."""
-
-    def __init__(self, args: HeadArgs, index: int):
-        super().__init__()
-        self.self_attn = Attention(args)
-        self.mlp = MLP(args)
-        if index > 0:
-            self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-
-    def __call__(
-        self, x: mx.array, mask: mx.array | str | None, cache: KVCache, positions: Positions
-    ) -> mx.array:
-        normed = self.input_layernorm(x) if "input_layernorm" in self else x
-        h = x + self.self_attn(normed, mask, cache, positions)
-        return h + self.mlp(self.post_attention_layernorm(h))
-
-
-class EagleHead(nn.Module):
-    """Predicts the target's next post-norm hidden state from this one and the next token."""
-
-    def __init__(self, args: HeadArgs):
-        super().__init__()
-        self.args = args
-        self.fc = nn.Linear(2 * args.hidden_size, args.hidden_size, bias=args.fc_bias)
-        for name in args.input_norms:
-            self[name] = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self.layers = [EagleLayer(args, i) for i in range(args.num_hidden_layers)]
-
-    def quant_predicate(self, path: str, module: nn.Module) -> bool:
-        """Whether a module is quantised by a conversion: every projection."""
-        return isinstance(module, nn.Linear)
-
-    def __call__(
-        self,
-        embeddings: mx.array,
-        hidden: mx.array,
-        cache: list[KVCache],
-        positions: mx.array,
-        mask: mx.array | None = None,
-    ) -> mx.array:
-        """Runs T rows, each the hidden state of a position with the token that follows it.
-
-        Args:
-            embeddings: The following tokens' scaled embeddings [1, T, H].
-            hidden: Hidden states after the target's norm [1, T, H], or this head's own output.
-            cache: One KVCache per layer.
-            positions: Integers [T], the positions of the hidden states.
-            mask: bool [T, cached + T]; causal if None.
-
-        Returns:
-            [1, T, H], in place of the target's hidden states one position on.
-        """
-        if "input_norm1" in self:
-            embeddings = self.input_norm1(embeddings)
-        if "input_norm2" in self:
-            hidden = self.input_norm2(hidden)
-        x = self.fc(mx.concatenate([embeddings, hidden], axis=-1))
-        if mask is None:
-            mask = create_attention_mask(x, cache[0])
-        where = Positions(cache[0].offset, positions, x.shape[1])
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x = layer(x, mask, layer_cache, where)
-        return x
-
-
-class EagleDraft:
+class EagleDrafter:
     """The drafter around a head: its cache in step with the target's, and the tree.
 
     Args:
@@ -125,19 +21,21 @@ class EagleDraft:
         frequent: Token ids [V'] to draft from; the whole vocabulary if None (FR-Spec).
         top_k: Beams per level, and children per beam.
         depth: Passes after the first: nodes lie at depth 1 to depth + 1.
+        max_waiting: Rows that wait for the next draft before they are run on their own.
     """
 
     def __init__(
         self,
         head: EagleHead,
-        target: Any,
+        target: Target,
         frequent: mx.array | None = None,
         top_k: int = TOP_K,
         depth: int = DEPTH,
+        max_waiting: int = 512,
     ):
         self.head, self.target, self.frequent = head, target, frequent
-        self.top_k, self.depth = top_k, depth
-        self.frequent_rows = None if frequent is None else head_rows(target, frequent)
+        self.top_k, self.depth, self.max_waiting = top_k, depth, max_waiting
+        self.head_logits = target.logits if frequent is None else target.logits_for(frequent)
         self.reset()
 
     def reset(self, offset: int = 0) -> None:
@@ -162,7 +60,7 @@ class EagleDraft:
 
     def observe(self, hidden: mx.array, tokens: list[int]) -> None:
         """Takes in positions; the last one's row waits for the token that follows it."""
-        if len(self.waiting_tokens) >= MAX_WAITING:
+        if len(self.waiting_tokens) >= self.max_waiting:
             self.catch_up(tokens[0])
             mx.async_eval([c.state for c in self.cache])
         self.waiting.append(hidden)
@@ -265,16 +163,11 @@ class EagleDraft:
 
     def embed(self, tokens: mx.array) -> mx.array:
         """The target's scaled embeddings of tokens [T], as [1, T, H]."""
-        model = self.target.model
-        return model.embed_tokens(tokens[None]) * model.scale_emb
+        return self.target.embed(tokens[None])
 
     def logprobs(self, out: mx.array) -> mx.array:
         """Draft log-probabilities float32 [..., V'] of the head's output [..., H]."""
-        if self.frequent_rows is None:
-            logits = self.target.logits(out)
-        else:
-            logits = self.frequent_rows(out / self.target.logit_divisor)
-        logits = logits.astype(mx.float32)
+        logits = self.head_logits(out).astype(mx.float32)
         # Rounding may leave a sure token just above 0, and then above its parent.
         return mx.minimum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), 0)
 
@@ -286,17 +179,3 @@ class EagleDraft:
         best = mx.take_along_axis(best, order, axis=-1)
         tokens = best if self.frequent is None else self.frequent[best]
         return tokens.astype(mx.int32), mx.take_along_axis(logprobs, best, axis=-1)
-
-
-def head_rows(target: Any, rows: mx.array) -> nn.Module:
-    """A linear map with some rows of the target's output head, quantised like it."""
-    tied = target.args.tie_word_embeddings
-    head = target.model.embed_tokens if tied else target.lm_head
-    linear = nn.Linear(1, 1, bias=False)
-    if isinstance(head, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-        settings = {name: getattr(head, name) for name in ("group_size", "bits", "mode")}
-        linear = nn.QuantizedLinear(512, 1, bias=False, **settings)
-    for name in ("weight", "scales", "biases"):
-        if name in head and head[name] is not None:
-            linear[name] = head[name][rows]
-    return linear

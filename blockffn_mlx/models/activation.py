@@ -1,0 +1,119 @@
+"""Which experts a model's passes use: watching its routers, and the sums behind every measure.
+
+Sparsity reports, validation while training, the speculative decoder and the chat all count here.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..ffn import Observer
+
+
+@contextmanager
+def watch_routers(model: Any, observers: Sequence[Observer]) -> Iterator[None]:
+    """Gives each layer its observer inside the block; one that was there before goes on watching.
+
+    Args:
+        model: A BlockFFN model.
+        observers: One per layer, as BlockFFN.observer takes it.
+    """
+    previous = [layer.mlp.observer for layer in model.layers]
+    for layer, inner, outer in zip(model.layers, observers, previous, strict=True):
+
+        def observe(logits, scores, inner=inner, outer=outer):
+            inner(logits, scores)
+            if outer is not None:
+                outer(logits, scores)
+
+        layer.mlp.observer = observe
+    try:
+        yield
+    finally:
+        for layer, observer in zip(model.layers, previous, strict=True):
+            layer.mlp.observer = observer
+
+
+@contextmanager
+def record_router_scores(model: Any) -> Iterator[list[list[mx.array]]]:
+    """Collects each layer's finished router scores while the model runs inside the block.
+
+    Yields:
+        One list per layer, which gains an array [B, T, E] per pass.
+    """
+    recorded: list[list[mx.array]] = [[] for _ in model.layers]
+    observers = [lambda logits, scores, passes=passes: passes.append(scores) for passes in recorded]
+    with watch_routers(model, observers):
+        yield recorded
+
+
+def union_share(scores: Sequence[mx.array]) -> mx.array:
+    """Fraction of the experts that some token of a pass uses, over all layers: 1 - CLS.
+
+    Args:
+        scores: Finished router scores [1, T, E] of one pass, one array per layer.
+
+    Returns:
+        A scalar that nothing has computed yet, so that it can come with a caller's next sync.
+    """
+    used = mx.concatenate(list(scores)) != 0  # [L, T, E]
+    return used.any(axis=1).astype(mx.float32).mean()
+
+
+class ActivationSums(NamedTuple):
+    """Sums over one layer's tokens, each float32 [B]: a mean is a sum over its count.
+
+    Sums of rows, layers and processes add up; only then are means made of them.
+
+    Attributes:
+        activation: Sum over tokens of the share of experts in use.
+        tokens: Tokens counted.
+        chunk_activation: Sum over chunks of the share of experts that some token of it uses.
+        chunks: Chunks counted.
+        reuse: Sum over neighbouring tokens of the share of the first one's experts that the
+            second uses too.
+        pairs: Neighbours counted: those whose first token uses any expert.
+    """
+
+    activation: mx.array
+    tokens: mx.array
+    chunk_activation: mx.array
+    chunks: mx.array
+    reuse: mx.array
+    pairs: mx.array
+
+
+def activation_sums(
+    scores: mx.array, chunk: int = 8, real: mx.array | None = None
+) -> ActivationSums:
+    """What TLS, CLS and reuse are made of. Reads nothing from the device, so it can be compiled.
+
+    Chunks start at multiples of `chunk` within a row; a shorter tail and any chunk with padding
+    are left out.
+
+    Args:
+        scores: Finished router scores [B, T, E]; not 0 means active.
+        chunk: Tokens of a chunk.
+        real: bool [B, T], False for padding; all tokens count if None.
+    """
+    batch_size, num_tokens, num_experts = scores.shape
+    if real is None:
+        real = mx.ones((batch_size, num_tokens), mx.bool_)
+    active = (scores != 0) & real[..., None]
+    whole = num_tokens // chunk * chunk
+    chunk_real = real[:, :whole].reshape(batch_size, -1, chunk).all(axis=2)
+    chunks = active[:, :whole].reshape(batch_size, -1, chunk, num_experts).any(axis=2)
+    used = active[:, :-1].sum(axis=-1)
+    shared = (active[:, :-1] & active[:, 1:]).sum(axis=-1)
+    counted = real[:, :-1] & real[:, 1:] & (used > 0)
+    sums = (
+        active.sum(axis=(1, 2)) / num_experts,
+        real.sum(axis=1),
+        (chunks & chunk_real[..., None]).sum(axis=(1, 2)) / num_experts,
+        chunk_real.sum(axis=1),
+        (shared / mx.maximum(used, 1) * counted).sum(axis=1),
+        counted.sum(axis=1),
+    )
+    return ActivationSums(*(value.astype(mx.float32) for value in sums))

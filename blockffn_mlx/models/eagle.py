@@ -1,0 +1,110 @@
+"""EAGLE's draft head: one decoder layer that continues the target's hidden states."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import BaseModelArgs, create_attention_mask
+from mlx_lm.models.cache import KVCache
+from mlx_lm.models.llama import MLP
+
+from ..model import Attention, Positions
+
+
+@dataclass
+class HeadArgs(BaseModelArgs):
+    """A draft head's config.json; RoPE and the norms' eps follow the target's.
+
+    Attributes:
+        head_dim: Width of a head; hidden_size / num_attention_heads if None.
+        fc_bias: Whether `fc` has a bias. This and `input_norms` are read off the tensors.
+        input_norms: Whether embedding and hidden state are normalised on the way in.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    vocab_size: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    num_hidden_layers: int = 1
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    fc_bias: bool = False
+    input_norms: tuple[str, ...] = ()
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int = 4096
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+class EagleLayer(nn.Module):
+    """A decoder layer without muP factors; the first one has no norm before its attention."""
+
+    def __init__(self, args: HeadArgs, index: int):
+        super().__init__()
+        self.self_attn = Attention(args)
+        self.mlp = MLP(args)
+        if index > 0:
+            self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None, cache: KVCache, positions: Positions
+    ) -> mx.array:
+        normed = self.input_layernorm(x) if "input_layernorm" in self else x
+        h = x + self.self_attn(normed, mask, cache, positions)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class EagleHead(nn.Module):
+    """Predicts the target's next post-norm hidden state from this one and the next token."""
+
+    def __init__(self, args: HeadArgs):
+        super().__init__()
+        self.args = args
+        self.fc = nn.Linear(2 * args.hidden_size, args.hidden_size, bias=args.fc_bias)
+        for name in args.input_norms:
+            self[name] = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.layers = [EagleLayer(args, i) for i in range(args.num_hidden_layers)]
+
+    def quant_predicate(self, path: str, module: nn.Module) -> bool:
+        """Whether a module is quantised by a conversion: every projection."""
+        return isinstance(module, nn.Linear)
+
+    def __call__(
+        self,
+        embeddings: mx.array,
+        hidden: mx.array,
+        cache: list[KVCache],
+        positions: mx.array,
+        mask: mx.array | None = None,
+    ) -> mx.array:
+        """Runs T rows, each the hidden state of a position with the token that follows it.
+
+        Args:
+            embeddings: The following tokens' scaled embeddings [1, T, H].
+            hidden: Hidden states after the target's norm [1, T, H], or this head's own output.
+            cache: One KVCache per layer.
+            positions: Integers [T], the positions of the hidden states.
+            mask: bool [T, cached + T]; causal if None.
+
+        Returns:
+            [1, T, H], in place of the target's hidden states one position on.
+        """
+        if "input_norm1" in self:
+            embeddings = self.input_norm1(embeddings)
+        if "input_norm2" in self:
+            hidden = self.input_norm2(hidden)
+        x = self.fc(mx.concatenate([embeddings, hidden], axis=-1))
+        if mask is None:
+            mask = create_attention_mask(x, cache[0])
+        where = Positions(cache[0].offset, positions, x.shape[1])
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x = layer(x, mask, layer_cache, where)
+        return x

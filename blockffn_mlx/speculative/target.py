@@ -1,0 +1,56 @@
+"""What speculation needs of a model, and all that it needs."""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+
+class Target(Protocol):
+    """A language model whose passes can be verified: Model is one, and so is a test's toy.
+
+    Attributes:
+        args: Its sizes; `vocab_size` is what speculation reads.
+    """
+
+    args: Any
+
+    def make_cache(self) -> list[Any]:
+        """One cache per layer, of mlx-lm's plain kind."""
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids [B, T] -> scaled embeddings [B, T, H]."""
+
+    def hidden(
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        mask: mx.array | None = None,
+        positions: mx.array | None = None,
+    ) -> mx.array:
+        """Token ids [B, T] -> hidden states after the final norm [B, T, H].
+
+        Args:
+            tokens: Token ids [B, T].
+            cache: Grows by T rows.
+            mask: bool [T, cached + T], True where a token may look; causal if None.
+            positions: Integers [T], each token's position; consecutive if None.
+        """
+
+    def hidden_and_union(
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        mask: mx.array | None = None,
+        positions: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """`hidden`, and the fraction of experts that the pass uses, a scalar: 1 - CLS.
+
+        Neither is computed yet. A model without experts uses all it has: 1.
+        """
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Hidden states after the final norm [..., H] -> logits [..., V]."""
+
+    def logits_for(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
+        """`logits` for some token ids [V'] only: hidden states [..., H] -> [..., V']."""
