@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ..analysis.quality import text_loss
 from ..analysis.sparsity import SparsityReport, router_scores, sparsity_of_scores
 from .common import add_model_flags, load_for_text, make_parser, print_json, run_main
 from .sparsity_view import heat_map_for, layer_table, save_svg
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             if args.tokens:
                 console.print(token_table(active, tokens))
     if text is not None:
-        document["loss"] = text_loss(model, tokenizer, text)
+        document["loss"] = text_loss(model, tokenizer.encode(text))
         if not args.json:
             console.print(
                 "{nats_per_token:.4f} nats and {bits_per_token:.4f} bits a token over {tokens} "
@@ -106,22 +106,3 @@ def token_table(active: np.ndarray, tokens: list[str]) -> Table:
             table.add_row(repr(token)[1:-1] if layer == 0 else "", str(layer), used)
         table.add_section()
     return table
-
-
-def text_loss(model: nn.Module, tokenizer: Any, text: str, window: int = 512) -> dict[str, float]:
-    """Cross-entropy of a text in windows of `window` tokens, each starting from nothing.
-
-    Raises:
-        ValueError: If the text has fewer than two tokens.
-    """
-    ids = tokenizer.encode(text)
-    if len(ids) < 2:
-        raise ValueError("the text is too short: a loss needs at least two tokens")
-    total, count = 0.0, 0
-    for start in range(0, len(ids) - 1, window):
-        row = mx.array([ids[start : start + window + 1]])
-        logits = model(row[:, :-1]).astype(mx.float32)
-        total += nn.losses.cross_entropy(logits, row[:, 1:], reduction="sum").item()
-        count += row.shape[1] - 1
-    nats = total / count
-    return {"tokens": count, "nats_per_token": nats, "bits_per_token": nats / math.log(2)}

@@ -1,13 +1,14 @@
 """`blockffn-bench spec` and `widths`: the questions, the sums, the documents."""
 
-import argparse
 import json
 
 import pytest
 from conftest import tiny_model
 
-from blockffn_mlx.cli import bench, bench_spec
-from blockffn_mlx.cli.bench_spec import MODES, Question, Result, read_questions
+from blockffn_mlx.analysis import spec_bench
+from blockffn_mlx.analysis.spec_bench import MODES, Question, Result, SpecSettings, read_questions
+from blockffn_mlx.chat_format import RawFormat
+from blockffn_mlx.cli import bench
 from blockffn_mlx.speculative import SpeculationStats
 
 GROUPS = [
@@ -56,7 +57,7 @@ def test_spec_runs_all_modes_over_all_groups(converted, run):
 def test_modes_set_the_backend_and_the_draft(monkeypatch):
     """Four modes a question, beginning with another one each time, layers set accordingly."""
     model, calls = tiny_model(), []
-    args = argparse.Namespace(draft_width="3", max_tokens=2, temp=0.0, seed=1)
+    settings = SpecSettings(draft_width="3", max_tokens=2, temp=0.0, seed=1)
 
     class Response:
         text, token = "a", 5
@@ -65,9 +66,8 @@ def test_modes_set_the_backend_and_the_draft(monkeypatch):
         calls.append((target.layers[-1].mlp.backend, draft, prompt))
         yield Response
 
-    monkeypatch.setattr(bench_spec, "stream_generate", record)
-    tokenizer = argparse.Namespace(has_chat_template=False)
-    runs = bench_spec.SpecBench(model, tokenizer, "drafter", args)
+    monkeypatch.setattr(spec_bench, "stream_generate", record)
+    runs = spec_bench.SpecBench(model, None, RawFormat(), "drafter", settings)
     runs.prepare(None)
     runs.ask(Question("qa", ["one", "two"]))
     runs.ask(Question("qa", ["three"]))
@@ -84,7 +84,7 @@ def test_sums_over_groups():
         Result(4, 2.0, 1, 2, SpeculationStats(2, 6, 3, 5, 1, 0.5)),
         Result(8, 1.0, 3, 3, SpeculationStats(1, 3, 1, 2, 4, 0.4)),
     ]
-    row = bench_spec.total(results).row()
+    row = spec_bench.total(results).row()
     assert row["tokens_per_second"] == 4 and row["same_as_plain"] == 4 and row["turns"] == 5
     assert row["rounds"] == 3 and row["tokens_per_round"] == pytest.approx(7 / 3)
     assert row["cls_spec"] == pytest.approx(0.7)
@@ -101,7 +101,7 @@ def test_questions_are_grouped_as_in_spec_bench(tmp_path):
     questions = read_questions(file)
     assert [q.group for q in questions] == [GROUPS[0], GROUPS[0], "rag"]
     assert questions[0].turns == ["a", "b"]
-    assert bench_spec.chosen_questions(questions, 1) == [questions[0], questions[2]]
+    assert spec_bench.chosen_questions(questions, 1) == [questions[0], questions[2]]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ class SpeculationStats:
         return self.union_sum / self.rounds if self.rounds else 0.0
 
     def as_dict(self) -> dict[str, int | float]:
-        """For `--json`."""
+        """The counts and their means by name."""
         return {
             "rounds": self.rounds,
             "drafted": self.drafted,

@@ -1,0 +1,252 @@
+"""Spec-Bench's protocol: what speculation gains over plain decoding, dense and sparse."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
+
+from ..generate import stream_generate
+from ..speculative import Drafter, Policy, SpeculationStats, make_policy
+from ..speculative.cost import device_name
+
+PROMPTS = Path(str(resources.files("blockffn_mlx"))) / "data" / "prompts.jsonl"
+# Spec-Bench counts MT-bench's eight categories as one task.
+MULTI_TURN = "multi-turn conversation"
+MT_BENCH = (
+    "writing",
+    "roleplay",
+    "reasoning",
+    "math",
+    "coding",
+    "extraction",
+    "stem",
+    "humanities",
+)
+# Backend of the layers, and whether to speculate.
+MODES = {
+    "plain dense": ("dense", False),
+    "plain sparse": ("auto", False),
+    "speculative dense": ("dense", True),
+    "speculative sparse": ("auto", True),
+}
+METHOD = (
+    "tokens per second: generated tokens over the time of the whole turn, prefill included "
+    "(Spec-Bench's); modes take turns question by question, after a warm-up"
+)
+
+
+@dataclass
+class Question:
+    """One question of the benchmark: the user's turns, in order."""
+
+    group: str
+    turns: list[str]
+
+
+@dataclass(frozen=True)
+class SpecSettings:
+    """How the questions are answered.
+
+    Attributes:
+        draft_width: Nodes of a draft tree, or "auto".
+        max_tokens: The most tokens of an answer.
+        temp: Sampling temperature; 0 is greedy.
+        seed: Of the random numbers, set anew for each turn.
+    """
+
+    draft_width: int | str = "auto"
+    max_tokens: int = 128
+    temp: float = 0.0
+    seed: int = 0
+
+
+@dataclass
+class Result:
+    """Sums over the questions of one group in one mode."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    same_as_plain: int = 0
+    turns: int = 0
+    stats: SpeculationStats = field(default_factory=SpeculationStats)
+
+    def row(self) -> dict[str, Any]:
+        """For the table and JSON."""
+        row = {"turns": self.turns, "tokens": self.tokens, "seconds": self.seconds}
+        row["tokens_per_second"] = self.tokens / self.seconds if self.seconds else 0.0
+        if self.stats.rounds or self.stats.plain_tokens:
+            row |= self.stats.as_dict()
+            row["same_as_plain"] = self.same_as_plain
+            row["cls_spec"] = 1 - self.stats.union_ratio if self.stats.rounds else None
+        return row
+
+
+class SpecBench:
+    """The four modes over one question after the other.
+
+    Args:
+        model, tokenizer: As `load` returns them.
+        prompt_format: Makes a prompt of the messages so far, and knows what ends an answer.
+        drafter: What to speculate with.
+        settings: Everything else.
+
+    Attributes:
+        results: By (group, mode).
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        prompt_format: Any,
+        drafter: Drafter,
+        settings: SpecSettings,
+    ):
+        self.model, self.tokenizer, self.format = model, tokenizer, prompt_format
+        self.drafter, self.settings = drafter, settings
+        self.policies: dict[str, Policy] = {}
+        self.results: dict[tuple[str, str], Result] = {}
+        self.asked = 0
+
+    def prepare(self, on_progress: Callable[[int, int], None]):
+        """Measures what the policy needs, for each backend."""
+        for mode, (backend, speculates) in MODES.items():
+            if speculates:
+                self.set_backend(backend)
+                self.policies[mode] = make_policy(
+                    self.settings.draft_width, self.model, on_progress
+                )
+
+    def run(
+        self,
+        questions: list[Question],
+        warm_up: int = 1,
+        on_progress: Callable[[int, int], None] | None = None,
+    ):
+        """Asks all questions; the first `warm_up` of them once before, which does not count."""
+        for question in questions[:warm_up]:
+            self.ask(question)
+        self.results.clear()
+        for done, question in enumerate(questions, start=1):
+            self.ask(question)
+            if on_progress:
+                on_progress(done, len(questions))
+
+    def set_backend(self, backend: str):
+        """Has every layer compute by this backend."""
+        for layer in self.model.layers:
+            layer.mlp.backend = backend
+
+    def ask(self, question: Question):
+        """Answers all turns in every mode, beginning with another mode each time."""
+        order = list(MODES)
+        first = self.asked % len(order)
+        answers = {}
+        for mode in order[first:] + order[:first]:
+            answers[mode] = self.answer(mode, question)
+        for mode, (_, speculates) in MODES.items():
+            if speculates:
+                plain = answers[mode.replace("speculative", "plain")]
+                same = sum(a == b for a, b in zip(answers[mode], plain, strict=True))
+                self.result(question.group, mode).same_as_plain += same
+        self.asked += 1
+
+    def answer(self, mode: str, question: Question) -> list[list[int]]:
+        """One mode's tokens for each turn."""
+        backend, speculates = MODES[mode]
+        self.set_backend(backend)
+        result = self.result(question.group, mode)
+        options = {
+            "max_tokens": self.settings.max_tokens,
+            "stop": self.format.stop,
+            "sampler": make_sampler(self.settings.temp),
+        }
+        if speculates:
+            options |= {"draft": self.drafter, "draft_width": self.policies[mode]}
+            options["draft_stats"] = result.stats
+        messages, answers = [], []
+        for turn in question.turns:
+            messages.append(("user", turn))
+            prompt = self.format.render(messages)
+            mx.random.seed(self.settings.seed)
+            start = time.perf_counter()
+            responses = list(stream_generate(self.model, self.tokenizer, prompt, **options))
+            result.seconds += time.perf_counter() - start
+            result.tokens += len(responses)
+            result.turns += 1
+            messages.append(("assistant", "".join(r.text for r in responses)))
+            answers.append([r.token for r in responses])
+        return answers
+
+    def result(self, group: str, mode: str) -> Result:
+        return self.results.setdefault((group, mode), Result())
+
+    def document(self) -> dict[str, Any]:
+        """Everything that was measured, and how."""
+        groups = list(dict.fromkeys(group for group, _ in self.results))
+        rows = {group: {m: self.results[group, m].row() for m in MODES} for group in groups}
+        overall = {mode: total([self.results[g, mode] for g in groups]).row() for mode in MODES}
+        return {
+            "device": device_name(),
+            "mlx": mx.__version__,
+            **asdict(self.settings),
+            "method": METHOD,
+            "groups": rows,
+            "overall": overall,
+        }
+
+
+def total(results: list[Result]) -> Result:
+    """Sums of several results."""
+    whole = Result()
+    for result in results:
+        for name in ("tokens", "seconds", "same_as_plain", "turns"):
+            setattr(whole, name, getattr(whole, name) + getattr(result, name))
+        for name in vars(whole.stats):
+            value = getattr(whole.stats, name) + getattr(result.stats, name)
+            setattr(whole.stats, name, value)
+    return whole
+
+
+def read_questions(path: Path) -> list[Question]:
+    """Questions in Spec-Bench's format.
+
+    Raises:
+        ValueError: For a file that is not in that format.
+        OSError: If there is no such file.
+    """
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            category, turns = entry["category"], entry["turns"]
+        except (ValueError, TypeError, KeyError):
+            category = turns = None
+        texts = turns if isinstance(turns, list) and turns else [None]
+        if not isinstance(category, str) or not all(isinstance(t, str) and t for t in texts):
+            raise ValueError(
+                f'{path}, line {number} is no question: {{"category": "qa", "turns": ["..."]}}'
+            )
+        questions.append(Question(MULTI_TURN if category in MT_BENCH else category, texts))
+    if not questions:
+        raise ValueError(f"{path} holds no questions")
+    return questions
+
+
+def chosen_questions(questions: list[Question], limit: int | None) -> list[Question]:
+    """The first `limit` questions of each group; all if None."""
+    seen, chosen = Counter(), []
+    for question in questions:
+        seen[question.group] += 1
+        if limit is None or seen[question.group] <= limit:
+            chosen.append(question)
+    return chosen
