@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..analysis.footprint import memory_need
 from ..conversation import Conversation
 from ..load import DEMO
-from ..memory import memory_need
 from .chat_commands import COMMANDS, Leave, is_command, run_command
 from .chat_input import LineInput, TerminalInput, make_input
 from .chat_stats import measured

@@ -18,14 +18,14 @@ from rich.console import Console
 from terminal import CHAT
 from toy_chat import toy_folder, toy_model
 
-from blockffn_mlx import memory
+from blockffn_mlx.analysis import footprint
+from blockffn_mlx.analysis.footprint import MemoryNeed, machine_memory, memory_need
 from blockffn_mlx.cli import chat as chat_command
 from blockffn_mlx.cli.chat_commands import COMMANDS, is_command
 from blockffn_mlx.cli.chat_input import CommandCompleter, LineInput, goes_on, unquoted
 from blockffn_mlx.cli.chat_markdown import printable, split_blocks
 from blockffn_mlx.cli.chat_stats import UnionMeter
 from blockffn_mlx.cli.chat_view import LiveAnswer
-from blockffn_mlx.memory import MemoryNeed, machine_memory, memory_need
 from blockffn_mlx.transcript import load_transcript, save_transcript
 
 
@@ -366,10 +366,10 @@ def test_memory_is_compared_before_loading(run, folder, monkeypatch):
     )
     assert need.cache == 2 * 2 * 2 * 12 * 100 * 4 and need.limit == machine_memory() > 0
 
-    monkeypatch.setattr(memory, "machine_memory", lambda: need.weights - 1)
+    monkeypatch.setattr(footprint, "machine_memory", lambda: need.weights - 1)
     status, out, err = run("--model", folder, "--prompt", "x", "-m", 2)
     assert status == 1 and not out and "-q --q-bits 8" in one_line(err)
-    monkeypatch.setattr(memory, "machine_memory", lambda: need.weights + 1)
+    monkeypatch.setattr(footprint, "machine_memory", lambda: need.weights + 1)
     status, out, err = run("--model", folder, "--prompt", "x", "-m", 2)
     assert status == 0 and out and "--max-kv-size" in err and "-q --q-bits" in err
 

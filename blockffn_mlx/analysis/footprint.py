@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .model import ModelArgs
+from ..model import ModelArgs
 
 # Bits per weight that a scale and a bias of 16 bits add in groups of 64.
 GROUP_BITS = 0.5
