@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -90,6 +90,20 @@ def download(repo: str, revision: str | None = None, on_progress: Progress | Non
             raise
         raise _unreachable(repo) from error
     return Path(folder)
+
+
+def download_config(repo: str, revision: str | None = None) -> Path:
+    """Brings a repository's config.json alone into the Hub's own cache.
+
+    Raises:
+        ValueError: If the id or revision is unknown or not accessible.
+        OSError: If the Hub cannot be reached.
+    """
+    try:
+        return Path(hf_hub_download(repo, "config.json", revision=revision))
+    except Exception as error:
+        _explain(error, repo, revision)
+        raise _unreachable(repo) from error
 
 
 def upload(folder: Path, repo: str):

@@ -1,113 +1,100 @@
-"""What the feed-forward layer should cost on an Apple chip: bytes over bandwidth, plus launches.
+"""What work should cost on a chip: bytes over bandwidth, arithmetic, launches, and the host.
 
-A prediction, and no measurement: nothing here has run on the chips it names. The byte counts are
-those of the kernels themselves (the tests compare them with counted loads and stores); bandwidths
-and the cost of a launch are other people's figures. Arithmetic is taken to be free, which small
-chips will not keep up with at 32 tokens or more.
+A prediction, and no measurement. The constants are other people's measurements on these chips where
+there are any, and their neighbours' where there are none; docs/predictions.md names them and shows
+how far predictions were off wherever a measurement could be compared.
 """
 
+import math
 import re
 from dataclasses import dataclass
 
-# Memory bandwidth in GB/s as Apple publishes it; where a chip comes with two GPUs, both.
-CHIPS = {
-    "M1": 68,
-    "M1 Pro": 200,
-    "M1 Max": 400,
-    "M1 Ultra": 800,
-    "M2": 100,
-    "M2 Pro": 200,
-    "M2 Max": 400,
-    "M2 Ultra": 800,
-    "M3": 102,
-    "M3 Pro": 150,
-    "M3 Max 30-core": 300,
-    "M3 Max": 400,
-    "M3 Ultra": 819,
-    "M4": 120,
-    "M4 Pro": 273,
-    "M4 Max 32-core": 410,
-    "M4 Max": 546,
-    "M5": 153,
-    "M5 Pro": 307,
-    "M5 Max 32-core": 460,
-    "M5 Max": 614,
-}
+from .graph import Graph, Launch
 
-# Share of the published bandwidth that streaming kernels are reported to reach.
-STREAMING = (0.70, 0.85)
+# Share of the nominal arithmetic that well-written kernels reach.
+ARITHMETIC_REACH = 0.75
 
-# Seconds for one of a chain of small dependent kernels in MLX: 8.8 ms for 3,200 of them on an
-# M3 Ultra (ml-explore/mlx issue 4521). Taken for every chip.
-LAUNCH = 2.75e-6
+# Issue slots for each weight and row of MLX's product of packed weights with few rows; fits its
+# times at 2 to 8 rows on an M5 Max. From so many rows on MLX takes matrix units.
+PACKED_SLOTS = 2.4
+PACKED_MATRIX_ROWS = 12
+# Issue slots to bring a stored weight into a register, in this package's kernels.
+UNPACK_SLOTS = {4: 2.1, 8: 2.1}
 
-UNION_LAUNCHES = 2  # up, down
-DENSE_LAUNCHES = 4  # up, activation, score, down
+COMMAND_BUFFER = 20e-6  # seconds between two command buffers on Metal
 
 
 @dataclass(frozen=True)
-class Layer:
-    """Sizes of one feed-forward layer.
+class Chip:
+    """A chip's constants.
 
     Attributes:
-        hidden_size: H.
-        expert_size: d.
-        num_experts: E.
-        itemsize: Bytes of an activation, a score, a plain weight, a scale.
-        bits: Of a quantised weight; None for plain ones.
-        group_size: Weights that share a scale and a bias, if quantised.
+        published: Memory bandwidth as the maker gives it, GB/s; 0 where it plays no part.
+        bandwidth: What streaming kernels reach, GB/s.
+        teraflops: Nominal float32 arithmetic of its shader cores.
+        launch: Microseconds that a launch adds on the GPU in a chain of dependent ones.
+        measured: Whether the bandwidth was measured on this very chip.
+        packed_bandwidth: Likewise, of MLX's products with packed weights, where it is known to be
+            less.
+        matrix_teraflops: What large matrix products reach; ARITHMETIC_REACH of teraflops if None.
+        limits: Launches, and Mi elements, after which MLX commits a command buffer; None on CUDA.
+        build: Microseconds of Python for each node of the graph.
+        encode: Microseconds of the host for each launch.
+        encode_product: The same for plain products with one row, and with more.
     """
 
-    hidden_size: int
-    expert_size: int
-    num_experts: int
-    itemsize: int = 2
-    bits: int | None = None
-    group_size: int = 64
-
-    def projection_bytes(self) -> int:
-        """Bytes of one projection of one expert, scales and biases included."""
-        weights = self.hidden_size * self.expert_size
-        if self.bits is None:
-            return weights * self.itemsize
-        return weights * self.bits // 8 + 2 * weights // self.group_size * self.itemsize
-
-    def union_bytes(self, tokens: int, active: int) -> dict[str, int]:
-        """Bytes that each kernel moves from and to memory once.
-
-        Args:
-            tokens: T, in the chunk.
-            active: Experts in the union.
-
-        Returns:
-            {"up": ..., "down": ...}: weights of the union, inputs, and what is written.
-        """
-        weights = active * self.projection_bytes()
-        scores = tokens * self.num_experts
-        hidden = active * tokens * self.expert_size
-        stream = tokens * self.hidden_size
-        moved = weights + (scores + hidden + stream) * self.itemsize
-        return {"up": moved, "down": moved}  # x comes in and h goes out, then the reverse
-
-    def dense_bytes(self, tokens: int) -> int:
-        """Bytes that all experts for all tokens move."""
-        return sum(self.union_bytes(tokens, self.num_experts).values())
+    published: float
+    bandwidth: float
+    teraflops: float
+    launch: float = 4.0
+    measured: bool = False
+    packed_bandwidth: float | None = None
+    matrix_teraflops: float | None = None
+    limits: tuple[int, int] | None = (40, 40)
+    build: float = 1.0
+    encode: float = 0.61
+    encode_product: tuple[float, float] = (0.61, 0.61)
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """Seconds for one layer, as (fastest, slowest); divide by nothing, multiply by layers."""
+def _large(*values: float, **settings) -> Chip:
+    return Chip(*values, limits=(50, 50), **settings)
 
-    union: tuple[float, float]
-    dense: tuple[float, float]
-    union_bytes: int
-    dense_bytes: int
 
-    @property
-    def ratio(self) -> tuple[float, float]:
-        """Time of the union over dense, at the same share of the bandwidth."""
-        first, second = (u / d for u, d in zip(self.union, self.dense, strict=True))
-        return min(first, second), max(first, second)
+CHIPS = {
+    "M1": Chip(68, 60, 2.6, 5.2, measured=True),
+    "M1 Pro": Chip(200, 170, 5.2, 5.2),
+    "M1 Max": _large(400, 318, 10.4, 5.2, measured=True),
+    "M1 Ultra": _large(800, 470, 20.8, 10.0),
+    "M2": Chip(100, 88, 3.6),
+    "M2 Pro": Chip(200, 170, 6.8),
+    "M2 Max": _large(400, 340, 13.6),
+    "M2 Ultra": _large(800, 470, 27.2),
+    "M3": Chip(102, 90, 3.5, 2.75),
+    "M3 Pro": Chip(150, 135, 6.4, 2.75),
+    "M3 Max 30-core": _large(300, 280, 10.6, 2.75),
+    "M3 Max": _large(400, 374, 14.2, 2.75, measured=True),
+    "M3 Ultra": _large(819, 484, 28.4, 2.75, measured=True),
+    "M4": Chip(120, 101, 4.0, 2.75, measured=True),
+    "M4 Pro": Chip(273, 244, 8.1, 2.75, measured=True),
+    "M4 Max 32-core": _large(410, 360, 13.0, 2.75),
+    "M4 Max": _large(546, 480, 16.2, 2.75),
+    "M5": Chip(153, 129, 4.0, 4.5, packed_bandwidth=80),
+    "M5 Pro": Chip(307, 265, 8.0, 4.5),
+    "M5 Max 32-core": _large(460, 397, 12.4, 4.5),
+    "M5 Max": _large(614, 530, 15.5, 4.5, measured=True),
+    "H100": Chip(
+        3350,
+        3000,
+        190,
+        2.5,
+        measured=True,
+        matrix_teraflops=480,
+        limits=None,
+        build=1.1,
+        encode=4.5,
+        encode_product=(9.0, 28.0),
+    ),  # fmt: skip
+}
 
 
 def find_chip(name: str) -> str:
@@ -116,35 +103,115 @@ def find_chip(name: str) -> str:
     Raises:
         ValueError: For a chip that the table does not hold.
     """
-    plain = re.sub(r"apple|[^a-z0-9]", "", name.lower())
+    plain = re.sub(r"apple|nvidia|[^a-z0-9]", "", name.lower())
     for chip in CHIPS:
         if re.sub(r"[^a-z0-9]", "", chip.lower()) == plain:
             return chip
     raise ValueError(f"no chip {name!r} in the table: use one of {', '.join(CHIPS)}")
 
 
-def predict(chip: str, layer: Layer, tokens: int, active: int) -> Prediction:
-    """Predicts one layer's time on a chip.
+def launch_seconds(chip: Chip, launch: Launch, active: float = 1.0) -> float:
+    """Seconds of one launch on the GPU.
 
     Args:
-        chip: A name of CHIPS.
-        layer: The layer's sizes.
-        tokens: T, in the chunk.
-        active: Experts in the union.
-
-    Raises:
-        ValueError: If more experts are active than there are.
+        chip: Where.
+        launch: What.
+        active: Share of the experts that this package's kernels read.
     """
-    if not 0 <= active <= layer.num_experts:
-        raise ValueError(f"{active} of {layer.num_experts} experts cannot be active")
-    moved = sum(layer.union_bytes(tokens, active).values())
-    dense = layer.dense_bytes(tokens)
-    return Prediction(
-        seconds(chip, moved, UNION_LAUNCHES), seconds(chip, dense, DENSE_LAUNCHES), moved, dense
+    moved, bandwidth = launch.bytes + active * launch.expert_bytes, chip.bandwidth
+    shader = chip.teraflops * ARITHMETIC_REACH * 1e12
+    matrix = shader if chip.matrix_teraflops is None else chip.matrix_teraflops * 1e12
+    computed = launch.flops / shader
+    if launch.kind == "experts":
+        slots = launch.rows + UNPACK_SLOTS.get(launch.bits, 0)
+        computed = 2 * slots * active * launch.expert_weights / shader
+    elif launch.kind == "packed":
+        bandwidth = chip.packed_bandwidth or bandwidth
+        computed = 2 * PACKED_SLOTS * launch.rows * launch.weights / shader
+        if launch.rows >= PACKED_MATRIX_ROWS:
+            computed = launch.flops / matrix
+    elif launch.kind in ("matmul", "attention"):
+        computed = launch.flops / matrix
+    return max(moved / (bandwidth * 1e9), computed) + chip.launch * 1e-6
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one pass; times in seconds.
+
+    Attributes:
+        gpu: Of all launches and command buffers.
+        build: Of the Python that makes the graph.
+        encode: Of the host that hands the graph to the GPU.
+        overlapped: Whether the host prepares this pass while the GPU computes the last one, as in
+            plain decoding; otherwise the GPU waits for the graph.
+        launches, command_buffers, bytes, flops: Of the whole pass.
+    """
+
+    gpu: float
+    build: float
+    encode: float
+    overlapped: bool
+    launches: int
+    command_buffers: int
+    bytes: int
+    flops: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole pass."""
+        if self.overlapped:
+            return max(self.gpu, self.build + self.encode)
+        return self.build + max(self.gpu, self.encode)
+
+
+def predict_pass(
+    chip: Chip,
+    graph: Graph,
+    active: float = 1.0,
+    overlapped: bool = False,
+    limits: tuple[int, int] | None = None,
+) -> Prediction:
+    """Predicts one pass.
+
+    Args:
+        chip: Where.
+        graph: The pass, from `trace`.
+        active: Share of the experts that its tokens use between them.
+        overlapped: See `Prediction`.
+        limits: See `Chip`, if not the chip's own.
+    """
+    limits = limits or chip.limits
+    launches = graph.launches
+    buffers = graph.command_buffers(*limits) if chip.limits else 0
+    gpu = sum(launch_seconds(chip, launch, active) for launch in launches)
+    encode = sum(_encode(chip, launch) for launch in launches)
+    flops = sum(
+        launch.flops + 2 * active * launch.expert_weights * launch.rows for launch in launches
     )
+    return Prediction(
+        gpu + buffers * COMMAND_BUFFER, graph.num_primitives * chip.build * 1e-6, encode * 1e-6,
+        overlapped, len(launches), buffers, round(graph.bytes(active)), round(flops),
+    )  # fmt: skip
 
 
-def seconds(chip: str, moved: int, launches: int) -> tuple[float, float]:
-    """(fastest, slowest) for so many bytes and launches on a chip."""
-    slow, fast = (moved / (share * CHIPS[chip] * 1e9) + launches * LAUNCH for share in STREAMING)
-    return fast, slow
+def _encode(chip: Chip, launch: Launch) -> float:
+    if launch.kind == "matmul":
+        return chip.encode_product[launch.rows > 1]
+    return chip.encode
+
+
+def union_share(tokens: int, tls: float, cls: float) -> float:
+    """Share of the experts that a chunk uses, between one token's share and the chunk of 8's.
+
+    Inactive shares are taken to fall like tls ** (tokens ** k), with k from the two that are known.
+
+    Args:
+        tokens: In the chunk.
+        tls: Share of experts that a token leaves inactive.
+        cls: Share that 8 consecutive tokens leave inactive between them.
+    """
+    if not 0 < cls <= tls < 1:
+        return 1.0 - (tls if tokens == 1 else cls)
+    growth = math.log(math.log(cls) / math.log(tls), 8)
+    return 1 - tls ** (tokens**growth)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from . import bench_kernels, bench_spec
+from . import bench_kernels, bench_predict, bench_spec
 from .common import make_parser, run_main
 
 PROG = "blockffn-bench"
@@ -12,7 +12,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = make_parser(PROG, "Measure or predict what BlockFFN's parts cost.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for module in (bench_kernels, bench_spec):
+    for module in (bench_kernels, bench_spec, bench_predict):
         module.add_parser(commands)
     return parser
 

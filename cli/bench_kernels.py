@@ -2,16 +2,20 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
+from ..analysis.passes import trace_layer
 from ..doctor import gpu_backend, random_layer, seconds_per_call
 from ..ffn import choose_backend, chunk_union_ffn
+from ..graph import Graph
+from ..kernels import MAX_TOKENS
 from ..load import model_folder
-from ..predict import CHIPS, LAUNCH, STREAMING, Layer, find_chip, predict
+from ..predict import CHIPS, find_chip, launch_seconds
 from ..speculative.cost import device_name
 from .common import print_json
 
@@ -49,12 +53,12 @@ def add_parser(commands: Any):
 
 def run(args: argparse.Namespace) -> int:
     """Predicts or measures, and prints."""
-    layer, num_layers = sizes(args)
+    check_sizes(args)
     if args.model_chip:
-        document = prediction(find_chip(args.model_chip), layer, args)
+        document = prediction(find_chip(args.model_chip), args)
     else:
-        document = measurement(layer, args)
-    document["num_layers"] = num_layers
+        document = measurement(args)
+    document["num_layers"] = args.num_layers
     if args.json:
         print_json(document)
     else:
@@ -62,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def sizes(args: argparse.Namespace) -> tuple[Layer, int]:
-    """The layer's sizes and the number of layers, from flags or from a config.json."""
+def check_sizes(args: argparse.Namespace):
+    """Takes the sizes from a config.json if one is named, and refuses what makes no layer."""
     values = vars(args)
     if args.dtype is None:
         args.dtype = "bfloat16" if args.model_chip or gpu_backend() else "float32"
@@ -81,54 +85,59 @@ def sizes(args: argparse.Namespace) -> tuple[Layer, int]:
         raise ValueError("sizes and --tokens have to be positive")
     if not all(0 <= share <= 1 for share in args.active):
         raise ValueError("--active takes shares between 0 and 1")
-    layer = Layer(
-        args.hidden_size, args.expert_size, args.num_experts, DTYPES[args.dtype].size,
-        args.q_bits, args.q_group_size,
-    )  # fmt: skip
-    return layer, args.num_layers
+    if args.model_chip and max(args.tokens) > MAX_TOKENS:
+        raise ValueError(f"the kernels take up to {MAX_TOKENS} tokens")
 
 
-def cells(layer: Layer, args: argparse.Namespace) -> list[tuple[int, int]]:
-    """(tokens, active experts) of the table's rows."""
-    return [
-        (tokens, round(share * layer.num_experts))
-        for tokens in args.tokens
-        for share in args.active
-    ]
+def cells(args: argparse.Namespace) -> Iterator[tuple[int, int, Graph, Graph]]:
+    """(tokens, active experts, graph with the kernels, dense graph) of the table's rows."""
+    for tokens in args.tokens:
+        sizes = (
+            tokens, args.num_experts, args.expert_size, args.hidden_size, DTYPES[args.dtype],
+            args.q_bits or 0, args.q_group_size,
+        )  # fmt: skip
+        union = trace_layer(*sizes) if tokens <= MAX_TOKENS else trace_layer(*sizes, "dense")
+        dense = trace_layer(*sizes, "dense")
+        for share in args.active:
+            yield tokens, round(share * args.num_experts), union, dense
 
 
-def prediction(chip: str, layer: Layer, args: argparse.Namespace) -> dict[str, Any]:
-    """Rows of (fastest, slowest) microseconds for a chip that need not be here."""
+def prediction(chip: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Rows of microseconds for a chip that need not be here."""
     rows = []
-    for tokens, active in cells(layer, args):
-        cost = predict(chip, layer, tokens, active)
+    for tokens, active, *graphs in cells(args):
+        share = active / args.num_experts
+        union, dense = (
+            sum(launch_seconds(CHIPS[chip], launch, share) for launch in graph.launches)
+            for graph in graphs
+        )
         rows.append(
             {
                 "tokens": tokens,
                 "active": active,
-                "megabytes": cost.union_bytes / 1e6,
-                "union_us": [s * 1e6 for s in cost.union],
-                "dense_us": [s * 1e6 for s in cost.dense],
-                "ratio": list(cost.ratio),
+                "megabytes": graphs[0].bytes(share) / 1e6,
+                "union_us": union * 1e6,
+                "dense_us": dense * 1e6,
+                "ratio": union / dense,
             }
         )
     return {
         "kind": "prediction",
         "chip": chip,
-        "method": f"bytes over {CHIPS[chip]} GB/s at {STREAMING[0]:.0%} to {STREAMING[1]:.0%}, "
-        f"and {LAUNCH * 1e6:.2f} us a launch; arithmetic and the router's product left out",
+        "method": f"bytes over {CHIPS[chip].bandwidth:.0f} GB/s, arithmetic, and "
+        f"{CHIPS[chip].launch:.2f} us a launch; the router's product left out",
         "rows": rows,
     }
 
 
-def measurement(layer: Layer, args: argparse.Namespace) -> dict[str, Any]:
+def measurement(args: argparse.Namespace) -> dict[str, Any]:
     """Rows of median microseconds on this machine, dense and union in one run."""
     rows, dtype = [], DTYPES[args.dtype]
-    for tokens, active in cells(layer, args):
+    for tokens, active, graph, _ in cells(args):
         backend = choose_backend(tokens)
         packing = (args.q_bits or 0, args.q_group_size)
         x, scores, up, down = random_layer(
-            tokens, layer.num_experts, layer.expert_size, layer.hidden_size, active, dtype, packing
+            tokens, args.num_experts, args.expert_size, args.hidden_size, active, dtype, packing
         )
         weights = (scores, up, down)
         union, dense = (
@@ -139,11 +148,11 @@ def measurement(layer: Layer, args: argparse.Namespace) -> dict[str, Any]:
             {
                 "tokens": tokens,
                 "active": active,
-                "megabytes": sum(layer.union_bytes(tokens, active).values()) / 1e6,
+                "megabytes": graph.bytes(active / args.num_experts) / 1e6,
                 "backend": backend,
-                "union_us": [union * 1e6] * 2,
-                "dense_us": [dense * 1e6] * 2,
-                "ratio": [union / dense] * 2,
+                "union_us": union * 1e6,
+                "dense_us": dense * 1e6,
+                "ratio": union / dense,
             }
         )
     return {
@@ -173,13 +182,11 @@ def draw(document: dict[str, Any]):
     if not measured or document["gpu"]:
         layers = document["num_layers"]
         columns |= {
-            "us a layer": lambda row: spread(row["union_us"]),
-            f"ms, {layers} layers": lambda row: spread(
-                [us * layers / 1e3 for us in row["union_us"]]
-            ),
-            "dense us": lambda row: spread(row["dense_us"]),
+            "us a layer": lambda row: digits(row["union_us"]),
+            f"ms, {layers} layers": lambda row: digits(row["union_us"] * layers / 1e3),
+            "dense us": lambda row: digits(row["dense_us"]),
         }
-    columns["of dense"] = lambda row: f"{row['ratio'][0]:.2f}"
+    columns["of dense"] = lambda row: f"{row['ratio']:.2f}"
     table = Table(box=None, padding=(0, 2, 0, 0))
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
@@ -188,7 +195,6 @@ def draw(document: dict[str, Any]):
     console.print(table)
 
 
-def spread(pair: list[float]) -> str:
-    """Both values in three digits or whole, or one where they print alike."""
-    low, high = (f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".") for value in pair)
-    return low if low == high else f"{low}-{high}"
+def digits(value: float) -> str:
+    """Three digits, or whole."""
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")

@@ -1,4 +1,4 @@
-"""Predicted times: the byte counts are the kernels' own, and chips are found by name."""
+"""What `bench kernels` predicts: byte counts are the kernels' own, chips are found by name."""
 
 import json
 
@@ -8,9 +8,10 @@ import pytest
 from ffn_cases import Case, float64
 
 from blockffn_mlx import kernels
+from blockffn_mlx.analysis.passes import trace_layer
 from blockffn_mlx.cli.bench import main
 from blockffn_mlx.ffn import chunk_union_ffn
-from blockffn_mlx.predict import CHIPS, LAUNCH, Layer, find_chip, predict
+from blockffn_mlx.predict import CHIPS, find_chip
 
 
 @pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)
@@ -23,26 +24,12 @@ def test_bytes_are_those_that_the_kernels_move(tokens, bits):
     with metal_host.harness("check", count=True) as runs:
         chunk_union_ffn(x, scores, up, down, backend="metal")
     kernels.build_kernel.cache_clear()
-    layer = Layer(256, 64, 24, 2, bits or None, 64)
-    predicted = layer.union_bytes(tokens, int(float64(scores).any(0).sum()))
-    for name, expected in predicted.items():
-        (run,) = [r for r in runs if name in r.name]
+    launches = trace_layer(tokens, 24, 64, 256, bits=bits).launches
+    active = int(float64(scores).any(0).sum()) / 24
+    for launch, run in zip(launches, runs, strict=True):
+        assert launch.name in run.name and launch.kind == "experts"
         moved = sum(t.distinct + t.stored for t in run.counters.buffers.values())
-        assert moved == pytest.approx(expected, rel=0.05)
-    assert len(runs) == 2
-
-
-def test_prediction_is_bandwidth_and_launches():
-    layer = Layer(2048, 128, 128)
-    cost = predict("M4 Max", layer, 1, 16)
-    assert cost.union_bytes == pytest.approx(16 * 2 * 2048 * 128 * 2, rel=0.01)
-    assert cost.union[0] == pytest.approx(cost.union_bytes / (0.85 * 546e9) + 2 * LAUNCH)
-    assert cost.union[0] < cost.union[1] < cost.dense[0]
-    assert predict("M4 Max", layer, 1, 128).ratio[1] < 1.01
-    four_bit = predict("M4 Max", Layer(2048, 128, 128, 2, 4, 64), 1, 16)
-    assert four_bit.union_bytes == pytest.approx(cost.union_bytes * 4.5 / 16, rel=0.01)
-    with pytest.raises(ValueError, match="129 of 128"):
-        predict("M1", layer, 1, 129)
+        assert moved == pytest.approx(launch.bytes + active * launch.expert_bytes, rel=0.05)
 
 
 def test_chips_are_found_as_people_write_them():
@@ -52,8 +39,11 @@ def test_chips_are_found_as_people_write_them():
     with pytest.raises(ValueError, match="M1, M1 Pro"):
         find_chip("M9")
     for family in range(1, 6):  # within a generation, more is more
-        chips = [c for c in CHIPS if c.startswith(f"M{family}")]
-        assert chips == sorted(chips, key=CHIPS.get)
+        chips = [CHIPS[c] for c in CHIPS if c.startswith(f"M{family}")]
+        for name in ("published", "bandwidth", "teraflops"):
+            values = [getattr(chip, name) for chip in chips]
+            assert values == sorted(values)
+        assert all(0.5 < chip.bandwidth / chip.published < 1 for chip in chips)
 
 
 def run(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
@@ -89,7 +79,7 @@ def test_command_measures_here(monkeypatch, capsys):
     status, out, _ = run(monkeypatch, capsys, *flags)
     document = json.loads(out)
     assert status == 0 and document["kind"] == "measurement"
-    assert all(row["ratio"][0] > 0 for row in document["rows"])
+    assert all(row["ratio"] > 0 for row in document["rows"])
 
 
 @pytest.mark.parametrize(
