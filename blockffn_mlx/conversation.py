@@ -9,9 +9,9 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import trim_prompt_cache
 
-from .chat_format import ChatFormat, RawFormat, clean
-from .generate import stream_generate
-from .token_history import TokenText, decode_tokens, encode_text, reuse
+from .generate import StopTexts, stream_generate
+from .prompt import Prompt, TokenText, choose_format, clean, encode_text
+from .token_history import decode_tokens, reuse
 
 # An answer gets at most this part of the context kept free for it before old turns are dropped.
 ANSWER_SHARE = 4
@@ -70,11 +70,9 @@ class Conversation:
     ):
         if tokenizer is None:
             raise ValueError("this model has no tokenizer files: a chat needs them")
-        if not raw and not tokenizer.has_chat_template:
-            raise ValueError("this model has no chat template: use --raw to complete plain text")
         self.model, self.tokenizer = model, tokenizer
-        self.format = RawFormat() if raw else ChatFormat(tokenizer, template_options)
-        self.stop = (*self.format.stop, *stop)
+        self.format = choose_format(tokenizer, not raw, template_options)
+        self.stop = tuple(filter(None, stop))
         self.max_context = max_context or model.args.max_position_embeddings
         self.messages: list[Message] = []
         self.prompt_tokens = self.prefilled = 0
@@ -174,9 +172,8 @@ class Conversation:
                 stream_generate(
                     self.model,
                     self.tokenizer,
-                    prompt,
+                    Prompt(prompt, self.stop_texts, self.format.stop_ids),
                     max_tokens=min(max_tokens, room) if max_tokens > 0 else room,
-                    stop=self.stop,
                     prompt_cache=self.cache,
                     prompt_progress_callback=stop,
                     **options,
@@ -195,6 +192,11 @@ class Conversation:
             raise
         finally:
             self._take_in(start, sampled, "".join(shown))
+
+    @property
+    def stop_texts(self) -> tuple[str, ...]:
+        """Texts that end an answer: the format's own and those asked for."""
+        return (*self.format.stop, *self.stop)
 
     def _text(self) -> str:
         return self.format.render([(m.role, m.text) for m in self.messages])
@@ -252,10 +254,10 @@ class Conversation:
     def _take_in(self, start: int, sampled: list[int], shown: str):
         """Notes what the cache holds after an answer, and the answer as a message."""
         answer = decode_tokens(self.tokenizer, sampled)
-        ended = bool(sampled) and sampled[-1] in self.tokenizer.eos_token_ids
-        text = answer.cut(len(sampled) - ended).text
-        places = [place for marker in self.stop if (place := text.find(marker)) >= 0]
-        text = text[: min(places, default=len(text))]
+        end_ids = {*self.tokenizer.eos_token_ids, *self.format.stop_ids}
+        ended = bool(sampled) and sampled[-1] in end_ids
+        stop = StopTexts(self.stop_texts)
+        text = stop.feed(answer.cut(len(sampled) - ended).text) + stop.rest()
         self.messages.append(Message("assistant", shown.strip(), text))
         offsets = {layer_cache.offset for layer_cache in self.cache}
         if len(offsets) > 1:  # an error in the middle of a pass

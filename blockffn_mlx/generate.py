@@ -1,23 +1,31 @@
 """Text generation over mlx-lm's generate_step and GenerationResponse."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
+from mlx_lm.generate import (
+    GenerationResponse,
+    TextStateMachine,
+    generate_step,
+    generation_stream,
+    wired_limit,
+)
 from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import speculative
+from .prompt import Prompt, as_prompt
 
 
 def stream_generate(
     model: nn.Module,
     tokenizer: Any,
-    prompt: str | mx.array | list[int],
+    prompt: str | mx.array | Sequence[int] | Sequence[Mapping[str, str]] | Prompt,
     max_tokens: int = 256,
     *,
     sampler: Callable[[mx.array], mx.array] | None = None,
@@ -39,7 +47,8 @@ def stream_generate(
     Args:
         model: A BlockFFN model.
         tokenizer: mlx-lm's TokenizerWrapper, as `load` returns it.
-        prompt: Text, or token ids [T] that are used as they are.
+        prompt: Plain text; token ids [T], used as they are; messages, each {"role": ...,
+            "content": ...}, for the model's chat template; or a finished `Prompt`.
         max_tokens: The most tokens to generate; -1 for no limit.
         sampler: mlx-lm's kind, log-probabilities [B, V] -> tokens [B]; greedy if None.
         logits_processors: mlx-lm's kind, (tokens so far, logits) -> logits.
@@ -66,7 +75,10 @@ def stream_generate(
     """
     if max_tokens == 0:
         raise ValueError("max_tokens must not be 0 (-1 for no limit)")
-    prompt = prompt_ids(tokenizer, prompt)
+    if tokenizer is not None and not hasattr(tokenizer, "detokenizer"):
+        tokenizer = TokenizerWrapper(tokenizer)
+    asked = as_prompt(tokenizer, prompt)
+    ids = mx.array(asked.ids, mx.int32)
     if kv_bits is not None and model.args.attention_type == "mla":
         raise ValueError("a quantised cache does not fit MLA: its latent cache is small already")
     if max_kv_size is not None and prompt_cache is None:
@@ -83,7 +95,7 @@ def stream_generate(
     drafter = speculative.make_drafter(draft, model, tokenizer)
     if drafter is None:
         steps = generate_step(
-            prompt,
+            ids,
             model,
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
@@ -96,36 +108,16 @@ def stream_generate(
     else:
         policy = speculative.make_policy(draft_width, model)
         tokens = speculative.stream(
-            prompt, model, drafter, policy=policy, stats=draft_stats, **options
+            ids, model, drafter, policy=policy, stats=draft_stats, **options
         )
     with wired_limit(model, [generation_stream]), closing(tokens):
-        yield from respond(tokens, tokenizer, prompt.size, max_tokens, stop)
+        ends = ((*asked.stop, *stop), asked.stop_ids)
+        yield from respond(tokens, tokenizer, ids.size, max_tokens, *ends)
 
 
 def generate(model: nn.Module, tokenizer: Any, prompt: str | list[int], **options) -> str:
     """The whole answer of `stream_generate` as one string; same arguments."""
     return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
-
-
-def prompt_ids(tokenizer: Any, prompt: str | mx.array | Sequence[int]) -> mx.array:
-    """Token ids [T] of a prompt; a text gets its BOS unless it begins with one.
-
-    Raises:
-        ValueError: For an empty prompt, a batch, or text without a tokenizer.
-    """
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError("this model has no tokenizer files: give token ids, not text")
-        bos = tokenizer.bos_token
-        prompt = tokenizer.encode(
-            prompt, add_special_tokens=bos is None or not prompt.startswith(bos)
-        )
-    ids = mx.array(prompt)
-    if ids.ndim != 1:
-        raise ValueError(f"one prompt at a time: token ids of shape {ids.shape} are a batch")
-    if ids.size == 0:
-        raise ValueError("the prompt is empty")
-    return ids.astype(mx.int32)
 
 
 def respond(
@@ -134,35 +126,36 @@ def respond(
     prompt_tokens: int,
     max_tokens: int,
     stop: Sequence[str] = (),
+    stop_ids: Sequence[int] = (),
 ) -> Iterator[GenerationResponse]:
     """Turns (token, log-probabilities, from_draft) into responses with text, times and an end.
 
     Without a tokenizer the responses carry no text and only the limit ends them.
     """
     detokenizer = None if tokenizer is None else tokenizer.detokenizer
-    eos_token_ids = () if tokenizer is None else tokenizer.eos_token_ids
-    watch = StopWatch(stop)
+    end_ids = set() if tokenizer is None else {*tokenizer.eos_token_ids, *stop_ids}
+    answer = StopTexts(stop)
     start = time.perf_counter()
     prompt_tps = 0.0
     for count, (token, logprobs, from_draft) in enumerate(tokens, start=1):
         if count == 1:
             prompt_tps = prompt_tokens / (time.perf_counter() - start)
             start = time.perf_counter()
-        finish_reason = "stop" if token in eos_token_ids else None
+        finish_reason = "stop" if token in end_ids else None
         text = ""
         if detokenizer is not None:
             if finish_reason is None:
                 detokenizer.add_token(token)
-                text = watch.feed(detokenizer.last_segment)
+                text = answer.feed(detokenizer.last_segment)
             if count == max_tokens or finish_reason:
                 detokenizer.finalize()
-                text += watch.feed(detokenizer.last_segment)
-        if watch.found:
+                text += answer.feed(detokenizer.last_segment)
+        if answer.found:
             finish_reason = "stop"
         elif count == max_tokens and finish_reason is None:
             finish_reason = "length"
         if finish_reason:
-            text += watch.rest()
+            text += answer.rest()
         yield GenerationResponse(
             text=text,
             token=token,
@@ -179,7 +172,7 @@ def respond(
             return
 
 
-class StopWatch:
+class StopTexts:
     """Passes text on up to the first stop text, holding back what may be the start of one.
 
     Attributes:
@@ -187,32 +180,23 @@ class StopWatch:
     """
 
     def __init__(self, stop: Sequence[str]):
-        self.stop = [text for text in stop if text]
-        self.held = ""
-        self.found = False
+        ends = [(text, None) for text in stop if text]
+        self.state = TextStateMachine({"answer": ends}).make_state("answer")
+
+    @property
+    def found(self) -> bool:
+        return self.state[0] is None
 
     def feed(self, text: str) -> str:
         """Takes new text, returns what is certain to belong to the answer."""
         if self.found:
             return ""
-        self.held += text
-        places = [place for s in self.stop if (place := self.held.find(s)) >= 0]
-        self.found = bool(places)
-        if self.found:
-            keep, self.held = self.held[: min(places)], ""
-            return keep
-        unsure = max((overlap(self.held, s) for s in self.stop), default=0)
-        cut = len(self.held) - unsure
-        keep, self.held = self.held[:cut], self.held[cut:]
-        return keep
+        self.state, segments = TextStateMachine.split(self.state, text)
+        return "".join(piece for _, piece in segments)
 
     def rest(self) -> str:
         """What was held back, once no more text can come."""
-        held, self.held = self.held, ""
+        if self.found:
+            return ""
+        self.state, held, _ = TextStateMachine.flush(self.state)
         return held
-
-
-def overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

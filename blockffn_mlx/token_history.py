@@ -1,57 +1,12 @@
 """What a prompt cache holds, as tokens and as text, and what of it a new text can reuse."""
 
 import os
-from dataclasses import dataclass, field
 from typing import Any
+
+from .prompt import TokenText
 
 # Bytes of the longest UTF-8 character: byte tokens that make none by then are junk.
 MAX_CHARACTER_BYTES = 4
-
-
-@dataclass
-class TokenText:
-    """Tokens and the text that they make.
-
-    Attributes:
-        ids: Token ids.
-        ends: For each token the length of the text up to its end, or None where the token ends
-            inside a character.
-        text: The text of all tokens.
-    """
-
-    ids: list[int] = field(default_factory=list)
-    ends: list[int | None] = field(default_factory=list)
-    text: str = ""
-
-    def cut(self, count: int) -> "TokenText":
-        """The first `count` tokens."""
-        known = [end for end in self.ends[:count] if end is not None]
-        return TokenText(self.ids[:count], self.ends[:count], self.text[: max(known, default=0)])
-
-    def joined(self, other: "TokenText") -> "TokenText":
-        """These tokens followed by others."""
-        shifted = [None if end is None else end + len(self.text) for end in other.ends]
-        return TokenText(self.ids + other.ids, self.ends + shifted, self.text + other.text)
-
-
-def encode_text(tokenizer: Any, text: str) -> TokenText:
-    """Tokens of a whole text, with a BOS unless the text begins with one.
-
-    Raises:
-        ValueError: If the tokenizer cannot say which characters a token covers.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ValueError("the tokenizer is not a fast one: convert the model again")
-    bos = tokenizer.bos_token
-    encoding = backend.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
-    starts = [start for start, _ in encoding.offsets] + [len(text)]
-    # The bytes of one character share its span, so that only the last of them ends it.
-    ends = [
-        end if following >= end else None
-        for (_, end), following in zip(encoding.offsets, starts[1:], strict=True)
-    ]
-    return TokenText(encoding.ids, ends, text)
 
 
 def decode_tokens(tokenizer: Any, ids: list[int]) -> TokenText:

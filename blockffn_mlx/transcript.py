@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from .chat_format import ROLES
+from .prompt import ROLES
 
 
 def save_transcript(path: str | Path, messages: Iterable[tuple[str, str]]):

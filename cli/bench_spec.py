@@ -20,7 +20,7 @@ from ..analysis.spec_bench import (
     chosen_questions,
     read_questions,
 )
-from ..chat_format import ChatFormat, RawFormat
+from ..prompt import choose_format, is_chat_model
 from ..speculative import make_drafter
 from ..speculative.cost import PassCost, device_name, pass_cost
 from .common import add_model_flags, load_for_text, loading_progress, print_json
@@ -104,8 +104,7 @@ def run_spec(args: argparse.Namespace) -> int:
     drafter = make_drafter(args.draft, model, tokenizer, args.model)
     if drafter is None:
         raise ValueError("--draft none leaves nothing to compare: give auto, lookup or a path")
-    chat = tokenizer.has_chat_template and model.args.chat_tuned
-    prompt_format = ChatFormat(tokenizer) if chat else RawFormat()
+    prompt_format = choose_format(tokenizer, is_chat_model(model, tokenizer))
     settings = SpecSettings(args.draft_width, args.max_tokens, args.temp, args.seed)
     bench = SpecBench(model, tokenizer, prompt_format, drafter, settings)
     with loading_progress(MofNCompleteColumn()) as progress:

@@ -102,6 +102,10 @@ class Chat:
     def _take_model(self, settings: argparse.Namespace):
         """Loads the model that the settings name; on an error nothing has changed."""
         model, tokenizer = load_for_text(settings, lazy=True)
+        if not settings.raw and not tokenizer.has_chat_template:
+            raise ValueError(
+                f"{settings.model} has no chat template: --raw completes plain text with it"
+            )
         context = settings.max_kv_size or model.args.max_position_embeddings
         self._check_memory(settings.model, model, context)
         mx.eval(model.parameters())

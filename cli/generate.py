@@ -7,6 +7,7 @@ from typing import Any
 from mlx_lm.generate import GenerationResponse
 
 from ..generate import stream_generate
+from ..prompt import Prompt, choose_format, is_chat_model
 from .common import (
     add_format_flags,
     add_model_flags,
@@ -67,7 +68,6 @@ def run(args: argparse.Namespace) -> int:
         prompt,
         max_tokens=args.max_tokens,
         sampler=sampler_of(args, tokenizer),
-        stop=args.stop,
         max_kv_size=args.max_kv_size,
         prefill_step_size=args.prefill_step_size,
         kv_bits=args.kv_bits,
@@ -96,35 +96,22 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def build_prompt(
-    args: argparse.Namespace, model: Any, tokenizer: Any, text: str
-) -> str | list[int]:
-    """The prompt: text of the chat template, or ids of plain text for base models and `--raw`.
-
-    The whole conversation is tokenised as one string: the format's markers are ordinary text, and
-    their ids depend on their neighbours.
-    """
+def build_prompt(args: argparse.Namespace, model: Any, tokenizer: Any, text: str) -> Prompt:
+    """The message in the chat format, or as plain text for base models and `--raw`."""
     chat = not args.raw and tokenizer.has_chat_template
-    if chat and not model.args.chat_tuned and not args.use_default_chat_template:
+    if chat and not is_chat_model(model, tokenizer) and not args.use_default_chat_template:
         stderr_console().print(
             f"[dim]{PROG}: this looks like a base model, so the prompt is completed as plain text "
             "(--raw says so without this note, --use-default-chat-template chats)[/]"
         )
         chat = False
-    if not chat:
-        return tokenizer.encode(text)
-    messages = [{"role": "user", "content": text}]
-    if args.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": args.system_prompt})
-    if args.prefill_response is not None:
-        messages.append({"role": "assistant", "content": args.prefill_response})
-    return tokenizer.apply_chat_template(
-        messages,
-        tokenize=False,
-        add_generation_prompt=args.prefill_response is None,
-        continue_final_message=args.prefill_response is not None,
-        **args.chat_template_config,
-    )
+    messages = [("user", text)]
+    if chat and args.system_prompt is not None:
+        messages.insert(0, ("system", args.system_prompt))
+    if chat and args.prefill_response is not None:
+        messages.append(("assistant", args.prefill_response))
+    chosen = choose_format(tokenizer, chat, args.chat_template_config)
+    return chosen.prompt(messages, args.stop)
 
 
 def summary(response: GenerationResponse) -> dict[str, Any]:

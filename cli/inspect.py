@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..analysis.quality import text_loss
 from ..analysis.sparsity import SparsityReport, router_scores, sparsity_of_scores
+from ..prompt import encode_text
 from .common import add_model_flags, load_for_text, make_parser, print_json, run_main
 from .sparsity_view import heat_map_for, layer_table, save_svg
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     document: dict[str, Any] = {}
     console = Console()
     if prompt is not None:
-        ids = tokenizer.encode(prompt)
+        ids = encode_text(tokenizer, prompt).ids
         scores = router_scores(model, mx.array([ids]))
         active = np.stack([np.array(layer[0] != 0) for layer in scores])  # [L, T, E]
         result = sparsity_of_scores(scores, min(args.chunk, len(ids)))
@@ -62,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             if args.tokens:
                 console.print(token_table(active, tokens))
     if text is not None:
-        document["loss"] = text_loss(model, tokenizer.encode(text))
+        document["loss"] = text_loss(model, encode_text(tokenizer, text).ids)
         if not args.json:
             console.print(
                 "{nats_per_token:.4f} nats and {bits_per_token:.4f} bits a token over {tokens} "

@@ -4,11 +4,12 @@ import json
 
 import pytest
 from conftest import tiny_model
+from toy_chat import toy_tokenizer
 
 from blockffn_mlx.analysis import spec_bench
 from blockffn_mlx.analysis.spec_bench import MODES, Question, Result, SpecSettings, read_questions
-from blockffn_mlx.chat_format import RawFormat
 from blockffn_mlx.cli import bench
+from blockffn_mlx.prompt import RawFormat
 from blockffn_mlx.speculative import SpeculationStats
 
 GROUPS = [
@@ -67,14 +68,15 @@ def test_modes_set_the_backend_and_the_draft(monkeypatch):
         yield Response
 
     monkeypatch.setattr(spec_bench, "stream_generate", record)
-    runs = spec_bench.SpecBench(model, None, RawFormat(), "drafter", settings)
+    tokenizer = toy_tokenizer()
+    runs = spec_bench.SpecBench(model, tokenizer, RawFormat(tokenizer), "drafter", settings)
     runs.prepare(None)
     runs.ask(Question("qa", ["one", "two"]))
     runs.ask(Question("qa", ["three"]))
     first = [("dense", None), ("auto", None), ("dense", "drafter"), ("auto", "drafter")]
     expected = [mode for mode in first for _ in range(2)] + first[1:] + first[:1]
     assert [(backend, draft) for backend, draft, _ in calls] == expected
-    assert [prompt for _, _, prompt in calls[:2]] == ["one", "two"]
+    assert [prompt.ids for _, _, prompt in calls[:2]] == [*map(tokenizer.encode, ("one", "two"))]
     row = runs.results["qa", "speculative sparse"].row()
     assert row["turns"] == row["tokens"] == 3
 

@@ -8,11 +8,11 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 from toy_chat import toy_model, toy_tokenizer
 
-from blockffn_mlx.chat_format import ChatFormat, clean
 from blockffn_mlx.conversation import Conversation
 from blockffn_mlx.load import load, unpack
+from blockffn_mlx.prompt import ChatFormat, TokenText, clean, encode_text
 from blockffn_mlx.speculative import SpeculationStats, make_drafter
-from blockffn_mlx.token_history import TokenText, decode_tokens, encode_text, reuse
+from blockffn_mlx.token_history import decode_tokens, reuse
 from blockffn_mlx.tokenizer import CHAT_TEMPLATE
 
 
@@ -90,7 +90,7 @@ def test_sampled_tokens_stay_even_where_the_tokenizer_would_choose_others(model,
 class MergingFormat:
     """Turns without special tokens between them, so that tokens merge over the border."""
 
-    is_chat, stop = True, ("Q:",)
+    is_chat, stop, stop_ids = True, ("Q:",), ()
 
     def render(self, messages):
         return "".join(text if role == "assistant" else f"{text}:" for role, text in messages)
@@ -140,7 +140,9 @@ def test_ends_of_byte_tokens_and_junk(tokenizer):
 
 
 def test_role_markers_come_from_the_template_and_end_an_answer(model, tokenizer):
-    assert set(ChatFormat(tokenizer).stop) == {"<|user|>", "<|assistant|>", "<|end|>"}
+    chat_format = ChatFormat(tokenizer)
+    markers = map(tokenizer.convert_tokens_to_ids, ("<|user|>", "<|assistant|>", "<|end|>"))
+    assert set(chat_format.stop_ids) == set(markers) and chat_format.stop == ()
     chat = Conversation(model, tokenizer)
     ok, user = 1605, tokenizer.convert_tokens_to_ids("<|user|>")
     assert say(chat, "hi", sampler=script(ok, user, ok, ok)) == "ok"
@@ -151,7 +153,7 @@ def test_role_markers_come_from_the_template_and_end_an_answer(model, tokenizer)
 
 def test_markers_of_plain_text_templates(tokenizer):
     class Plain:
-        bos_token = "<s>"
+        bos_token, has_chat_template = "<s>", True
 
         def apply_chat_template(self, messages, **options):
             text = "<s>"
@@ -170,7 +172,7 @@ def test_turns_in_the_published_models_format(model):
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     chat = Conversation(model, tokenizer)
-    assert chat.format.stop == ("<用户>", "<AI>", "<|end|>") and chat.format.has_system
+    assert chat.format.stop == ("<用户>", "<AI>") and chat.format.has_system
     markers = tokenizer.encode("<AI>")
     said = (script(1605), script(1605, *markers, 1605), script(1605, *markers[:1]))
     for question, sampler in zip(("one", "two", "three"), said, strict=True):

@@ -12,7 +12,8 @@ from conftest import tiny_model
 from mlx_lm.models.cache import RotatingKVCache
 
 import blockffn_mlx as bf
-from blockffn_mlx.generate import StopWatch, overlap, prompt_ids, respond
+from blockffn_mlx.generate import StopTexts, respond
+from blockffn_mlx.prompt import as_prompt
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -65,10 +66,10 @@ def test_stop_text(pieces, text):
 
 
 def test_no_part_of_a_stop_text_is_shown_early():
-    watch = StopWatch(["<AI>"])
-    assert [watch.feed(c) for c in "a<AI"] == ["a", "", "", ""]
-    assert watch.rest() == "<AI" and not watch.found
-    assert overlap("xx<A", "<AI>") == 2
+    answer = StopTexts(["<AI>", ""])
+    assert [answer.feed(c) for c in "a<AI"] == ["a", "", "", ""]
+    assert answer.rest() == "<AI" and not answer.found
+    assert answer.feed("b<AI>c") == "b" and answer.found and answer.feed("d") == answer.rest() == ""
 
 
 def test_end_reasons():
@@ -146,7 +147,7 @@ def test_quantised_cache_for_gqa_only():
 )
 def test_bad_prompts(prompt, message):
     with pytest.raises(ValueError, match=message):
-        prompt_ids(None, prompt)
+        as_prompt(None, prompt)
 
 
 def test_limit_of_zero_is_refused():

@@ -13,6 +13,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
 from ..generate import stream_generate
+from ..prompt import Format
 from ..speculative import Drafter, Policy, SpeculationStats, make_policy
 from ..speculative.cost import device_name
 
@@ -105,7 +106,7 @@ class SpecBench:
         self,
         model: Any,
         tokenizer: Any,
-        prompt_format: Any,
+        prompt_format: Format,
         drafter: Drafter,
         settings: SpecSettings,
     ):
@@ -165,7 +166,6 @@ class SpecBench:
         result = self.result(question.group, mode)
         options = {
             "max_tokens": self.settings.max_tokens,
-            "stop": self.format.stop,
             "sampler": make_sampler(self.settings.temp),
         }
         if speculates:
@@ -174,7 +174,7 @@ class SpecBench:
         messages, answers = [], []
         for turn in question.turns:
             messages.append(("user", turn))
-            prompt = self.format.render(messages)
+            prompt = self.format.prompt(messages)
             mx.random.seed(self.settings.seed)
             start = time.perf_counter()
             responses = list(stream_generate(self.model, self.tokenizer, prompt, **options))

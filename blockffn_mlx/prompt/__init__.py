@@ -1,0 +1,28 @@
+"""From messages to the ids that a model reads and to what ends its answer, everywhere the same."""
+
+from .format import (
+    ROLES,
+    ChatFormat,
+    Format,
+    Prompt,
+    RawFormat,
+    as_prompt,
+    choose_format,
+    is_chat_model,
+)
+from .tokens import BREAK, TokenText, clean, encode_text
+
+__all__ = [
+    "BREAK",
+    "ROLES",
+    "ChatFormat",
+    "Format",
+    "Prompt",
+    "RawFormat",
+    "TokenText",
+    "as_prompt",
+    "choose_format",
+    "clean",
+    "encode_text",
+    "is_chat_model",
+]
