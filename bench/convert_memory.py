@@ -18,7 +18,7 @@ import mlx.core as mx
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from torch_files import save_bin  # noqa: E402
 
-from blockffn_mlx.layouts import canonical_shapes  # noqa: E402
+from blockffn_mlx.layouts import published_shapes  # noqa: E402
 from blockffn_mlx.model import ModelArgs  # noqa: E402
 
 XLARGE = {
@@ -47,7 +47,7 @@ def build(folder: Path):
     """Writes the checkpoint as the published ones are: one .bin, 2-D experts, bfloat16."""
     folder.mkdir()
     tensors = {}
-    for name, shape in canonical_shapes(ModelArgs.from_dict(XLARGE)).items():
+    for name, shape in published_shapes(ModelArgs.from_dict(XLARGE)).items():
         if len(shape) == 3:
             name = name.removesuffix(".weight")
             num_experts, rows, columns = shape

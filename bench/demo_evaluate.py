@@ -59,7 +59,7 @@ def main():
         **evaluate(model, corpus, context, args.batch_size, args.tokens, settings.template),
     }
     figures["loss_by_position"] = loss_by_position(model, corpus, context, args.batch_size)
-    draft = speculative.make_drafter("auto", model, tokenizer, args.model)
+    draft = speculative.make_drafter("auto", model, tokenizer)
     prompts = chat_prompts(corpus, args.prompts)
     figures["acceptance"] = {
         name: acceptance(model, tokenizer, draft, prompts, **shape)

@@ -1,12 +1,49 @@
-"""A folder that appears whole or not at all, whenever the process dies."""
+"""A folder that appears whole or not at all, whenever the process dies.
 
+Everything on the way lies in a workspace beside the target: a folder with a fresh name, a marker
+and a lock. A rename puts its content in place; where a folder is there already, the two change
+places in one step, so that the old or the new one is always there.
+"""
+
+import ctypes
 import errno
 import fcntl
+import json
 import os
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+MARK = "blockffn_mlx"  # the entry of config.json that says who wrote a folder, and from what
+MODEL_FILE = "blockffn_model.py"
+MARKER = ".blockffn-mlx"  # the file in a workspace that holds its target's name
+MAX_CONFIG_BYTES = 64 << 20
+# What folders without a list of their files hold: those of earlier versions.
+WRITTEN = {
+    MODEL_FILE,
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+CARD_SIGN = "Converted by blockffn-mlx"
+
+
+class TargetExists(ValueError):
+    """The target is there already, and may not be replaced."""
+
+
+class TargetBusy(ValueError):
+    """Another process is writing the target."""
 
 
 def check_target(target: Path, overwrite: bool, source: Path | None = None):
@@ -14,87 +51,205 @@ def check_target(target: Path, overwrite: bool, source: Path | None = None):
 
     Args:
         target: Where the folder will be.
-        overwrite: Whether an earlier converted model there may be replaced.
+        overwrite: Whether a folder there that this package wrote may be replaced.
         source: A folder that is still needed, so that the target must not contain it.
 
     Raises:
-        ValueError: If the target exists and may not be replaced.
+        TargetExists: If the target exists and `overwrite` is False.
+        ValueError: If the target may not be replaced.
     """
     if not os.path.lexists(target):
         return
     if not overwrite:
-        raise ValueError(f"{target} exists already: pass --overwrite to replace it.")
+        raise TargetExists(f"{target} exists already: choose another folder, or overwrite it.")
     if source is not None and source.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"{target} is or contains the source, and cannot be replaced by it.")
-    is_model = target.is_dir() and not target.is_symlink() and (target / "config.json").is_file()
-    if not is_model and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} is no model folder: choose another --mlx-path.")
+    if target.is_symlink() or not target.is_dir():
+        raise ValueError(f"{target} is not a folder: choose another one.")
+    if os.path.ismount(target):
+        raise ValueError(f"{target} is a mount point: name a folder inside it.")
+    if any(target.iterdir()) and written_files(target) is None:
+        raise ValueError(
+            f"{target} is not a model folder that blockffn-mlx wrote, and is left as it is: choose "
+            "another one."
+        )
+
+
+def written_files(folder: Path) -> set[str] | None:
+    """The names in a folder that this package wrote there; None if it did not write the folder."""
+    config = folder / "config.json"
+    try:
+        if not config.is_file() or config.stat().st_size > MAX_CONFIG_BYTES:
+            return None
+        content: Any = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError):
+        return None
+    mark = content.get(MARK) if isinstance(content, dict) else None
+    if isinstance(mark, dict) and isinstance(mark.get("files"), list):
+        return {name for name in mark["files"] if isinstance(name, str)}
+    if not isinstance(mark, dict) and not (
+        isinstance(content, dict) and content.get("model_file") == MODEL_FILE
+    ):
+        return None
+    shards = {file.name for file in folder.glob("model-*-of-*.safetensors")}
+    return WRITTEN | shards | {file.name for file in folder.glob("freq_*.json")}
 
 
 @contextmanager
 def atomic_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Gives an empty folder beside `target` that takes its place if the block succeeds.
+    """Gives an empty folder that becomes `target` if the block succeeds.
 
-    What an earlier, killed run left behind is cleaned up first. Between the two renames of an
-    overwrite the old folder has another name; the next run brings it back.
+    What an earlier, killed run left behind is cleaned up first. Of a folder that is replaced, what
+    this package did not write is kept.
 
     Raises:
-        ValueError: If the target may not be replaced, or another process is writing it.
+        TargetBusy: If another process is writing the target.
+        ValueError: If the target may not be replaced.
     """
     # abspath, not resolve: a link in the last place is refused, not followed.
     target = Path(os.path.abspath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.partial"
-    replaced = target.parent / f".{target.name}.replaced"
-    lock = _lock_folder(partial)
-    try:
-        _empty(partial)
-        if replaced.exists() and not os.path.lexists(target):
-            replaced.rename(target)
-        shutil.rmtree(replaced, ignore_errors=True)
+    with _workspace(target) as workspace:
         try:
             check_target(target, overwrite)
-            yield partial
-            _sync(partial)
+            fresh = workspace / "new"
+            fresh.mkdir()
+            yield fresh
+            _sync(fresh)
             check_target(target, overwrite)
             if target.exists():
-                target.rename(replaced)
-            partial.rename(target)
-        except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                _carry_over(target, fresh)
+            _sync_one(fresh)
+            _put(fresh, target, workspace / "old")
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
                 raise OSError(f"the disk is full: make room in {target.parent}.") from error
             raise
         _sync_one(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _workspace(target: Path) -> Iterator[Path]:
+    """A locked folder beside the target that only this process uses, and that is removed."""
+    place = os.open(target.parent, os.O_RDONLY)
+    try:
+        _lock(place, wait=True)  # for a moment: who comes first registers first
+        _clean_up(target)
+        made = tempfile.mkdtemp(prefix=_prefix(target), suffix=".partial", dir=target.parent)
+        workspace = Path(made)
+        lock = os.open(workspace, FOLDER)
+        _lock(lock)
+        (workspace / MARKER).write_text(target.name, encoding="utf-8", errors="surrogateescape")
     finally:
+        os.close(place)
+    try:
+        yield workspace
+    finally:
+        shutil.rmtree(workspace, ignore_errors=True)
         os.close(lock)
 
 
-def _lock_folder(folder: Path) -> int:
-    """Creates the folder if need be and locks it; the lock dies with the process."""
-    while True:
-        folder.mkdir(exist_ok=True)
+def _lock(descriptor: int, wait: bool = False) -> bool:
+    """Locks an open folder until it is closed; False on a disk without locks.
+
+    Raises:
+        BlockingIOError: If another process has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name[:40]}."
+
+
+def _clean_up(target: Path):
+    """Removes the workspaces that killed runs left; brings back a folder that one had set aside."""
+    for entry in list(os.scandir(target.parent)):
+        if not (entry.name.startswith(_prefix(target)) and entry.name.endswith(".partial")):
+            continue
+        workspace = Path(entry.path)
+        if not entry.is_dir(follow_symlinks=False) or entry.stat().st_uid != os.geteuid():
+            continue
+        if not any(workspace.iterdir()):
+            workspace.rmdir()
+            continue
+        marker, old = workspace / MARKER, workspace / "old"
+        if marker.is_symlink() or not marker.is_file():
+            continue
+        if marker.read_text(encoding="utf-8", errors="surrogateescape") != target.name:
+            continue
+        lock = os.open(workspace, FOLDER)
         try:
-            lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue  # its owner has just renamed or removed it
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if folder.exists() and os.path.samestat(os.fstat(lock), folder.stat()):
-                return lock
+            if not _lock(lock):
+                continue  # nobody can tell whether its owner lives
         except BlockingIOError:
+            raise TargetBusy(f"another process is writing {target}: wait for it.") from None
+        finally:
             os.close(lock)
-            raise ValueError(f"another process is writing {folder}: wait for it.") from None
-        os.close(lock)
+        if old.is_dir() and not old.is_symlink() and not os.path.lexists(target):
+            old.rename(target)
+        shutil.rmtree(workspace, ignore_errors=True)
 
 
-def _empty(folder: Path):
-    for child in folder.iterdir():
-        if child.is_dir() and not child.is_symlink():
-            shutil.rmtree(child)
+def _carry_over(old: Path, new: Path):
+    """Gives the new folder what somebody else put into the old one."""
+    written = written_files(old) or set()
+    for child in old.iterdir():
+        kept = new / child.name
+        if child.name == "README.md" and child.is_file() and kept.exists():
+            if CARD_SIGN in child.read_text(encoding="utf-8", errors="replace"):
+                continue
+            kept.unlink()  # a card of the user's own
+        elif child.name in written:
+            continue
+        elif os.path.lexists(kept):
+            raise ValueError(f"{child} is not ours, and the new folder has one too: move it away.")
+        if child.is_symlink():
+            kept.symlink_to(os.readlink(child))
+        elif child.is_dir():
+            shutil.copytree(child, kept, symlinks=True, copy_function=_link)
         else:
-            child.unlink()
+            _link(child, kept)
+
+
+def _link(source: str | Path, target: str | Path):
+    """A second name for a file, or a copy where the disk knows no second names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _put(fresh: Path, target: Path, old: Path):
+    if not os.path.lexists(target):
+        fresh.rename(target)
+    elif not _exchange(fresh, target):
+        target.rename(old)
+        try:
+            fresh.rename(target)
+        except BaseException:
+            old.rename(target)
+            raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Lets two folders change places in one step; False where the system or the disk cannot."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    paths = os.fsencode(first), os.fsencode(second)
+    try:
+        if sys.platform == "darwin":
+            return libc.renamex_np(*paths, ctypes.c_uint(2)) == 0  # RENAME_SWAP
+        # AT_FDCWD and RENAME_EXCHANGE of Linux
+        here = ctypes.c_int(-100)
+        return libc.renameat2(here, paths[0], here, paths[1], ctypes.c_uint(2)) == 0
+    except AttributeError:
+        return False
 
 
 def _sync(folder: Path):

@@ -1,37 +1,23 @@
 """PyTorch checkpoint -> MLX folder: streamed a layer at a time, quantised or not, atomic."""
 
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from huggingface_hub import ModelCardData
 
-from .atomic_folder import atomic_folder, check_target
+from .atomic_folder import MODEL_FILE, check_target
 from .checkpoint import open_checkpoint, read_json
+from .checkpoints.folder import model_card, special_ids, write_folder
 from .hub import Progress, download, is_local, upload
 from .layouts import canonicalize
 from .model import Model
-from .shards import (
-    ShardWriter,
-    plan_quantization,
-    quantization_config,
-    resolve_quantization,
-    stream,
-)
+from .shards import plan_quantization, quantization_config, resolve_quantization, stream
 from .tokenizer import read_tokenizer
-from .version import __version__
 
 DTYPES = ("float16", "bfloat16", "float32")
-MODEL_FILE = "blockffn_model.py"
-MODEL_FILE_TEXT = '''"""Lets stock mlx-lm run this folder: mlx_lm.generate --trust-remote-code."""
-
-from blockffn_mlx.model import Model, ModelArgs  # noqa: F401
-'''
-KEPT_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 CHAT_NAME = re.compile(r"(^|[^a-z])(sft|chat|instruct)([^a-z]|$)")
 
 
@@ -127,31 +113,27 @@ def convert(
     if config.get("model_file") != MODEL_FILE:  # else an earlier conversion has settled it
         has_template = tokenizer is not None and tokenizer.has_own_template
         args.chat_tuned = has_template or CHAT_NAME.search(name.lower()) is not None
-    origin |= {"source": name, "layout": canonical.layout, "version": __version__}
+    origin |= {"source": name, "layout": canonical.layout}
 
     model = Model(args)
     plan = plan_quantization(model, settings) if settings else {}
+    quantization = quantization_config(settings, plan) if settings else None
     parameters = sum(math.prod(weight.shape) for weight in canonical.weights.values())
-    extra: dict[str, Any] = {"blockffn_mlx": origin, "model_file": MODEL_FILE}
-    if settings:
-        # The second name is for tools that know Hugging Face's configs only; mlx-lm does the same.
-        extra["quantization"] = quantization_config(settings, plan)
-        extra["quantization_config"] = extra["quantization"]
-    with atomic_folder(target, overwrite) as partial:
-        shards = ShardWriter(partial)
-        cast = getattr(mx, dtype) if dtype else None
-        for arrays in stream(canonical.weights, model, plan, cast, on_progress):
-            shards.add(arrays)
-        shards.finish(parameters)
-        extra["torch_dtype"] = shards.dtype
-        _write_json(partial / "config.json", {**_kept(config), **dataclasses.asdict(args), **extra})
-        (partial / MODEL_FILE).write_text(MODEL_FILE_TEXT, encoding="utf-8")
-        generation_config = folder / "generation_config.json"
-        if generation_config.exists():
-            _write_json(partial / generation_config.name, read_json(generation_config))
-        if tokenizer is not None:
-            tokenizer.save(partial)
-        (partial / "README.md").write_text(_model_card(name, origin), encoding="utf-8")
+    cast = getattr(mx, dtype) if dtype else None
+    generation_config = folder / "generation_config.json"
+    shards = write_folder(
+        target,
+        stream(canonical.weights, model, plan, cast, on_progress),
+        {**special_ids(config), **dataclasses.asdict(args)},
+        origin=origin,
+        parameters=parameters,
+        quantization=quantization,
+        generation_config=read_json(generation_config) if generation_config.exists() else None,
+        save_tokenizer=tokenizer.save if tokenizer else None,
+        card=model_card(origin),
+        source=folder,
+        overwrite=overwrite,
+    )
     if shards.min_router_norm is not None and shards.min_router_norm <= 0:
         warnings.append(
             f"the smallest router_norm weight is {shards.min_router_norm:.3g}: some scores are not "
@@ -167,7 +149,7 @@ def convert(
         bytes=shards.nbytes,
         bits_per_weight=8 * shards.nbytes / parameters,
         min_router_norm=shards.min_router_norm,
-        quantization=extra.get("quantization"),
+        quantization=quantization,
         warnings=warnings,
     )
 
@@ -179,41 +161,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is no folder: give a checkpoint's folder or a Hub id.")
     raise FileNotFoundError(f"{folder} holds no config.json: fetch it.")
-
-
-def _kept(config: dict[str, Any]) -> dict[str, Any]:
-    """The ids of special tokens, which no model code reads but mlx-lm does."""
-
-    def is_id(value: Any) -> bool:
-        return type(value) is int or isinstance(value, list) and all(map(is_id, value))
-
-    return {name: config[name] for name in KEPT_FIELDS if is_id(config.get(name))}
-
-
-def _write_json(path: Path, content: dict[str, Any]):
-    with open(path, "w", encoding="utf-8") as file:
-        content = {key: value for key, value in sorted(content.items()) if value is not None}
-        json.dump(content, file, ensure_ascii=False, indent=4)
-
-
-def _model_card(name: str, origin: dict[str, str]) -> str:
-    on_hub = "revision" in origin
-    data = ModelCardData(
-        library_name="mlx",
-        pipeline_tag="text-generation",
-        tags=["mlx", "blockffn"],
-        base_model=name if on_hub else None,
-    )
-    source = f"[{name}](https://huggingface.co/{name})" if on_hub else f"the folder `{name}`"
-    revision = f", revision {origin['revision']}" if on_hub else ""
-    return f"""---
-{data.to_yaml()}
----
-# {name} for MLX
-
-Converted by blockffn-mlx {origin["version"]} from {source}{revision}. The terms of the original
-apply to this copy.
-
-    pip install blockffn-mlx
-    blockffn-generate --model THIS_FOLDER --prompt "hello"
-"""

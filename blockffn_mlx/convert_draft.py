@@ -1,7 +1,5 @@
 """A published EAGLE head -> a folder that loads without pickles, quantised or not, atomic."""
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +7,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .atomic_folder import atomic_folder, check_target
+from .atomic_folder import check_target
 from .checkpoints.eagle_head import build_head, frequency_lists, read_head
+from .checkpoints.folder import write_head
 from .convert import ConversionReport
 from .hub import Progress, download, is_local
-from .shards import ShardWriter, plan_quantization, quantization_config, resolve_quantization
-from .version import __version__
-
-# Read off the tensors or taken from the target whenever a head is loaded.
-DERIVED = (
-    "fc_bias",
-    "input_norms",
-    "rms_norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "max_position_embeddings",
-)
+from .shards import plan_quantization, quantization_config, resolve_quantization
 
 
 def convert_draft(
@@ -72,22 +60,22 @@ def convert_draft(
     parameters = sum(array.size for array in weights.values())
     if dtype is not None:
         head.set_dtype(getattr(mx, dtype))
-    fields = dataclasses.asdict(head.args)
-    written = {name: value for name, value in fields.items() if name not in DERIVED}
-    written |= {"blockffn_mlx": {"source": name, "version": __version__}}
     if settings:
         plan = plan_quantization(head, settings)
-        written["quantization"] = quantization_config(settings, plan)
+        quantization = quantization_config(settings, plan)
         nn.quantize(head, class_predicate=lambda name, _: name in plan and plan[name]._asdict())
-    elif "quantization" in config:
-        written["quantization"] = config["quantization"]
-    with atomic_folder(target, overwrite) as partial:
-        shards = ShardWriter(partial)
-        shards.add(dict(tree_flatten(head.parameters())))
-        shards.finish(parameters)
-        (partial / "config.json").write_text(json.dumps(written, indent=4))
-        for length, ids in lists.items():
-            (partial / f"freq_{length}.json").write_text(json.dumps(ids))
+    else:
+        quantization = config.get("quantization")
+    shards = write_head(
+        target,
+        head.args,
+        dict(tree_flatten(head.parameters())),
+        origin={"source": name},
+        parameters=parameters,
+        quantization=quantization,
+        files={f"freq_{length}.json": ids for length, ids in lists.items()},
+        overwrite=overwrite,
+    )
     return ConversionReport(
         path=str(target),
         source=str(hf_path),
@@ -96,6 +84,6 @@ def convert_draft(
         bytes=shards.nbytes,
         bits_per_weight=8 * shards.nbytes / parameters,
         min_router_norm=None,
-        quantization=written.get("quantization"),
+        quantization=quantization,
         warnings=[],
     )

@@ -14,6 +14,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from tqdm.auto import tqdm
 
 # Called with what is being done ("download", "convert"), the bytes done and the bytes in all.
@@ -104,6 +105,12 @@ def download_config(repo: str, revision: str | None = None) -> Path:
     except Exception as error:
         _explain(error, repo, revision)
         raise _unreachable(repo) from error
+
+
+def snapshot_folder(repo: str, commit: str) -> Path:
+    """Where the Hub's cache keeps a commit of a repository, whether or not it is there."""
+    name = repo_folder_name(repo_id=repo, repo_type="model")
+    return Path(HF_HUB_CACHE) / name / "snapshots" / commit
 
 
 def upload(folder: Path, repo: str):

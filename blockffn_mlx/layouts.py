@@ -4,6 +4,7 @@ Sizes come from the tensors; where config.json contradicts them, it is corrected
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +76,10 @@ class Weight:
     shape: tuple[int, ...]
     transform: Callable[[mx.array], mx.array] | None = None
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.info.dtype.size
+
     def read(self) -> mx.array:
         array = self.info.read()
         return array if self.transform is None else mx.contiguous(self.transform(array))
@@ -86,7 +91,7 @@ class CanonicalCheckpoint:
 
     Attributes:
         args: The model's sizes and settings, true to the tensors.
-        weights: Every tensor under its Hugging Face name, with `.weight` at the experts too.
+        weights: Every tensor under the model's name for it.
         layout: How the source held the experts.
         warnings: One sentence per contradiction between config and tensors.
     """
@@ -97,9 +102,14 @@ class CanonicalCheckpoint:
     warnings: list[str]
 
 
-def canonical_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
-    """The names and shapes that a checkpoint of this model has in canonical form."""
-    shapes = {name: array.shape for name, array in tree_flatten(Model(args).parameters())}
+def model_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a model's parameters."""
+    return {name: array.shape for name, array in tree_flatten(Model(args).parameters())}
+
+
+def published_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a published checkpoint: the model's own, but for one kv_b_proj."""
+    shapes = model_shapes(args)
     for name in [name for name in shapes if name.endswith(".embed_q.weight")]:
         num_heads, latent, nope = shapes.pop(name)
         value = shapes.pop(name.replace("embed_q", "unembed_out"))[1]
@@ -134,7 +144,8 @@ def canonicalize(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Cano
     args = ModelArgs.from_dict(
         {**config, **sizes.found, "ffn_type": "block", "tie_word_embeddings": tied}
     )
-    expected = canonical_shapes(args)
+    is_split = sizes.has("self_attn.embed_q.weight")
+    expected = model_shapes(args) if is_split else published_shapes(args)
     _check_names(expected, named, raw_names)
     weights = {}
     for name, shape in expected.items():
@@ -147,10 +158,30 @@ def canonicalize(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Cano
             )
         if not mx.issubdtype(named[name].dtype, mx.floating):
             raise ValueError(f"{raw_names[name]} holds {named[name].element}, not weights.")
-        weights[name] = Weight(named[name], shape, transform)
+        if name.endswith("kv_b_proj.weight"):
+            weights |= _split_heads(name, named[name], args)
+        else:
+            weights[name] = Weight(named[name], shape, transform)
     if bmtrain:
         layout += " (BMTrain)"
     return CanonicalCheckpoint(args, weights, layout, warnings)
+
+
+def _split_heads(name: str, info: TensorInfo, args: ModelArgs) -> dict[str, Weight]:
+    """kv_b_proj, whose rows are [k_nope | v] per head, as the two halves that the model uses."""
+    num_heads, nope, latent = args.num_attention_heads, args.qk_nope_head_dim, args.kv_lora_rank
+    value = info.shape[0] // num_heads - nope
+
+    def keys(array: mx.array) -> mx.array:
+        return array.reshape(num_heads, -1, latent)[:, :nope].swapaxes(1, 2)
+
+    def values(array: mx.array) -> mx.array:
+        return array.reshape(num_heads, -1, latent)[:, nope:]
+
+    return {
+        name.replace("kv_b_proj", "embed_q"): Weight(info, (num_heads, latent, nope), keys),
+        name.replace("kv_b_proj", "unembed_out"): Weight(info, (num_heads, value, latent), values),
+    }
 
 
 def _rename(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -277,7 +308,12 @@ class _Sizes:
 
     def _read_latent_attention(self, num_heads: int) -> int:
         query_rows, q_lora_rank = self.layer_shape("self_attn.q_b_proj.weight", 2)
-        value_rows, kv_lora_rank = self.layer_shape("self_attn.kv_b_proj.weight", 2)
+        if self.has("self_attn.embed_q.weight"):  # a converted folder
+            heads, kv_lora_rank, nope_dim = self.layer_shape("self_attn.embed_q.weight", 3)
+            value_dim = self.layer_shape("self_attn.unembed_out.weight", 3)[1]
+            value_rows = heads * (nope_dim + value_dim)
+        else:
+            value_rows, kv_lora_rank = self.layer_shape("self_attn.kv_b_proj.weight", 2)
         rope_dim = self.layer_shape("self_attn.kv_a_proj_with_mqa.weight", 2)[0] - kv_lora_rank
         # Per head, q_b has nope + rope rows and kv_b has nope + hidden_size / heads.
         heads, rest = divmod(query_rows - value_rows + self.hidden_size, max(rope_dim, 1))

@@ -10,10 +10,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
 from transformers import PreTrainedConfig
 
+from .atomic_folder import MODEL_FILE
 from .checkpoint import open_checkpoint, read_json
-from .convert import MODEL_FILE, convert
+from .checkpoints.folder import Origin
+from .convert import convert
 from .experts import ExpertLinear, QuantizedExpertLinear
-from .hub import Progress, commit_of, download, is_local
+from .hub import Progress, commit_of, download, is_local, snapshot_folder
 from .model import Model, ModelArgs
 from .model_cache import cached_path, folder_state
 
@@ -47,7 +49,8 @@ def load(
         on_progress: Called with a stage ("download", "convert"), bytes done and bytes in all.
 
     Returns:
-        The model, and mlx-lm's tokenizer, or None if the folder has no tokenizer files.
+        The model, whose `origin` says where it came from, and mlx-lm's tokenizer, or None if the
+        folder has no tokenizer files.
 
     Raises:
         ValueError: If the model cannot be used.
@@ -76,10 +79,12 @@ def load(
         if _is_converted(folder):
             return _load_folder(folder, lazy)
         source = str(folder.resolve())
+        checkpoint = Path(source)
         cached = cached_path(source, folder_state(folder), settings)
     else:
         source = str(path_or_repo)
         revision = commit_of(source, revision)
+        checkpoint = snapshot_folder(source, revision)
         cached = cached_path(source, revision, settings)
         if not cached.exists() and _is_converted(
             snapshot := download(source, revision, on_progress)
@@ -87,7 +92,7 @@ def load(
             return _load_folder(snapshot, lazy)
     if not cached.exists():
         convert(source, cached, revision=revision, on_progress=on_progress, **settings)
-    return _load_folder(cached, lazy)
+    return _load_folder(cached, lazy, checkpoint)
 
 
 def model_folder(path: str | Path) -> Path:
@@ -100,7 +105,9 @@ def _is_converted(folder: Path) -> bool:
     return config.is_file() and read_json(config).get("model_file") == MODEL_FILE
 
 
-def _load_folder(folder: Path, lazy: bool) -> tuple[Model, TokenizerWrapper | None]:
+def _load_folder(
+    folder: Path, lazy: bool, checkpoint: Path | None = None
+) -> tuple[Model, TokenizerWrapper | None]:
     open_checkpoint(folder)  # names what is missing or truncated, which mlx-lm does not
     try:
         # Without model_file mlx-lm asks for no trust: the classes are ours, not the folder's.
@@ -112,6 +119,7 @@ def _load_folder(folder: Path, lazy: bool) -> tuple[Model, TokenizerWrapper | No
         )
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded ({str(error)[:200]}).") from error
+    model.origin = Origin(folder, checkpoint or folder)
     if not (folder / "tokenizer.json").exists():
         return model, None
     # Given a config, transformers reads only the tokenizer's own files.

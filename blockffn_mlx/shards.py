@@ -1,9 +1,7 @@
 """Streams canonical weights into safetensors shards, a layer at a time, quantised on the way."""
 
-import json
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +13,6 @@ from .hub import Progress
 from .layouts import LAYER, Weight
 from .model import Model
 
-SHARD_BYTES = 512 << 20  # what is held in memory before it is written
 AFFINE_BITS = (2, 3, 4, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
 MODE_DEFAULTS = {  # mlx-lm's; the modes other than affine have no choice
@@ -89,20 +86,18 @@ def stream(
         on_progress: Told of the bytes read.
     """
     modules = _leaf_modules(model)
-    total, done = sum(weight.info.nbytes for weight in weights.values()), 0
+    total, done = sum(weight.nbytes for weight in weights.values()), 0
     for _, names in groupby(weights, lambda n: match[1] if (match := LAYER.match(n)) else n):
         arrays = {}
         for name in names:
             array = weights[name].read()
             arrays[name] = array.astype(dtype) if dtype is not None else array
             mx.eval(arrays[name])
-            done += weights[name].info.nbytes
+            done += weights[name].nbytes
             if on_progress:
                 on_progress("convert", done, total)
-        if plan:
-            arrays = model.sanitize(arrays)
-            for path in [path for path in plan if f"{path}.weight" in arrays]:
-                _quantize(arrays, path, modules[path], plan[path])
+        for path in [path for path in plan if f"{path}.weight" in arrays]:
+            _quantize(arrays, path, modules[path], plan[path])
         yield arrays
 
 
@@ -118,59 +113,3 @@ def _quantize(arrays: dict[str, mx.array], path: str, module: nn.Module, setting
     module.update({name: mx.array(0.0) for name in module.parameters()})
     mx.eval(packed)
     arrays.update({f"{path}.{name}": array for name, array in packed.items()})
-
-
-class ShardWriter:
-    """Writes arrays as mlx-lm names its shards; notes what a report wants to know.
-
-    Attributes:
-        nbytes: Size of all arrays so far.
-        min_router_norm: Smallest router norm weight so far; None before the first.
-        dtype: Name of the type that the norms are kept in.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.nbytes = 0
-        self.min_router_norm: float | None = None
-        self.dtype = ""
-        self._held: dict[str, mx.array] = {}
-        self._files: list[list[str]] = []
-
-    def add(self, arrays: dict[str, mx.array]):
-        for name, array in arrays.items():
-            held = sum(array.nbytes for array in self._held.values())
-            if self._held and held + array.nbytes > SHARD_BYTES:
-                self._write()
-            self._held[name] = array
-            self.nbytes += array.nbytes
-            if name.endswith("norm.weight"):
-                self.dtype = str(array.dtype).rpartition(".")[2]
-            if name.endswith("router_norm.weight"):
-                smallest = array.min().item()
-                self.min_router_norm = min(smallest, self.min_router_norm or smallest)
-
-    def finish(self, parameters: int):
-        """Writes what is left, gives the shards their names and writes the index."""
-        self._write()
-        count = len(self._files)
-        weight_map = {}
-        for number, names in enumerate(self._files, 1):
-            shard = f"model-{number:05d}-of-{count:05d}.safetensors"
-            shard = "model.safetensors" if count == 1 else shard
-            self._path(number).rename(self.folder / shard)
-            weight_map.update(dict.fromkeys(names, shard))
-        metadata = {"total_size": self.nbytes, "total_parameters": parameters}
-        with open(self.folder / "model.safetensors.index.json", "w", encoding="utf-8") as file:
-            index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-            json.dump(index, file, indent=4)
-
-    def _path(self, number: int) -> Path:
-        return self.folder / f"shard-{number}.safetensors"
-
-    def _write(self):
-        self._files.append(list(self._held))
-        # Through a Python file, so that a full disk is an OSError that says so.
-        with open(self._path(len(self._files)), "wb") as file:
-            mx.save_safetensors(file, self._held, metadata={"format": "mlx"})
-        self._held = {}

@@ -101,7 +101,7 @@ def run_spec(args: argparse.Namespace) -> int:
         raise ValueError("--max-tokens takes 1 or more, --warm-up 0 or more")
     questions = chosen_questions(read_questions(args.questions), args.limit)
     model, tokenizer = load_for_text(args)
-    drafter = make_drafter(args.draft, model, tokenizer, args.model)
+    drafter = make_drafter(args.draft, model, tokenizer)
     if drafter is None:
         raise ValueError("--draft none leaves nothing to compare: give auto, lookup or a path")
     prompt_format = choose_format(tokenizer, is_chat_model(model, tokenizer))

@@ -35,7 +35,7 @@ def draft_options(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[
     Hand the same ones to every turn of a conversation: the drafter follows it, and the policy
     and the counts go on.
     """
-    drafter = make_drafter(args.draft, model, tokenizer, args.model)
+    drafter = make_drafter(args.draft, model, tokenizer)
     if drafter is None:
         return {}
     with loading_progress(MofNCompleteColumn()) as progress:

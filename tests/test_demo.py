@@ -81,7 +81,7 @@ def test_packed_and_unpacked_weights_say_the_same(demo):
 
 def test_its_own_draft_is_accepted_and_changes_nothing(demo):
     model, tokenizer = demo
-    draft = bf.speculative.make_drafter("auto", model, tokenizer, "demo")
+    draft = bf.speculative.make_drafter("auto", model, tokenizer)
     stats, width = bf.speculative.SpeculationStats(), bf.speculative.FixedWidth(16)
     options = dict(draft=draft, draft_width=width, draft_stats=stats)
     messages = [{"role": "user", "content": REQUEST}]

@@ -1,6 +1,7 @@
 """From the flags to the engine: every one arrives, and what cannot work is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from conftest import GOLDEN, tiny_model
 
 import blockffn_mlx as bf
+from blockffn_mlx.checkpoints.folder import Origin
 from blockffn_mlx.cli import draft as draft_flags
 from blockffn_mlx.cli import generate as command
 from blockffn_mlx.speculative import (
@@ -158,12 +160,16 @@ def test_an_eos_inside_an_accepted_path_ends_there(golden):
         assert found[-1].finish_reason == "stop" and cache[0].offset == len(ids) + end + 1
 
 
-def test_auto_takes_the_head_in_the_models_folder(tmp_path, golden):
+def test_auto_takes_the_head_in_the_models_folder(tmp_path, monkeypatch, golden):
     model, _, _ = golden("gqa_block")
+    assert isinstance(make_drafter("auto", tiny_model()), LookupDrafter)
     assert isinstance(make_drafter("auto", model), LookupDrafter)
-    assert isinstance(make_drafter("auto", model, None, tmp_path), LookupDrafter)
-    (tmp_path / "draft").symlink_to(HEAD)
-    assert isinstance(make_drafter("auto", model, None, tmp_path), EagleDrafter)
+    for place in ("folder", "checkpoint"):
+        folders = dict.fromkeys(("folder", "checkpoint"), tmp_path / "none")
+        (tmp_path / place).mkdir()
+        shutil.copytree(HEAD, tmp_path / place / "draft")
+        monkeypatch.setattr(model, "origin", Origin(**{**folders, place: tmp_path / place}))
+        assert isinstance(make_drafter("auto", model), EagleDrafter)
 
 
 def test_a_draft_model_with_another_tokenizer_is_refused(golden, converted):

@@ -90,6 +90,31 @@ def test_finetuning_whole(folder):
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_a_trained_folder_has_all_that_a_converted_one_has(folder):
+    base = folder / "base"
+    config = json.loads((base / "config.json").read_text())
+    assert config["eos_token_id"] == 1 and config["bos_token_id"] == 0
+    assert config["blockffn_mlx"]["source"] == "training"
+    assert set(config["blockffn_mlx"]["files"]) == {file.name for file in base.iterdir()}
+    index = json.loads((base / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_parameters"] == sum(
+        w.size for w in weights_of(bf.load(base)[0]).values()
+    )
+    # What the base carries survives: generation settings, end tokens, "tuned for chat".
+    (base / "generation_config.json").write_text('{"eos_token_id": [1, 7], "temperature": 0.5}')
+    (base / "config.json").write_text(json.dumps({**config, "chat_tuned": True}))
+    model, tokenizer = bf.load(base)
+    save_model(folder / "tuned", model, tokenizer, mx.float32)
+    tuned, tokenizer = bf.load(folder / "tuned")
+    assert tokenizer.eos_token_ids == {1, 7} and tuned.args.chat_tuned
+    config = json.loads((folder / "tuned" / "config.json").read_text())
+    assert config["eos_token_id"] == [1, 7] and config["blockffn_mlx"]["source"] == "base"
+    settings = json.loads((folder / "tuned" / "generation_config.json").read_text())
+    assert settings["temperature"] == 0.5
+    with pytest.raises(ValueError, match="is or contains the source"):
+        save_model(base, model, tokenizer, mx.float32)
+
+
 def test_finetuning_a_quantised_model_needs_lora(folder):
     base = base_model()
     _, config = quantize_model(base, {}, 32, 4, quant_predicate=base.quant_predicate)

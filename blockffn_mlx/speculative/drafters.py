@@ -9,7 +9,7 @@ from mlx_lm.utils import load as load_mlx_lm
 from .. import checkpoint
 from ..checkpoints.eagle_head import build_head, read_frequent, read_head
 from ..hub import download, is_local
-from ..load import load, model_folder
+from ..load import load
 from .cost import pass_cost
 from .eagle_drafter import EagleDrafter
 from .engine import Drafter
@@ -22,19 +22,16 @@ DRAFT_FOLDER = "draft"
 
 
 def make_drafter(
-    spec: str | Path | Drafter | None,
-    model: Any,
-    tokenizer: Any = None,
-    model_path: str | Path | None = None,
+    spec: str | Path | Drafter | None, model: Any, tokenizer: Any = None
 ) -> Drafter | None:
     """The drafter that `spec` names.
 
     Args:
-        spec: "none" or None; "lookup"; "auto": the head in the model folder's `draft`, else
-            lookup; a folder or Hub id of an EAGLE head or a language model; or a drafter.
+        spec: "none" or None; "lookup"; "auto": the head in the `draft` folder of what the model
+            was loaded or converted from, else lookup; a folder or Hub id of an EAGLE head or a
+            language model; or a drafter.
         model: The target.
         tokenizer: The target's tokenizer, which a draft model's has to equal.
-        model_path: What the target was loaded from, for "auto".
 
     Raises:
         ValueError: If the folder holds no draft, or one that does not fit the target.
@@ -42,8 +39,7 @@ def make_drafter(
     if spec is None or spec == "none":
         return None
     if spec == "auto":
-        own = model_folder(model_path or "") / DRAFT_FOLDER
-        spec = own if model_path and own.is_dir() else "lookup"
+        spec = own_draft(model) or "lookup"
     if spec == "lookup":
         return LookupDrafter()
     if not isinstance(spec, (str, Path)):
@@ -71,6 +67,13 @@ def load_draft(path: str | Path, model: Any, draft_vocab: int | None = None) -> 
     config, weights = read_head(path)
     head = build_head(path, config, weights, model)
     return EagleDrafter(head, model, read_frequent(path, model.args.vocab_size, draft_vocab))
+
+
+def own_draft(model: Any) -> Path | None:
+    """The draft head that lies beside a loaded model's weights, or beside those it was made of."""
+    origin = getattr(model, "origin", None)
+    places = (origin.folder, origin.checkpoint) if origin else ()
+    return next((d for place in places if (d := place / DRAFT_FOLDER).is_dir()), None)
 
 
 def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDrafter:

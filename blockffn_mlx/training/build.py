@@ -1,6 +1,5 @@
 """What a run starts from and leaves behind: model, tokenizer and corpus; the finished folder."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,10 +7,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.utils import load_tokenizer
+from mlx_lm.utils import get_total_parameters, load_tokenizer
 
-from ..atomic_folder import atomic_folder
-from ..convert import MODEL_FILE, MODEL_FILE_TEXT
+from ..atomic_folder import check_target
+from ..checkpoint import read_json
+from ..checkpoints.folder import special_ids, write_folder
 from ..model import Model, ModelArgs
 from .config import Data, Initialisation, TrainingConfig
 from .data import Corpus, read_documents, read_files, read_packed, train_tokenizer
@@ -105,6 +105,7 @@ def prepare_finetune(config: TrainingConfig, path_or_repo: str) -> tuple[Model, 
     if config.model:
         raise ValueError("fine-tuning keeps the model's sizes: remove the [model] table.")
     model, tokenizer = load(path_or_repo)
+    check_target(Path(config.output) / "model", overwrite=True, source=model.origin.folder)
     packed = config.data.path and Path(config.data.path[0]).is_dir()
     if tokenizer is None and not packed:
         raise ValueError(f"{path_or_repo} has no tokenizer, which the text needs.")
@@ -142,18 +143,26 @@ def save_model(path: str | Path, model: Model, tokenizer: Any, dtype: mx.Dtype):
     """
     fuse_lora(model)
     weights = dict(tree_flatten(model.parameters()))
-    config = asdict(model.args) | {"model_file": MODEL_FILE}
-    if is_quantized(model):
-        config["quantization"] = config["quantization_config"] = _quantization(model)
-    else:
+    packed = is_quantized(model)
+    if not packed:
         weights = {name: weight.astype(dtype) for name, weight in weights.items()}
-    config["torch_dtype"] = str(dtype).removeprefix("mlx.core.")
-    with atomic_folder(Path(path), overwrite=True) as partial:
-        mx.save_safetensors(str(partial / "model.safetensors"), weights, {"format": "mlx"})
-        (partial / "config.json").write_text(json.dumps(config, indent=4, sort_keys=True))
-        (partial / MODEL_FILE).write_text(MODEL_FILE_TEXT, encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
+    base = getattr(model, "origin", None)
+    origin = {"source": base.folder.name if base else "training", "layout": "trained"}
+    generation_config = base.folder / "generation_config.json" if base else None
+    write_folder(
+        path,
+        [weights],
+        asdict(model.args) | (special_ids(tokenizer) if tokenizer is not None else {}),
+        origin=origin,
+        parameters=get_total_parameters(model),
+        quantization=_quantization(model) if packed else None,
+        generation_config=read_json(generation_config)
+        if generation_config and generation_config.is_file()
+        else None,
+        save_tokenizer=tokenizer.save_pretrained if tokenizer is not None else None,
+        source=base.folder if base else None,
+        overwrite=True,
+    )
 
 
 def _quantization(model: Model) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Training an EAGLE head on a frozen model's hidden states, and writing it."""
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
-from ..atomic_folder import atomic_folder
-from ..convert_draft import DERIVED
+from ..checkpoints.folder import write_head
 from ..load import load
 from ..model import Model
 from ..models.eagle import EagleHead, HeadArgs
@@ -164,9 +161,7 @@ def save_head(path: str | Path, head: EagleHead, dtype: mx.Dtype):
         head: The head.
         dtype: The weights' dtype.
     """
-    fields = asdict(head.args)
-    config = {name: value for name, value in fields.items() if name not in DERIVED}
     weights = {name: w.astype(dtype) for name, w in tree_flatten(head.parameters())}
-    with atomic_folder(Path(path), overwrite=True) as partial:
-        mx.save_safetensors(str(partial / "model.safetensors"), weights, {"format": "mlx"})
-        (partial / "config.json").write_text(json.dumps(config, indent=4))
+    parameters = sum(weight.size for weight in weights.values())
+    origin = {"source": "training"}
+    write_head(path, head.args, weights, origin=origin, parameters=parameters, overwrite=True)

@@ -34,7 +34,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(folder.glob("step-*"), default=None)
 
 
-def load_checkpoint(path: Path) -> tuple[dict, dict]:
+def read_checkpoint(path: Path) -> tuple[dict, dict]:
     """The tree of arrays and the values that `save_checkpoint` wrote."""
     arrays = mx.load(str(path / "arrays.safetensors"))
     state = json.loads((path / "state.json").read_text())

@@ -17,7 +17,7 @@ from .evaluate import evaluate
 from .objective import METRICS, batch_share, objective
 from .sampling import Batch, DocumentPacker, WindowSampler
 from .schedule import AdaptiveFactor, warmup_stable_decay
-from .state import latest_checkpoint, load_checkpoint, save_checkpoint
+from .state import latest_checkpoint, read_checkpoint, save_checkpoint
 from .step import GroupedAdamW, hold_masters, in_compute_dtype, make_step
 
 LOG_FILE = "log.jsonl"
@@ -305,7 +305,7 @@ class Trainer:
         if path is None:
             self._truncate_log(-1)
             return False
-        arrays, state = load_checkpoint(path)
+        arrays, state = read_checkpoint(path)
         saved = {name: array.shape for name, array in tree_flatten(arrays)}
         if saved != {name: array.shape for name, array in tree_flatten(self._arrays())}:
             raise ValueError(f"{path} is of another model: choose another output folder.")
