@@ -10,7 +10,7 @@ from pathlib import Path
 
 from kernels_cells import GROUPS, variants
 
-from blockffn_mlx import kernel_text, kernels
+from blockffn_mlx.kernels import KERNELS, Tile, kernel_text
 
 PRELUDE = """
 typedef unsigned int uint32_t;
@@ -20,7 +20,7 @@ struct Shape { int sizes[10]; int operator[](int i) const { return sizes[i]; } }
 
 def cuda_source(name: str, bits: int | None, template: dict[str, int | bool]) -> str:
     """The text that MLX would make of a projection for bfloat16, without MLX's own headers."""
-    text = kernel_text.kernel_text(name, "cuda", bits is not None)
+    text = kernel_text(KERNELS[name], "cuda", bits is not None)
     parameters = []
     for array in text.input_names:
         packed = array == "active" or bits and array == "weight"
@@ -44,7 +44,7 @@ def cuda_source(name: str, bits: int | None, template: dict[str, int | bool]) ->
 def write_source(variant: dict, folder: Path) -> dict:
     """Writes the text of a variant and returns its manifest entry."""
     template = {
-        **{key.upper(): value for key, value in kernels.Tile(*variant["tile"])._asdict().items()},
+        **{key.upper(): value for key, value in Tile(*variant["tile"])._asdict().items()},
         "EXPERTS": variant["experts"],
         "HIDDEN": variant["hidden_size"],
         "EXPERT_SIZE": variant["expert_size"],

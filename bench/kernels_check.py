@@ -21,9 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 import blockffn_mlx as bf
-from blockffn_mlx import kernels, prefill
-from blockffn_mlx.experts import weigh
-from blockffn_mlx.ffn import chunk_union_ffn, dense_ffn
+from blockffn_mlx import kernels
+from blockffn_mlx.ffn import chunk_union_ffn, weigh
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "tests"))
@@ -111,17 +110,21 @@ def check_combine() -> dict[str, float]:
     operands = random_layer(300, 40, 64, 256, 0.2)
     rows = mx.random.normal((500, 256)).astype(mx.bfloat16)
     places = mx.random.randint(0, 501, (30, 40)).astype(mx.uint32)
-    combined = prefill.combine(rows, places, backend=backend())
+    combined = kernels.combine.launch(rows, places, backend=backend())
     return {
-        "combine": relative_error(combined, float64(prefill.combine_ops(rows, places))),
-        "grouped_ffn": relative_error(grouped(*operands), float64(dense_ffn(*operands))),
+        "combine": relative_error(combined, float64(kernels.combine.twin(rows, places))),
+        "grouped_ffn": relative_error(grouped(*operands), float64(dense(*operands))),
     }
 
 
 def grouped(x, scores, up, down) -> mx.array:
     """The grouped layer, the reading of the loads included."""
-    loads = (scores != 0).sum(axis=0).tolist()
-    return prefill.grouped_ffn(x, scores, up, down, loads, act="silu", backend=backend())
+    return chunk_union_ffn(x, scores, up, down, backend="grouped")
+
+
+def dense(x, scores, up, down) -> mx.array:
+    """Every expert for every token."""
+    return chunk_union_ffn(x, scores, up, down, backend="dense")
 
 
 def bare_dense(x, scores, up, flat_down) -> mx.array:
@@ -134,8 +137,10 @@ def check_golden() -> list[dict]:
     """Logits of every golden model with all feed-forward layers in the kernels."""
     rows = []
     launches = []
-    original = kernels.launch
-    kernels.launch = lambda name, *rest, **kw: launches.append(name) or original(name, *rest, **kw)
+    original = kernels.Call.__call__
+    kernels.Call.__call__ = lambda call, *inputs: (
+        launches.append(call.kernel.name) or original(call, *inputs)
+    )
     for name in GOLDEN:
         source = REPO / "tests" / "data" / "golden" / name
         with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +163,7 @@ def check_golden() -> list[dict]:
                         "layers": len(model.layers),
                     }
                 )
-    kernels.launch = original
+    kernels.Call.__call__ = original
     return rows
 
 
@@ -193,8 +198,8 @@ def time_prefill() -> list[dict]:
                 {
                     "layer": f"{hidden}x{experts}x{size}",
                     "tokens": tokens,
-                    "error": relative_error(grouped(*operands), float64(dense_ffn(*operands))),
-                    "dense_ms": milliseconds(partial(dense_ffn, *operands)),
+                    "error": relative_error(grouped(*operands), float64(dense(*operands))),
+                    "dense_ms": milliseconds(partial(dense, *operands)),
                     "bare_dense_ms": milliseconds(partial(bare_dense, *operands[:3], flat_down)),
                     "grouped_ms": milliseconds(partial(grouped, *operands)),
                 }

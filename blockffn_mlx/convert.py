@@ -14,7 +14,8 @@ from .checkpoints.folder import model_card, special_ids, write_folder
 from .hub import Progress, download, is_local, upload
 from .layouts import canonicalize
 from .model import Model
-from .shards import plan_quantization, quantization_config, resolve_quantization, stream
+from .quantisation import resolve_quantization
+from .shards import plan_quantization, quantization_config, stream
 from .tokenizer import read_tokenizer
 
 DTYPES = ("float16", "bfloat16", "float32")

@@ -12,7 +12,8 @@ from .checkpoints.eagle_head import build_head, frequency_lists, read_head
 from .checkpoints.folder import write_head
 from .convert import ConversionReport
 from .hub import Progress, download, is_local
-from .shards import plan_quantization, quantization_config, resolve_quantization
+from .quantisation import resolve_quantization
+from .shards import plan_quantization, quantization_config
 
 
 def convert_draft(

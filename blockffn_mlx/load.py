@@ -14,7 +14,7 @@ from .atomic_folder import MODEL_FILE
 from .checkpoint import open_checkpoint, read_json
 from .checkpoints.folder import Origin
 from .convert import convert
-from .experts import ExpertLinear, QuantizedExpertLinear
+from .ffn.experts import ExpertLinear, QuantizedExpertLinear
 from .hub import Progress, commit_of, download, is_local, snapshot_folder
 from .model import Model, ModelArgs
 from .model_cache import cached_path, folder_state

@@ -8,41 +8,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from .experts import Quantization, largest_group_size
 from .hub import Progress
 from .layouts import LAYER, Weight
 from .model import Model
-
-AFFINE_BITS = (2, 3, 4, 6, 8)
-AFFINE_GROUP_SIZES = (32, 64, 128)
-MODE_DEFAULTS = {  # mlx-lm's; the modes other than affine have no choice
-    "affine": Quantization(64, 4, "affine"),
-    "mxfp4": Quantization(32, 4, "mxfp4"),
-    "nvfp4": Quantization(16, 4, "nvfp4"),
-    "mxfp8": Quantization(32, 8, "mxfp8"),
-}
-
-
-def resolve_quantization(bits: int | None, group_size: int | None, mode: str) -> Quantization:
-    """Fills in a mode's defaults.
-
-    Raises:
-        ValueError: If MLX has no such quantisation.
-    """
-    if mode not in MODE_DEFAULTS:
-        raise ValueError(f"q_mode {mode!r} is not one of {', '.join(MODE_DEFAULTS)}.")
-    default = MODE_DEFAULTS[mode]
-    chosen = Quantization(group_size or default.group_size, bits or default.bits, mode)
-    if mode == "affine":
-        if chosen.bits not in AFFINE_BITS:
-            raise ValueError(f"q_bits {bits} is not one of {AFFINE_BITS}.")
-        if chosen.group_size not in AFFINE_GROUP_SIZES:
-            raise ValueError(f"q_group_size {group_size} is not one of {AFFINE_GROUP_SIZES}.")
-    elif chosen != default:
-        raise ValueError(
-            f"q_mode {mode} is {default.bits} bits in groups of {default.group_size} only."
-        )
-    return chosen
+from .quantisation import Quantization, largest_group_size
 
 
 def plan_quantization(model: Model, settings: Quantization) -> dict[str, Quantization]:

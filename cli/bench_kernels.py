@@ -9,14 +9,14 @@ import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
+from .. import device
 from ..analysis.passes import trace_layer
-from ..doctor import gpu_backend, random_layer, seconds_per_call
-from ..ffn import choose_backend, chunk_union_ffn
+from ..doctor import seconds_per_call
+from ..ffn import make_plan
 from ..graph import Graph
-from ..kernels import MAX_TOKENS
+from ..kernels import MAX_TOKENS, Sizes, random_layer
 from ..load import model_folder
 from ..predict import CHIPS, find_chip, launch_seconds
-from ..speculative.cost import device_name
 from .common import print_json
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -70,7 +70,7 @@ def check_sizes(args: argparse.Namespace):
     """Takes the sizes from a config.json if one is named, and refuses what makes no layer."""
     values = vars(args)
     if args.dtype is None:
-        args.dtype = "bfloat16" if args.model_chip or gpu_backend() else "float32"
+        args.dtype = "bfloat16" if args.model_chip or device.gpu_backend() else "float32"
     if args.model:
         file = model_folder(args.model) / "config.json"
         if not file.is_file():
@@ -134,22 +134,22 @@ def measurement(args: argparse.Namespace) -> dict[str, Any]:
     """Rows of median microseconds on this machine, dense and union in one run."""
     rows, dtype = [], DTYPES[args.dtype]
     for tokens, active, graph, _ in cells(args):
-        backend = choose_backend(tokens)
         packing = (args.q_bits or 0, args.q_group_size)
-        x, scores, up, down = random_layer(
+        x, _, _, scores, up, down = random_layer(
             tokens, args.num_experts, args.expert_size, args.hidden_size, active, dtype, packing
         )
-        weights = (scores, up, down)
+        weights, chunk = (scores, up, down), Sizes.of(x, up, down)
+        plans = [make_plan(chunk, "silu", backend) for backend in ("auto", "dense")]
         union, dense = (
-            seconds_per_call(lambda x, w=weights, b=b: chunk_union_ffn(x, *w, backend=b), x)
-            for b in (backend, "dense")
+            seconds_per_call(lambda x, p=plan, w=weights: p.run(x, *w), x) for plan in plans
         )
         rows.append(
             {
                 "tokens": tokens,
                 "active": active,
                 "megabytes": graph.bytes(active / args.num_experts) / 1e6,
-                "backend": backend,
+                "strategy": plans[0].strategy,
+                "backend": plans[0].backend or "ops",
                 "union_us": union * 1e6,
                 "dense_us": dense * 1e6,
                 "ratio": union / dense,
@@ -157,8 +157,8 @@ def measurement(args: argparse.Namespace) -> dict[str, Any]:
         )
     return {
         "kind": "measurement",
-        "chip": f"{device_name()}, {args.dtype}",
-        "gpu": gpu_backend() is not None,
+        "chip": f"{device.name()}, {args.dtype}",
+        "gpu": device.gpu_backend() is not None,
         "method": "median time of a call in a chain of dependent calls after a warm-up; the same "
         "layer each time, so a large cache helps",
         "rows": rows,

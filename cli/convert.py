@@ -12,7 +12,7 @@ from ..convert import DTYPES, ConversionReport, convert
 from ..convert_draft import convert_draft
 from ..load import load
 from ..model_cache import cache_folder, cached_models, clear_cache
-from ..shards import AFFINE_BITS, MODE_DEFAULTS
+from ..quantisation import BITS, MODE_DEFAULTS
 from .common import loading_progress, make_parser, print_json, run_main
 
 PROG = "blockffn-convert"
@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--mlx-path", default="mlx_model", help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a model at --mlx-path")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the weights")
-    parser.add_argument("--q-bits", type=int, choices=AFFINE_BITS, help="bits per weight (4)")
+    parser.add_argument("--q-bits", type=int, choices=BITS, help="bits per weight (4)")
     parser.add_argument("--q-group-size", type=int, help="weights per scale (64)")
     parser.add_argument("--q-mode", choices=tuple(MODE_DEFAULTS), default="affine")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the unquantised weights")

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..doctor import TIMED, TOKENS, Verdict, environment, examine
+from ..doctor import Verdict, environment, examine
 from .common import make_parser, print_json, run_main
 
 PROG = "blockffn-doctor"
@@ -56,7 +56,7 @@ def note(facts: dict[str, Any]) -> str:
     if facts["BLOCKFFN_KERNELS"] == "ops":
         return "BLOCKFFN_KERNELS=ops: the kernels are turned off; they are examined all the same."
     if facts["backend_in_use"] == "ops":
-        return "The kernels failed their probe on this machine: the layers run in plain operations."
+        return "MLX computes on the CPU: the layers run in plain operations."
     return f"The layers run in the {facts['backend_in_use']} kernels."
 
 
@@ -69,22 +69,23 @@ def show_facts(console: Console, facts: dict[str, Any]):
     console.print(f"\n{note(facts)}\n")
 
 
-def milliseconds(microseconds: dict[int, float]) -> str:
-    """Two digits or more of each."""
-    values = [us / 1e3 for us in microseconds.values()]
-    return "/".join(f"{ms:.0f}" if ms >= 10 else f"{ms:.2g}" for ms in values)
+def milliseconds(microseconds: float | None) -> str:
+    """Two digits or more."""
+    if microseconds is None:
+        return "-"
+    ms = microseconds / 1e3
+    return f"{ms:.0f}" if ms >= 10 else f"{ms:.2g}"
 
 
 def draw(console: Console) -> list[Verdict]:
     """A line for each verdict; a kernel that failed is explained below the table."""
-    lengths = "/".join(map(str, TIMED))
     table = Table(
         box=None,
         padding=(0, 1, 0, 0),
-        caption=f"Error: the worst of {', '.join(map(str, TOKENS))} tokens. "
-        f"Times: milliseconds at {lengths} tokens, and those of what it is held against.",
+        caption="Error: the worst of the lengths. Times: milliseconds at the longest, and those of "
+        "what it is held against.",
     )
-    for name in ("kernel", "weights", "dtype", "backend"):
+    for name in ("kernel", "weights", "dtype", "backend", "tokens"):
         table.add_column(name, no_wrap=True)
     for name in ("error", "allowed", "ms", "against"):
         table.add_column(name, no_wrap=True, justify="right")
@@ -98,6 +99,7 @@ def draw(console: Console) -> list[Verdict]:
                 v.weights,
                 v.dtype,
                 v.backend,
+                v.tokens,
                 f"{max(v.errors.values()):.0e}" if v.errors else "-",
                 f"{v.tolerance:.0e}",
                 milliseconds(v.microseconds),
@@ -108,6 +110,7 @@ def draw(console: Console) -> list[Verdict]:
     for v in verdicts:
         if v.failure:
             console.print(
-                f"{v.backend} {v.kernel} {v.weights} {v.dtype}: {v.failure}", markup=False
+                f"{v.backend} {v.kernel} {v.weights} {v.dtype} {v.tokens}: {v.failure}",
+                markup=False,
             )
     return verdicts

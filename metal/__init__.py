@@ -1,1 +1,1 @@
-"""The kernels, as Metal source; kernels.py reads them from here."""
+"""The kernels, as Metal source; blockffn_mlx/kernels/ reads them from here."""

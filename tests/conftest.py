@@ -9,6 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 import blockffn_mlx as bf
+from blockffn_mlx.ffn import plan
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 GOLDEN_MODELS = ("gqa_block", "mla_linear", "gqa_bf16_sharded")
@@ -48,6 +49,13 @@ def fastest(measure: Callable[[], float], limit: float) -> float:
 @pytest.fixture(autouse=True)
 def seeded():
     mx.random.seed(7)
+
+
+@pytest.fixture(autouse=True)
+def no_plan_of_another_test():
+    """Tests put other kernels, devices and tile tables in place."""
+    yield
+    plan.forget()
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from unittest.mock import patch
 
 import metal_host
 import mlx.core as mx
 
-from blockffn_mlx import kernels, prefill
-from blockffn_mlx.kernels import DTYPES, TILES, Tile
+from blockffn_mlx.kernels import DTYPES, KERNELS, TILES, Tile
+from blockffn_mlx.quantisation import Packed, Plain
 
 PACKINGS = (None, *product((4, 8), (32, 64, 128)))  # bits and group size
 EXPERTS, EXPERT_SIZE, HIDDEN_SIZE = 40, 128, 256
@@ -66,16 +65,20 @@ class Variant:
 
     def call(self, *operands: mx.array):
         """Calls the kernel's wrapper."""
+        launch, options = KERNELS[self.kernel].launch, {"backend": "metal"}
         if self.kernel == "route":
-            return kernels.route(*operands, eps=1e-5, backend="metal")
+            return launch(*operands, eps=1e-5, **options)
         if self.kernel == "combine":
-            return prefill.combine(*operands, backend="metal")
-        first, second, *weights = operands
-        projection = kernels.up if self.kernel == "up" else kernels.down
-        options = {"act": "silu"} if self.kernel == "up" else {}
-        with patch.object(kernels, "choose_tiles", lambda *_: (self.tile, self.tile)):
-            weights = tuple(weights) if self.packing else weights[0]
-            return projection(first, second, weights, backend="metal", **options)
+            return launch(*operands, **options)
+        first, second, *arrays = operands
+        if self.packing:
+            bits, group_size = self.packing
+            weights = Packed(*arrays, group_size, bits, "affine")
+        else:
+            weights = Plain(*arrays)
+        if self.kernel == "up":
+            options["act"] = "silu"
+        return launch(first, second, weights, tile=self.tile, **options)
 
 
 def variants(table: str = "metal") -> Iterator[Variant]:

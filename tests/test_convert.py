@@ -19,8 +19,9 @@ from torch_files import save_bin
 import blockffn_mlx as bf
 from blockffn_mlx.checkpoint import load_checkpoint, read_json
 from blockffn_mlx.cli.convert import main
-from blockffn_mlx.experts import QuantizedExpertLinear
-from blockffn_mlx.shards import plan_quantization, resolve_quantization
+from blockffn_mlx.ffn.experts import QuantizedExpertLinear
+from blockffn_mlx.quantisation import resolve_quantization
+from blockffn_mlx.shards import plan_quantization
 
 CASES = GOLDEN / "bin_cases"
 
@@ -318,7 +319,7 @@ def test_a_real_full_device_is_an_oserror():
 def test_wrong_flags_end_in_one_line(capsys, monkeypatch, tmp_path):
     source_copy(tmp_path)
     assert_refused(capsys, monkeypatch, tmp_path, "need -q", "--q-bits", "4")
-    assert_refused(capsys, monkeypatch, tmp_path, "invalid choice", "-q", "--q-bits", "5")
+    assert_refused(capsys, monkeypatch, tmp_path, "invalid choice", "-q", "--q-bits", "7")
     assert_refused(capsys, monkeypatch, tmp_path, "q_group_size", "-q", "--q-group-size", "7")
 
 

@@ -1,21 +1,21 @@
 """blockffn-doctor: says what runs here, and that wrong kernels are wrong."""
 
 import json
+from dataclasses import replace
 
 import metal_host
 import mlx.core as mx
 import pytest
 
-from blockffn_mlx import doctor, kernels
+from blockffn_mlx import device, doctor, kernels
 from blockffn_mlx.cli import doctor as command
 
-ON_GPU = doctor.gpu_backend() is not None
+ON_GPU = device.gpu_backend() is not None
 
 
 @pytest.fixture(autouse=True)
 def few_checks(monkeypatch):
     monkeypatch.setattr(doctor, "TOKENS", (1, 8))
-    monkeypatch.setattr(doctor, "TIMED", (1,))
     monkeypatch.setattr(doctor, "SIZES", (9, 32, 64, 4))
     monkeypatch.setattr(doctor, "seconds_per_call", lambda function, x: 1e-6)
 
@@ -44,13 +44,10 @@ def test_json_is_one_document(monkeypatch, capsys):
 
 @pytest.mark.parametrize("fault", [1.001, float("nan")])
 def test_a_wrong_result_is_status_1(monkeypatch, capsys, fault):
-    right = doctor.LayerSubject.results
-    monkeypatch.setattr(
-        doctor.LayerSubject,
-        "results",
-        lambda self, backend: [y * fault if backend == "ops" else y for y in right(self, backend)],
-    )
-    monkeypatch.setattr(doctor, "gpu_backend", lambda: None)
+    right = doctor.layer_launch
+    wrong = replace(doctor.LAYER, launch=lambda *a, **k: right(*a, **k) * fault)
+    monkeypatch.setattr(doctor, "LAYER", wrong)
+    monkeypatch.setattr(device, "gpu_backend", lambda: None)
     status, out = run(monkeypatch, capsys)
     assert status == 1 and "WRONG" in out
 
@@ -59,30 +56,31 @@ def test_a_kernel_that_does_not_build_is_status_1(monkeypatch, capsys):
     """Without Metal a Metal kernel cannot run: that is a verdict, not a traceback."""
     if mx.metal.is_available():
         pytest.skip("builds here")
-    monkeypatch.setattr(doctor, "gpu_backend", lambda: "metal")
+    monkeypatch.setattr(device, "gpu_backend", lambda: "metal")
     status, out = run(monkeypatch, capsys)
     assert status == 1 and "WRONG" in out and "No Metal back-end" in out
 
 
 @pytest.mark.skipif(ON_GPU, reason="the kernels run on this GPU")
 @pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)
-@pytest.mark.parametrize("wrong", [None, "up", "down"])
+@pytest.mark.parametrize("wrong", [None, *kernels.KERNELS])
 def test_metal_kernels_in_the_harness(monkeypatch, wrong):
-    monkeypatch.setattr(doctor, "TIMED", ())
+    """Every kernel in every tile class has its line, and a wrong one is found."""
+    monkeypatch.setattr(doctor, "PACKINGS", {"plain": (0, 0), "4-bit": (4, 32)})
     monkeypatch.setattr(doctor, "TOLERANCE", {mx.float16: 2e-3})
-    if wrong:  # the kernel drops the last active expert
-        right = getattr(kernels, wrong)
+    original = kernels.Call.__call__
 
-        def drops_one(a, b, *rest, **settings):
-            if wrong == "down":
-                return right(a, mx.concatenate([b[:1] - 1, b[1:]]), *rest, **settings)
-            h, active = right(a, b, *rest, **settings)
-            return h, mx.concatenate([active[:1] - 1, active[1:]])
+    def spoiled(call, *inputs):
+        outputs = original(call, *inputs)
+        return [y + 0.5 * (call.kernel.name == wrong) for y in outputs]
 
-        monkeypatch.setattr(kernels, wrong, drops_one)
+    monkeypatch.setattr(kernels.Call, "__call__", spoiled)
     kernels.build_kernel.cache_clear()
     with metal_host.harness() as runs:
         verdicts = list(doctor.examine("metal"))
     kernels.build_kernel.cache_clear()
-    assert runs and [v.kernel for v in verdicts] == ["up"] * 3 + ["down"] * 3
+    assert runs and {v.kernel for v in verdicts} == set(kernels.KERNELS)
+    for name, kernel in kernels.KERNELS.items():
+        tokens = [v.tokens for v in verdicts if v.kernel == name]
+        assert len(tokens) == (2 * len(kernels.TILES["metal"]) if kernel.projection else 1)
     assert all(v.right == (v.kernel != wrong) for v in verdicts)

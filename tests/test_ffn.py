@@ -8,8 +8,10 @@ import pytest
 from ffn_cases import TOLERANCE, relative_error
 
 import blockffn_mlx as bf
-from blockffn_mlx.experts import ExpertLinear, infer_quantization, largest_group_size
-from blockffn_mlx.ffn import BlockFFN, choose_backend, chunk_union_ffn
+from blockffn_mlx import device
+from blockffn_mlx.ffn import BlockFFN, ExpertLinear, chunk_union_ffn, make_plan
+from blockffn_mlx.kernels import Sizes
+from blockffn_mlx.quantisation import expert_weights, largest_group_size
 
 BACKENDS = ("dense", "ops")
 
@@ -108,15 +110,15 @@ def layer(**overrides) -> BlockFFN:
 
 def test_router_order_and_mean_over_all_experts():
     """ReLU first, then a root mean square over all experts, zeros included."""
-    scores = layer().route(mx.array([[3.0, -9.0, -1.0, 0.0]]))
+    scores = layer().finish(mx.array([[3.0, -9.0, -1.0, 0.0]]))
     np.testing.assert_allclose(scores, [[2.0, 0, 0, 0]], rtol=1e-5)
-    scores = layer(norm_after_router="sum", norm_scale=2.0).route(mx.array([[1.0, 3, -5, 0]]))
+    scores = layer(norm_after_router="sum", norm_scale=2.0).finish(mx.array([[1.0, 3, -5, 0]]))
     np.testing.assert_allclose(scores, [[1 / 8, 3 / 8, 0, 0]], rtol=1e-4)
-    assert layer(norm_after_router="none").route(mx.array([-1.0, 2.0])).tolist() == [0, 2]
+    assert layer(norm_after_router="none").finish(mx.array([-1.0, 2.0])).tolist() == [0, 2]
 
 
 def test_small_rows_are_damped_by_eps():
-    scores = layer().route(mx.array([[1e-4, 0, 0, 0]]))
+    scores = layer().finish(mx.array([[1e-4, 0, 0, 0]]))
     assert scores[0, 0].item() == pytest.approx(1e-4 / (2.5e-9 + 1e-5) ** 0.5, rel=1e-3)
 
 
@@ -124,7 +126,7 @@ def test_small_rows_are_damped_by_eps():
 def test_negative_router_norm_weight_stays_active(backend):
     ffn = layer()
     ffn.router_norm.weight = mx.array([1.0, -1.0, 1.0, 1.0])
-    scores = ffn.route(mx.array([[0.0, 2.0, 0.0, 1.0]]))
+    scores = ffn.finish(mx.array([[0.0, 2.0, 0.0, 1.0]]))
     assert scores[0, 1].item() < 0
     x, operands = mx.random.normal((1, 8)), (ffn.up_proj.weight, ffn.down_proj.weight)
     out = chunk_union_ffn(x, scores, *operands, backend=backend)
@@ -165,15 +167,25 @@ def test_sparse_path_has_gradients():
 
 
 def test_one_place_chooses(monkeypatch):
-    monkeypatch.setattr(bf.kernels, "available_backend", lambda: "metal")
-    assert choose_backend(1) == choose_backend(64) == "metal"
-    assert choose_backend(65) == choose_backend(8, training=True) == "dense"
-    for device, backends in (("cpu", "grouped"), ("metal", "dense"), ("cuda", "dense")):
-        monkeypatch.setattr(bf.ffn, "device_kind", lambda device=device: device)
-        assert choose_backend(128) == backends
-    assert choose_backend(8, batch_size=2) == "ops"
-    monkeypatch.setattr(bf.kernels, "available_backend", lambda: None)
-    assert choose_backend(1) == "ops"
+    x, scores, up, down = case(1, expert_size=32, hidden_size=64)
+    weights = [expert_weights(w, x.shape[-1]) for w in (up, down)]
+
+    def chosen(num_tokens: int, **settings) -> tuple[str, str | None]:
+        sizes = Sizes.of(x, *weights)._replace(num_tokens=num_tokens)
+        plan = make_plan(sizes, "silu", **settings)
+        assert plan is make_plan(sizes, "silu", **settings)
+        return plan.strategy, plan.backend
+
+    monkeypatch.setattr(device, "kernel_backend", lambda: "metal")
+    assert chosen(1) == chosen(64) == ("union", "metal")
+    assert chosen(8, training=True) == ("dense", None)
+    for name, strategy in (("cpu", "grouped"), ("metal", "dense"), ("cuda", "dense")):
+        monkeypatch.setattr(device, "compute_backend", lambda name=name: name)
+        assert chosen(128)[0] == strategy
+    monkeypatch.setattr(device, "compute_backend", lambda: "cpu")
+    assert chosen(8, batch_size=2) == ("union", None)
+    monkeypatch.setattr(device, "kernel_backend", lambda: None)
+    assert chosen(1) == ("union", None)
 
 
 def test_bad_arguments_are_named():
@@ -188,17 +200,18 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="4 bits and groups of 32, not 8 and 32"):
         chunk_union_ffn(x, scores, *packed, group_size=32, bits=8)
     with pytest.raises(ValueError, match="do not fit width"):
-        infer_quantization((mx.zeros((2, 4, 5)), mx.zeros((2, 4, 1))), 64)
+        expert_weights((mx.zeros((2, 4, 5)), mx.zeros((2, 4, 1))), 64)
 
 
 def test_expert_quantisation_takes_the_largest_group_that_divides():
     assert [largest_group_size(w, 64) for w in (128, 96, 40)] == [64, 32, None]
     packed = ExpertLinear(96, 16, 3).to_quantized(64, 4)
-    assert packed.group_size == 32 and len(packed.weights) == 3
-    assert infer_quantization(packed.weights, 96) == (32, 4, "affine")
+    assert packed.weights.format.packing == (32, 4, "affine")
+    assert packed.weights.shape == (3, 16, 96)
+    assert expert_weights(packed.weights.arrays, 96).format == packed.weights.format
     for mode, group_size, bits in (("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)):
         weights = tuple(mx.quantize(mx.random.normal((2, 8, 64)), group_size, bits, mode=mode))
-        assert infer_quantization(weights, 64) == (group_size, bits, mode)
+        assert expert_weights(weights, 64).format.packing == (group_size, bits, mode)
     with pytest.raises(ValueError, match="width 40"):
         ExpertLinear(40, 16, 3).to_quantized(64, 4)
 

@@ -13,10 +13,13 @@ from demo_text import PASSAGE, greedy
 from ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error
 
 import blockffn_mlx as bf
-from blockffn_mlx import doctor, kernels
+from blockffn_mlx import device, doctor, kernels
 from blockffn_mlx.analysis.sparsity import sparsity_of_scores
+from blockffn_mlx.ffn import make_plan, plan
+from blockffn_mlx.kernels import probe
 from blockffn_mlx.load import DEMO_FOLDER, load
 from blockffn_mlx.models.activation import record_router_scores
+from blockffn_mlx.quantisation import Quantization, expert_weights
 
 ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
 BACKEND = "cuda" if mx.cuda.is_available() else "metal"
@@ -121,16 +124,34 @@ def test_large_sizes(size):
 
 @pytest.mark.parametrize("packing", doctor.PACKINGS.values(), ids=doctor.PACKINGS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_kernels_match_their_twins(dtype, packing):
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_every_kernel_matches_its_twin(name, dtype, packing):
     """At sizes that are no multiple of a tile: 13 tokens, 11 active experts of 37."""
-    operands = doctor.random_layer(13, 37, 96, 160, 11, dtype, packing)
-    for kind in (doctor.UpSubject, doctor.DownSubject):
-        subject = kind(*operands)
-        exact = subject.widened().results("ops")
-        with running():
-            found = subject.results(BACKEND)
-            mx.eval(found)
-        assert doctor.relative_error(found, exact) < TOLERANCE[dtype]
+    kernel = kernels.KERNELS[name]
+    if packing[0] and not kernel.projection:
+        pytest.skip("takes no weights")
+    sample = kernel.sample(kernels.random_layer(13, 37, 96, 160, 11, dtype, packing))
+    with running("check") as runs:
+        found = kernel.run(sample, BACKEND)
+        mx.eval(found)
+    assert doctor.relative_error(found, kernel.run(sample.widened())) < TOLERANCE[dtype]
+    assert ON_GPU or name == "up" or runs[-1].counters.unwritten == 0
+
+
+@pytest.mark.parametrize("experts", [1, 3, 40, 180, 256])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_route_finds_the_same_experts(dtype, experts):
+    logits = mx.random.normal((5, experts)).astype(dtype)
+    logits[2] = -1  # a token without any expert
+    weight = mx.random.normal((experts,)).astype(dtype)  # of either sign
+    with running("check"):
+        scores = kernels.route.launch(logits, weight, eps=1e-5, backend=BACKEND)
+        mx.eval(scores)
+    expected = kernels.route.twin(logits, weight, eps=1e-5)
+    assert not mx.any(scores[2])
+    assert mx.array_equal(scores != 0, expected != 0)
+    limit = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 1e-2}[dtype]
+    assert mx.abs(scores - expected).max() <= limit * mx.abs(expected).max()
 
 
 # one case for each tile size, plain and packed, all dtypes
@@ -162,6 +183,7 @@ def test_every_access_is_sound_and_metal_would_take_the_source(case):
 def test_threadgroups_that_take_several_tiles(case, monkeypatch):
     """With more tiles than threadgroups, each one uses its scratch again."""
     monkeypatch.setitem(kernels.MAX_THREADS, BACKEND, 3 * 256)
+    plan.forget()
     runs = check(case, "check", order="shuffled")
     assert runs[0].counters.threads <= 3 * 256
 
@@ -213,7 +235,8 @@ def test_golden_model(golden, monkeypatch, name):
     """The original code's logits, with every feed-forward layer in the kernels."""
     model, _, expected = golden(name)
     ids = mx.array(expected["input_ids"][:1])
-    monkeypatch.setattr(kernels, "available_backend", lambda: BACKEND)
+    monkeypatch.setattr(device, "kernel_backend", lambda: BACKEND)
+    monkeypatch.setattr(probe, "works", lambda *_, **__: True)
     with running() as runs:
         logits = model(ids)
         mx.eval(logits)
@@ -253,11 +276,12 @@ def test_negative_router_norm_weights(monkeypatch):
     layer.router_norm.weight = mx.where(mx.arange(9) % 2 == 0, -1.5, 0.5)
     layer.eval()
     x = mx.random.normal((1, 5, 64))
-    scores = layer.route(layer.router_proj(x))
+    scores = layer.scores(x)
     assert (scores < 0).any().item() and (scores > 0).any().item()
-    monkeypatch.setattr(kernels, "available_backend", lambda: None)
+    monkeypatch.setattr(device, "kernel_backend", lambda: None)
     expected = layer(x)
-    monkeypatch.setattr(kernels, "available_backend", lambda: BACKEND)
+    monkeypatch.setattr(device, "kernel_backend", lambda: BACKEND)
+    monkeypatch.setattr(probe, "works", lambda *_, **__: True)
     with running():
         out = layer(x)
         mx.eval(out)
@@ -265,39 +289,65 @@ def test_negative_router_norm_weights(monkeypatch):
 
 
 @pytest.fixture
-def fresh_probe():
-    kernels.probe.cache_clear()
+def fresh_probe(monkeypatch):
+    monkeypatch.setattr(probe, "SIZES", (9, 32, 128, 5))
+    probe.verdict.cache_clear()
     yield
-    kernels.probe.cache_clear()
+    probe.verdict.cache_clear()
 
 
-def test_probe_lets_right_kernels_pass(fresh_probe):
+PACKED = Quantization(32, 4, "affine")
+
+
+@pytest.mark.parametrize("packing", [None, PACKED])
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_probe_lets_right_kernels_pass(fresh_probe, name, packing):
+    with running() as runs:
+        assert probe.works(kernels.KERNELS[name], 5, mx.float16, packing, backend=BACKEND)
+        assert ON_GPU or {run.name.removesuffix("_affine") for run in runs} == {f"blockffn_{name}"}
+
+
+def test_probe_stops_one_tile_class_of_a_wrong_kernel(fresh_probe, monkeypatch):
+    """Off by a tenth beyond 8 tokens: only those classes are turned off, and named."""
+    original = kernels.Call.__call__
+
+    def wrong(call, *inputs):
+        outputs = original(call, *inputs)
+        tokens = dict(call.template).get("TOKENS", 0)
+        return [outputs[0] * 1.1] if call.kernel.name == "down" and tokens > 8 else outputs
+
+    monkeypatch.setattr(kernels.Call, "__call__", wrong)
     with running():
-        assert kernels.probe(BACKEND)
-
-
-def test_probe_stops_wrong_kernels(fresh_probe, monkeypatch):
-    right = kernels.down
-    monkeypatch.setattr(kernels, "down", lambda *a, **k: right(*a, **k) * 1.1)
-    with running(), pytest.warns(UserWarning, match="wrong results"):
-        assert not kernels.probe(BACKEND)
+        assert probe.works(kernels.KERNELS["down"], 8, mx.float32, backend=BACKEND)
+        with pytest.warns(UserWarning, match=r"down for 9 to 16 tokens in float32 gives wrong"):
+            assert not probe.works(kernels.KERNELS["down"], 9, mx.float32, backend=BACKEND)
+        assert probe.works(kernels.KERNELS["up"], 9, mx.float32, backend=BACKEND)
 
 
 @in_harness
-def test_probe_stops_kernels_that_do_not_run(fresh_probe):
+def test_probe_stops_kernels_that_do_not_run(fresh_probe, monkeypatch):
+    monkeypatch.setattr(device, "gpu_backend", lambda: "metal")
     kernels.build_kernel.cache_clear()
-    with pytest.warns(UserWarning, match="do not run here.*No Metal back-end"):
-        assert not kernels.probe("metal")
+    with pytest.warns(UserWarning, match="does not run.*No Metal back-end"):
+        assert not probe.works(kernels.KERNELS["up"], 1, mx.float32, backend="metal")
+
+
+@in_harness
+def test_nothing_is_asked_where_the_gpu_is_elsewhere():
+    """A graph that is made here for a Mac has the kernels in it."""
+    assert probe.works(kernels.KERNELS["up"], 1, mx.float32, backend="metal")
 
 
 def test_environment_turns_kernels_off(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(kernels, "probe", lambda backend: True)
-    monkeypatch.delenv("BLOCKFFN_KERNELS", raising=False)
-    assert kernels.available_backend() == "metal"
-    monkeypatch.setenv("BLOCKFFN_KERNELS", "ops")
-    assert kernels.available_backend() is None
+    for value, expected in ((None, "metal"), ("ops", None)):
+        device.kernels_turned_off.cache_clear()
+        monkeypatch.delenv("BLOCKFFN_KERNELS", raising=False)
+        if value:
+            monkeypatch.setenv("BLOCKFFN_KERNELS", value)
+        assert device.kernel_backend() == kernels.available_backend() == expected
+    device.kernels_turned_off.cache_clear()
 
 
 COVERED = Case(5, 9, 32, 64)
@@ -312,11 +362,19 @@ NOT_COVERED = {
 
 @pytest.mark.parametrize("name", NOT_COVERED)
 def test_what_the_kernels_do_not_cover_goes_to_plain_operations(name, monkeypatch):
-    monkeypatch.setattr(kernels, "available_backend", lambda: "metal")
-    monkeypatch.setattr(kernels, "union_ffn", None)  # called: an error
-    assert kernels.covers(*COVERED.operands()[:4])
+    monkeypatch.setattr(device, "kernel_backend", lambda: "metal")
     x, scores, up, down, _ = NOT_COVERED[name].operands()
-    assert not kernels.covers(x, scores, up, down)
+    weights = [expert_weights(up, x.shape[1]), expert_weights(down, NOT_COVERED[name].expert_size)]
+    sizes = kernels.Sizes.of(x, *weights)
+    assert not kernels.covers(sizes) and kernels.covers(covered_sizes())
+    assert make_plan(sizes, "silu").up is None and make_plan(covered_sizes(), "silu").up
     out = bf.ffn.chunk_union_ffn(x, scores, up, down)
     expected = bf.ffn.chunk_union_ffn(x, scores, up, down, backend="dense")
     assert relative_error(out, float64(expected)) < TOLERANCE[mx.float32]
+    with pytest.raises(ValueError, match="the kernels take"):
+        bf.ffn.chunk_union_ffn(x, scores, up, down, backend="metal")
+
+
+def covered_sizes() -> kernels.Sizes:
+    x, _, up, down, _ = COVERED.operands()
+    return kernels.Sizes.of(x, expert_weights(up, 64), expert_weights(down, 32))

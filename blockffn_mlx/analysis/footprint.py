@@ -1,13 +1,14 @@
 """What a model needs in memory, and what the machine has for it."""
 
-import os
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..device import machine_memory
 from ..model import ModelArgs
+from ..quantisation import BITS
 
 # Bits per weight that a scale and a bias of 16 bits add in groups of 64.
 GROUP_BITS = 0.5
@@ -46,7 +47,7 @@ class MemoryNeed:
         Bytes are an estimate: the router and the norms are never quantised.
         """
         present = self.bits + GROUP_BITS * self.quantized
-        for bits in (8, 6, 5, 4, 3, 2):
+        for bits in reversed(BITS):
             size = int(self.weights * (bits + GROUP_BITS) / present)
             if size + self.cache <= self.limit:
                 return bits, size
@@ -72,13 +73,3 @@ def cache_width(args: ModelArgs) -> int:
     if args.attention_type == "mla":
         return args.num_hidden_layers * (args.kv_lora_rank + args.qk_rope_head_dim)
     return args.num_hidden_layers * 2 * args.num_key_value_heads * args.head_dim
-
-
-def machine_memory() -> int:
-    """Bytes that a model may fill on this machine, or 0 if that cannot be found out."""
-    if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError, AttributeError):
-        return 0

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from ..device import name as device_name
 from ..model_cache import cache_folder
 from .tree import MAX_NODES, Tree
 from .verify import target_pass
@@ -178,9 +179,3 @@ def fingerprint(model: Any) -> str:
     facts = (device_name(), mx.__version__, asdict(model.args), backends, sorted(parameters))
     described = repr(facts)
     return hashlib.sha256(described.encode()).hexdigest()[:16]
-
-
-def device_name() -> str:
-    """The device that MLX computes on, by name."""
-    device = mx.default_device()
-    return f"{device.type.name} {mx.device_info(device).get('device_name', '')}".strip()

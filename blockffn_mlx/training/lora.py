@@ -7,7 +7,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
-from ..experts import ExpertLinear, QuantizedExpertLinear, dequantized
+from ..ffn.experts import ExpertLinear, QuantizedExpertLinear
+from ..quantisation import Plain
 from .config import Lora
 
 
@@ -30,15 +31,15 @@ class LoRAExpertLinear(nn.Module):
         self.lora_b = mx.zeros((num_experts, output_dims, rank))
 
     @property
-    def weights(self) -> mx.array:
-        """The updated projection [E, out, in], as ffn.py takes it."""
-        base = dequantized(self.linear.weights, self.input_dims)
-        return base + (self.scale * (self.lora_b @ self.lora_a)).astype(base.dtype)
+    def weights(self) -> Plain:
+        """The updated projection, as the layer takes it."""
+        base = self.linear.weights.plain()
+        return Plain(base + (self.scale * (self.lora_b @ self.lora_a)).astype(base.dtype))
 
     def fuse(self) -> nn.Module:
         """The base with the update merged in, quantised if it was."""
         fused = ExpertLinear(1, 1, 1)
-        fused.weight = self.weights
+        fused.weight = self.weights.plain()
         if isinstance(self.linear, QuantizedExpertLinear):
             return fused.to_quantized(self.linear.group_size, self.linear.bits, self.linear.mode)
         return fused

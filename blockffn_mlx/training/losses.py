@@ -7,6 +7,8 @@ Table 5, in the form of the authors' training code.
 
 import mlx.core as mx
 
+from ..ffn.router import normalised
+
 EPS = 1e-5
 
 
@@ -19,11 +21,7 @@ def routing_pattern(router_logits: mx.array, norm: str = "rms", eps: float = EPS
             the learned weight; "sum" and "none" take it as it is.
         eps: The epsilon of the RMS norm and of the division.
     """
-    active = mx.maximum(router_logits.astype(mx.float32), 0)
-    if norm == "rms":
-        active = active * mx.rsqrt(active.square().mean(-1, keepdims=True) + eps)
-    elif norm not in ("sum", "none"):
-        raise ValueError(f"Unknown router norm {norm!r}: use 'rms', 'sum' or 'none'.")
+    active = normalised(router_logits.astype(mx.float32), norm, eps=eps)
     return active / (active.sum(-1, keepdims=True) + eps)
 
 

@@ -1,4 +1,4 @@
-"""The feed-forward layer over many tokens, grouped by expert: what a long prompt takes.
+"""Each expert for its own tokens, grouped by expert: what a long prompt takes.
 
 At 80% token-level sparsity four fifths of a dense layer is multiplication by zero. Here each expert
 sees its own tokens only, padded to the most that any expert of its class has.
@@ -6,16 +6,42 @@ sees its own tokens only, padded to the most that any expert of its class has.
 
 import mlx.core as mx
 
-from . import kernels
-from .experts import weigh
+from ..kernels import combine
+from ..quantisation import ExpertWeights
+from .dense import dense_ffn
+from .experts import host_values, weigh
 
-SIMDGROUPS = 8  # of a threadgroup of the combining kernel
 ROW_STEP = 32  # rows of an expert are padded to a multiple of this
 # Experts are padded in classes of similar load, so that a busy few do not pad all the others.
 NUM_CLASSES = 4
+# No more than this share of the dense layer's rows may remain, padding included.
+MAX_SHARE = 0.5
 
 
 def grouped_ffn(
+    x: mx.array,
+    scores: mx.array,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    *,
+    act: str = "silu",
+    backend: str | None = None,
+) -> mx.array:
+    """Computes each expert for its own tokens where that saves enough, else every expert.
+
+    Shapes as in `union_ffn`. Reads the experts' loads on the host, once.
+
+    Args:
+        x, scores, up, down, act: As in `union_ffn`.
+        backend: Whose kernel sums a token's rows; None for plain operations.
+    """
+    loads = host_values((scores != 0).sum(axis=0))
+    if loads is None or padded_rows(loads) > MAX_SHARE * scores.size:
+        return dense_ffn(x, scores, up, down, act=act)
+    return by_expert(x, scores, up.plain(), down.plain(), loads, act=act, backend=backend)
+
+
+def by_expert(
     x: mx.array,
     scores: mx.array,
     up: mx.array,
@@ -51,7 +77,7 @@ def grouped_ffn(
 
 
 def padded_rows(loads: list[int]) -> int:
-    """Rows that `grouped_ffn` computes, padding included; a dense layer computes T * E."""
+    """Rows that `by_expert` computes, padding included; a dense layer computes T * E."""
     return sum(len(experts) * class_rows(loads, experts) for experts in load_classes(loads))
 
 
@@ -90,7 +116,7 @@ def padded_ffn(
     act: str,
     backend: str | None,
 ) -> mx.array:
-    """`grouped_ffn` for experts that have at most `rows` tokens each, in two batched products."""
+    """`by_expert` for experts that have at most `rows` tokens each, in two batched products."""
     num_tokens, num_experts = scores.shape
     active = scores != 0
     # Where a token stands among its expert's rows; row r of expert e is number e * rows + r.
@@ -106,43 +132,9 @@ def padded_ffn(
     hidden = x[tokens] @ up.swapaxes(1, 2)  # [E, rows, d]
     hidden = weigh(hidden, weights, act)
     outputs = (hidden @ down.swapaxes(1, 2)).reshape(spare, -1)
-    if backend is None or num_experts > kernels.MAX_EXPERTS or x.shape[-1] % 32:
+    if backend is None:
         # Padding adds zeros to token 0.
         summed = mx.zeros(x.shape, mx.float32).at[tokens.flatten()].add(outputs)
         return summed.astype(x.dtype)
-    return combine(outputs, mx.where(active, place + 1, 0).astype(mx.uint32), backend=backend)
-
-
-def combine(rows: mx.array, places: mx.array, *, backend: str) -> mx.array:
-    """Sums the rows of each token, in the order of its experts.
-
-    Args:
-        rows: [P, H].
-        places: [T, E] uint32, 1 + the row that an expert made for a token, or 0.
-        backend: "metal" or "cuda".
-
-    Returns:
-        [T, H], in the dtype of rows.
-    """
-    num_tokens, num_experts = places.shape
-    threads = 32 * SIMDGROUPS
-    (y,) = kernels.build_kernel("combine", backend)(
-        inputs=[rows, places],
-        template=[
-            ("T", rows.dtype),
-            ("EXPERTS", num_experts),
-            ("HIDDEN", rows.shape[-1]),
-            ("SIMDGROUPS", SIMDGROUPS),
-        ],
-        grid=(num_tokens * threads, 1, 1),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(num_tokens, rows.shape[-1])],
-        output_dtypes=[rows.dtype],
-    )
-    return y
-
-
-def combine_ops(rows: mx.array, places: mx.array) -> mx.array:
-    """`combine` in plain operations."""
-    padded = mx.concatenate([mx.zeros((1, rows.shape[-1]), mx.float32), rows.astype(mx.float32)])
-    return padded[places].sum(axis=1).astype(rows.dtype)
+    places = mx.where(active, place + 1, 0).astype(mx.uint32)
+    return combine.launch(outputs, places, backend=backend)

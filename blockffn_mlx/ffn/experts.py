@@ -1,0 +1,79 @@
+"""The experts: their projections, each in one tensor, plain or packed, and what lies between."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..kernels.up import ACTIVATIONS
+from ..quantisation import ExpertWeights, Packed, Plain, largest_group_size, quantized
+
+
+def weigh(hidden: mx.array, scores: mx.array, act: str) -> mx.array:
+    """act(hidden) * score with hidden [..., d] and scores [...]; exactly 0 where the score is 0."""
+    scores = scores[..., None]
+    return mx.where(scores != 0, ACTIVATIONS[act](hidden) * scores, mx.zeros_like(scores))
+
+
+def host_values(array: mx.array) -> list | None:
+    """The values of an array, or None inside mx.compile or mx.vmap, where they cannot be read."""
+    try:
+        # MLX has no question "is this traced?": reading a value is how one finds out.
+        return array.tolist()
+    except ValueError:
+        return None
+
+
+class ExpertLinear(nn.Module):
+    """A linear map per expert without bias, as one tensor `weight` [E, output_dims, input_dims]."""
+
+    def __init__(self, input_dims: int, output_dims: int, num_experts: int):
+        super().__init__()
+        scale = math.sqrt(1 / input_dims)
+        self.weight = mx.random.uniform(-scale, scale, (num_experts, output_dims, input_dims))
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """What the functional forms take."""
+        return Plain(self.weight)
+
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+    ) -> "QuantizedExpertLinear":
+        """Quantises along the input axis, in the largest group up to `group_size` that divides it.
+
+        Raises:
+            ValueError: If no group size divides the input width.
+        """
+        group_size, bits = group_size or 64, bits or 4
+        width = self.weight.shape[-1]
+        fitting = largest_group_size(width, group_size)
+        if fitting is None:
+            raise ValueError(f"no quantisation group divides the expert width {width}")
+        return QuantizedExpertLinear(self.weight, fitting, bits, mode)
+
+
+class QuantizedExpertLinear(nn.Module):
+    """ExpertLinear in MLX's packed form: `weight` uint32, `scales` and, if affine, `biases`."""
+
+    def __init__(self, weight: mx.array, group_size: int, bits: int, mode: str = "affine"):
+        super().__init__()
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        packed = quantized(weight, group_size, bits, mode)
+        self.weight, self.scales = packed.weight, packed.scales
+        if packed.biases is not None:
+            self.biases = packed.biases
+        self.freeze()
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """What the functional forms take."""
+        biases = self.get("biases")
+        return Packed(self.weight, self.scales, biases, self.group_size, self.bits, self.mode)
+
+    def to_dequantized(self) -> ExpertLinear:
+        """The plain layer."""
+        num_experts, output_dims, width = self.weights.shape
+        plain = ExpertLinear(width, output_dims, num_experts)
+        plain.weight = self.weights.plain()
+        return plain

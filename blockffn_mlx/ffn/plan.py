@@ -1,0 +1,167 @@
+"""What a layer does for a chunk: the one place that decides, once per layer, length and dtype."""
+
+from functools import cache
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .. import device
+from ..kernels import MAX_EXPERTS, MAX_TOKENS, Call, Sizes, covers, down, probe, route, up
+from ..kernels.registry import KERNELS
+from ..quantisation import ExpertWeights
+from .dense import dense_ffn
+from .grouped import grouped_ffn
+from .union import union_ffn
+
+# The longest chunk that counts as a decoding or verification step; longer ones are prefill.
+MAX_CHUNK = MAX_TOKENS
+
+# Prefill groups tokens by expert from so many tokens on (None: never). docs/kernels.md has the
+# measurements: a CPU gains from 128 tokens on, MLX's CUDA build loses; a Mac, not measured, has the
+# FLOPs of neither.
+MIN_GROUPED_TOKENS = {"cpu": 128, "metal": 512, "cuda": None}
+
+# The names that a user may ask for: the strategy, and whose kernels (None: plain operations).
+BACKENDS = {
+    "metal": ("union", "metal"),
+    "cuda": ("union", "cuda"),
+    "ops": ("union", None),
+    "grouped": ("grouped", None),
+    "dense": ("dense", None),
+}
+
+
+class Plan(NamedTuple):
+    """How a feed-forward layer is computed for a chunk, with the kernels' arguments made.
+
+    Attributes:
+        strategy: "dense": every expert for every token. "union": the experts that some token of
+            the chunk uses. "grouped": each expert for its own tokens.
+        backend: Whose kernels compute it, "metal" or "cuda"; None for plain operations.
+        act: The experts' activation.
+        route, up, down: Launches, where kernels compute the union.
+    """
+
+    strategy: str
+    backend: str | None
+    act: str
+    route: Call | None = None
+    up: Call | None = None
+    down: Call | None = None
+
+    def run(
+        self, x: mx.array, scores: mx.array, up_weights: ExpertWeights, down_weights: ExpertWeights
+    ) -> mx.array:
+        """The layer after its router: [T, H], scores [T, E] -> [T, H]."""
+        if self.up and self.down:
+            h, active = self.up(x, scores, *up_weights.arrays)
+            return self.down(h, active, *down_weights.arrays)[0]
+        if self.strategy == "union":
+            return union_ffn(x, scores, up_weights, down_weights, act=self.act)
+        if self.strategy == "grouped":
+            return grouped_ffn(
+                x, scores, up_weights, down_weights, act=self.act, backend=self.backend
+            )
+        return dense_ffn(x, scores, up_weights, down_weights, act=self.act)
+
+
+def make_plan(
+    sizes: Sizes, act: str, backend: str = "auto", *, batch_size: int = 1, training: bool = False
+) -> Plan:
+    """The plan for a chunk; the same one for the same arguments.
+
+    Args:
+        sizes: The layer and the chunk.
+        act: The experts' activation.
+        backend: "auto" or one of BACKENDS.
+        batch_size: Number of sequences; the kernels take one.
+        training: Whether gradients may be asked for; every expert takes part in those.
+
+    Raises:
+        ValueError: For an unknown backend, or kernels that do not take these sizes.
+    """
+    return _make_plan(
+        sizes,
+        act,
+        backend,
+        batch_size == 1,
+        training,
+        device.kernel_backend(),
+        device.compute_backend(),
+    )
+
+
+@cache
+def _make_plan(
+    sizes: Sizes,
+    act: str,
+    asked: str,
+    single: bool,
+    training: bool,
+    kernel_backend: str | None,
+    compute_backend: str,
+) -> Plan:
+    if asked == "auto":
+        strategy, backend = choose(sizes, single, training, kernel_backend, compute_backend)
+    elif asked in BACKENDS:
+        strategy, backend = BACKENDS[asked]
+    else:
+        raise ValueError(f"unknown backend {asked!r}: use {', '.join(BACKENDS)} or auto")
+    if strategy == "grouped" and kernel_backend and combines(sizes, kernel_backend):
+        backend = kernel_backend
+    if strategy != "union" or backend is None:
+        return Plan(strategy, backend, act)
+    if not covers(sizes):
+        raise ValueError(
+            f"the kernels take 1 to {MAX_TOKENS} tokens, up to {MAX_EXPERTS} experts, sizes that "
+            "are multiples of 32, and plain or affine 4-bit or 8-bit weights in the dtype of x"
+        )
+    return Plan(
+        strategy,
+        backend,
+        act,
+        route.arguments(sizes.num_tokens, sizes.num_experts, sizes.dtype, backend=backend),
+        up.arguments(sizes, act=act, backend=backend),
+        down.arguments(sizes, backend=backend),
+    )
+
+
+def choose(
+    sizes: Sizes,
+    single: bool,
+    training: bool,
+    kernel_backend: str | None,
+    compute_backend: str,
+) -> tuple[str, str | None]:
+    """Strategy and backend where nobody asked for one."""
+    if training:
+        return "dense", None
+    if sizes.num_tokens > MAX_CHUNK:
+        least = MIN_GROUPED_TOKENS[compute_backend]
+        return ("dense" if least is None or sizes.num_tokens < least else "grouped"), None
+    if kernel_backend and single and covers(sizes) and kernels_work(sizes, kernel_backend):
+        return "union", kernel_backend
+    return "union", None
+
+
+def kernels_work(sizes: Sizes, backend: str) -> bool:
+    """Whether the kernels of a chunk give right results here."""
+    asked = (("route", None), ("up", sizes.up.packing), ("down", sizes.down.packing))
+    return all(
+        probe.works(KERNELS[name], sizes.num_tokens, sizes.dtype, packing, backend=backend)
+        for name, packing in asked
+    )
+
+
+def combines(sizes: Sizes, backend: str) -> bool:
+    """Whether the kernel may sum the rows of tokens grouped by expert."""
+    fits = sizes.num_experts <= MAX_EXPERTS and sizes.hidden_size % 32 == 0
+    kernel = KERNELS["combine"]
+    return fits and probe.works(kernel, sizes.num_tokens, sizes.dtype, backend=backend)
+
+
+def forget():
+    """Drops every plan: for tests, and when tiles or verdicts have changed."""
+    _make_plan.cache_clear()
+    for module in (route, up, down):
+        module.arguments.cache_clear()

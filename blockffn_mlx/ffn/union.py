@@ -1,0 +1,35 @@
+"""Only the experts that some token of the chunk uses, in plain operations.
+
+The kernels do the same without reading the union on the host: `plan.Plan`.
+"""
+
+import mlx.core as mx
+
+from ..quantisation import ExpertWeights
+from .dense import dense_ffn
+from .experts import host_values, weigh
+
+
+def union_ffn(
+    x: mx.array, scores: mx.array, up: ExpertWeights, down: ExpertWeights, *, act: str = "silu"
+) -> mx.array:
+    """Computes the experts of the union.
+
+    Shapes as in `dense_ffn`, with x [T, H] and scores [T, E]. Reads the union on the host, so
+    where nothing can be read (inside mx.compile or mx.vmap) it computes every expert instead.
+    """
+    used = host_values(mx.any(scores != 0, axis=0))
+    if used is None:
+        return dense_ffn(x, scores, up, down, act=act)
+    union = [expert for expert, active in enumerate(used) if active]
+    if not union:
+        return mx.zeros_like(x)
+    index = mx.array(union)
+    scores = scores[:, index]
+    if x.dtype == mx.float32 and not (up.format.packing or down.format.packing):
+        # gather_mm reads the chosen experts in place; on a CPU it takes float32 only.
+        hidden = mx.gather_mm(x[None], up.plain().swapaxes(1, 2), rhs_indices=index)  # [U, T, d]
+        hidden = weigh(hidden, scores.T, act)
+        rows = mx.arange(len(union))
+        return mx.gather_mm(hidden, down.plain().swapaxes(1, 2), rows, index).sum(axis=0)
+    return dense_ffn(x, scores, up.take(index), down.take(index), act=act)

@@ -1,0 +1,44 @@
+"""The kernels of metal/: one module each, with its launch, its twin and its sample inputs.
+
+Three launches make a layer: route, up and down. The up kernel finds the union of the chunk's
+experts itself and leaves the list for the down kernel; docs/kernels.md tells how they work and what
+was measured. `KERNELS` lists them all.
+"""
+
+from .. import device
+from . import combine, down, probe, route, up
+from .kernel import Call, Kernel, Sample, build_kernel
+from .registry import KERNELS
+from .samples import RandomLayer, random_layer
+from .text import kernel_text
+from .tiles import DTYPES, MAX_EXPERTS, MAX_THREADS, MAX_TOKENS, TILES, Sizes, Tile, covers
+
+__all__ = [
+    "DTYPES",
+    "KERNELS",
+    "MAX_EXPERTS",
+    "MAX_THREADS",
+    "MAX_TOKENS",
+    "TILES",
+    "Call",
+    "Kernel",
+    "RandomLayer",
+    "Sample",
+    "Sizes",
+    "Tile",
+    "available_backend",
+    "build_kernel",
+    "combine",
+    "covers",
+    "down",
+    "kernel_text",
+    "probe",
+    "random_layer",
+    "route",
+    "up",
+]
+
+
+def available_backend() -> str | None:
+    """The backend whose kernels layers use here, or None; classes of them may be off."""
+    return device.kernel_backend()

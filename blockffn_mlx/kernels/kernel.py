@@ -1,0 +1,132 @@
+"""What a kernel is to this package, and the object of MLX's that runs it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from .text import kernel_text
+
+Outputs = mx.array | tuple[mx.array, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """One kernel of metal/, with all that tests, probe and doctor need to examine it.
+
+    Attributes:
+        name: Of its file in metal/.
+        inputs: Names of what it reads, weights aside.
+        outputs: Names of what it writes.
+        body: The call into its file. WEIGHTS stands for a projection's weights. Threadgroup memory
+            is declared here because Metal wants it in the kernel itself.
+        launch: Runs it: (*operands, backend=..., **settings) -> outputs.
+        twin: The same in plain operations: (*operands, **settings) -> outputs.
+        sample: Operands and settings from a random layer.
+        projection: Whether it takes a projection's weights, plain or packed, and is cut in tiles.
+        written: Sets what it leaves unwritten to 0, so that outputs can be compared.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    body: str
+    launch: Callable[..., Outputs]
+    twin: Callable[..., Outputs]
+    sample: Callable[[Any], "Sample"]
+    projection: bool = False
+    written: Callable[..., Outputs] = lambda *outputs: outputs
+
+    def run(self, sample: "Sample", backend: str | None = None) -> tuple[mx.array, ...]:
+        """The outputs for a sample, of the kernel or (without a backend) of its twin."""
+        function, extra = (self.launch, {"backend": backend}) if backend else (self.twin, {})
+        outputs = function(*sample.operands, **sample.settings, **extra)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return tuple(self.written(*outputs))
+
+
+class Sample(NamedTuple):
+    """What a kernel or its twin is called with.
+
+    Attributes:
+        operands: Arrays, and weights as Plain or Packed.
+        settings: Keyword-only scalars.
+    """
+
+    operands: tuple[Any, ...]
+    settings: dict[str, Any] = {}
+
+    def widened(self) -> "Sample":
+        """The same with every floating-point operand in float32."""
+        wide = [o if o.dtype == mx.uint32 else o.astype(mx.float32) for o in self.operands]
+        return Sample(tuple(wide), self.settings)
+
+
+class Call(NamedTuple):
+    """A launch with its arguments made: called with the inputs, it returns the outputs."""
+
+    kernel: Kernel
+    backend: str
+    packed: bool
+    template: list[tuple[str, Any]]
+    grid: tuple[int, int, int]
+    threadgroup: tuple[int, int, int]
+    output_shapes: list[tuple[int, ...]]
+    output_dtypes: list[mx.Dtype]
+
+    def __call__(self, *inputs: mx.array) -> Sequence[mx.array]:
+        return build_kernel(self.kernel, self.backend, self.packed)(
+            inputs=list(inputs),
+            template=self.template,
+            grid=self.grid,
+            threadgroup=self.threadgroup,
+            output_shapes=self.output_shapes,
+            output_dtypes=self.output_dtypes,
+        )
+
+
+def prepare(
+    kernel: Kernel,
+    *,
+    backend: str,
+    dtype: mx.Dtype,
+    groups: int,
+    simdgroups: int,
+    constants: dict[str, int | bool],
+    outputs: list[tuple[tuple[int, ...], mx.Dtype]],
+    packed: bool = False,
+) -> Call:
+    """Makes a launch's arguments.
+
+    Args:
+        kernel: One of KERNELS.
+        backend: "metal" or "cuda".
+        dtype: The type T of the kernel.
+        groups: Threadgroups.
+        simdgroups: Of a threadgroup.
+        constants: What the kernel is compiled for.
+        outputs: Shapes and dtypes.
+        packed: Whether a projection's weights are quantised.
+    """
+    shapes, dtypes = zip(*outputs, strict=True)
+    threads = 32 * simdgroups
+    return Call(
+        kernel,
+        backend,
+        packed,
+        [("T", dtype), *constants.items()],
+        (groups * threads, 1, 1),
+        (threads, 1, 1),
+        list(shapes),
+        list(dtypes),
+    )
+
+
+@cache
+def build_kernel(kernel: Kernel, backend: str, packed: bool = False) -> Any:
+    """The object of MLX's for a kernel, made once."""
+    make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
+    text = kernel_text(kernel, backend, packed)
+    return make(name=f"blockffn_{kernel.name}{'_affine' if packed else ''}", **text._asdict())

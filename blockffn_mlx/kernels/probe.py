@@ -1,0 +1,128 @@
+"""Does a kernel work here? Each tile class is run once against its twin, at its first use."""
+
+import warnings
+from functools import cache
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from .. import device
+from ..quantisation import Quantization
+from .kernel import Kernel
+from .registry import KERNELS
+from .samples import random_layer
+from .tiles import Tile, tile_table
+
+# A kernel may differ this much from its twin, relative to the largest value: a few roundings.
+TOLERANCE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 3e-2}
+
+# Experts, expert size, hidden size and active experts of the layer that a probe runs. Eight experts
+# and more, since fewer put the list of them into another address space; widths that every group
+# size divides and that take a simdgroup more than one round.
+SIZES = (12, 128, 1152, 7)
+
+
+class TileClass(NamedTuple):
+    """What is compiled alike, sizes of the layer aside.
+
+    Attributes:
+        kernel: Its name.
+        backend: "metal" or "cuda".
+        dtype: Of the activations.
+        packing: Of the weights; None for plain ones, or for a kernel that takes none.
+        tile: How a projection is cut; None for other kernels.
+        shortest: The shortest chunk that takes the tile.
+    """
+
+    kernel: str
+    backend: str
+    dtype: mx.Dtype
+    packing: Quantization | None = None
+    tile: Tile | None = None
+    shortest: int = 1
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Chunk lengths to run: the longest and the shortest that take the tile."""
+        if self.tile is None:
+            return (13,)
+        return tuple(sorted({self.shortest, self.tile.tokens}, reverse=True))
+
+    def __str__(self) -> str:
+        parts = [f"the {self.backend} kernel {self.kernel}"]
+        if self.tile:
+            parts.append(f"for {self.shortest} to {self.tile.tokens} tokens")
+        parts.append(f"in {str(self.dtype).removeprefix('mlx.core.')}")
+        if self.packing:
+            parts.append(f"with {self.packing.bits}-bit weights")
+        return " ".join(parts)
+
+
+def tile_classes(
+    kernel: Kernel, backend: str, dtype: mx.Dtype, packing: Quantization | None
+) -> list[TileClass]:
+    """Every class of a kernel, by chunk length."""
+    if not kernel.projection:
+        return [TileClass(kernel.name, backend, dtype)]
+    tiles = [getattr(t, kernel.name) for t in tile_table(backend, dtype, packing is not None)]
+    shortest = [1, *(tile.tokens + 1 for tile in tiles)]
+    return [
+        TileClass(kernel.name, backend, dtype, packing, tile, first)
+        for tile, first in zip(tiles, shortest, strict=False)
+    ]
+
+
+def works(
+    kernel: Kernel,
+    num_tokens: int,
+    dtype: mx.Dtype,
+    packing: Quantization | None = None,
+    *,
+    backend: str,
+) -> bool:
+    """Whether a kernel may be used on a chunk here; says once, in one line, if not.
+
+    Where this machine has no such GPU nothing can be run and nothing is asked: a graph is being
+    made for another machine.
+    """
+    if device.gpu_backend() != backend:
+        return True
+    classes = tile_classes(kernel, backend, dtype, packing)
+    return verdict(next(c for c in classes if c.tile is None or num_tokens <= c.tile.tokens))
+
+
+@cache
+def verdict(tile_class: TileClass) -> bool:
+    """Runs a class, at its first use in a process."""
+    fault = find_fault(tile_class)
+    if fault:
+        warnings.warn(f"{tile_class} {fault} here and stays off; run blockffn-doctor", stacklevel=2)
+    return fault is None
+
+
+def find_fault(tile_class: TileClass) -> str | None:
+    """What is wrong with a class: "gives wrong results", "does not run (why)", or None."""
+    kernel = KERNELS[tile_class.kernel]
+    for length in tile_class.lengths:
+        try:
+            if error := largest_error(kernel, tile_class, length):
+                return error
+        except Exception as error:  # whatever MLX raises when it builds or runs a kernel
+            return f"does not run ({' '.join(str(error).split())[:200]})"
+    return None
+
+
+def largest_error(kernel: Kernel, tile_class: TileClass, length: int) -> str | None:
+    """Runs a kernel and its twin on a chunk of that length."""
+    packing = tile_class.packing
+    bits = (packing.bits, packing.group_size) if packing else (0, 0)
+    *sizes, active = SIZES
+    sample = kernel.sample(random_layer(length, *sizes, active, tile_class.dtype, bits))
+    found = kernel.run(sample, tile_class.backend)
+    mx.eval(found)
+    for mine, exact in zip(found, kernel.run(sample.widened()), strict=True):
+        difference = mx.abs(mine.astype(mx.float32) - exact.astype(mx.float32)).max()
+        limit = TOLERANCE[tile_class.dtype] * mx.abs(exact).max()
+        if not (difference <= limit).item():  # a NaN is not
+            return "gives wrong results"
+    return None

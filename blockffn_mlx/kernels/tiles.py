@@ -1,0 +1,145 @@
+"""What the kernels take, and how a projection is cut into tiles, by backend and chunk length."""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from ..quantisation import GROUP_SIZES, ExpertWeights, Format
+
+# What the kernels take; anything else is computed in plain operations.
+MAX_TOKENS = 64
+MAX_EXPERTS = 256
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+KERNEL_BITS = (4, 8)
+
+
+class Sizes(NamedTuple):
+    """A chunk and the layer that it goes through.
+
+    Attributes:
+        num_tokens: T, over all sequences.
+        hidden_size: H.
+        num_experts: E.
+        expert_size: d.
+        dtype: Of the activations.
+        up, down: The form of the weights.
+    """
+
+    num_tokens: int
+    hidden_size: int
+    num_experts: int
+    expert_size: int
+    dtype: mx.Dtype
+    up: Format
+    down: Format
+
+    @classmethod
+    def of(cls, x: mx.array, up: ExpertWeights, down: ExpertWeights) -> "Sizes":
+        """Reads them off x [T, H] and the weights."""
+        num_experts, expert_size, hidden_size = up.shape
+        return cls(
+            x.shape[0], hidden_size, num_experts, expert_size, x.dtype, up.format, down.format
+        )
+
+
+def covers(sizes: Sizes) -> bool:
+    """Whether the kernels take this: its sizes, dtypes and quantisation."""
+    return (
+        1 <= sizes.num_tokens <= MAX_TOKENS
+        and sizes.num_experts <= MAX_EXPERTS
+        and sizes.dtype in DTYPES
+        and sizes.hidden_size % 32 == 0
+        and sizes.expert_size % 32 == 0
+        and all(_takes(weights, sizes.dtype) for weights in (sizes.up, sizes.down))
+    )
+
+
+def _takes(weights: Format, dtype: mx.Dtype) -> bool:
+    packing = weights.packing
+    return weights.dtype == dtype and (
+        packing is None
+        or packing.mode == "affine"
+        and packing.bits in KERNEL_BITS
+        and packing.group_size in GROUP_SIZES
+    )
+
+
+class Tile(NamedTuple):
+    """How a threadgroup cuts its part of a product.
+
+    Attributes:
+        tokens: Columns; chunks of at most this many tokens take this tile.
+        matrix: Whether the matrix unit multiplies, or the lanes themselves do.
+        octets: Rows, in eights; 1, 2 or 4, so that they divide 32. CUDA's matrix unit takes two.
+        simdgroups: Simdgroups that share the inner dimension.
+        depth: Windows of weights that a simdgroup keeps on their way.
+        ahead: Whether their tokens are on their way too.
+    """
+
+    tokens: int
+    matrix: bool
+    octets: int
+    simdgroups: int
+    depth: int
+    ahead: bool = False
+
+
+class Tiles(NamedTuple):
+    """The tiles of the two projections."""
+
+    up: Tile
+    down: Tile
+
+
+# By the largest number of tokens. "cuda": measured on an H100, see docs/kernels.md.
+# "metal": not measured on a Mac; chosen to stay under 32 KB of threadgroup memory and modest in
+# registers. "packed" stands for packed weights, where unpacking weighs more than loading.
+TILES = {
+    "metal": [
+        Tiles(Tile(1, False, 2, 8, 1), Tile(1, False, 2, 8, 1)),
+        Tiles(Tile(2, False, 2, 8, 1), Tile(2, False, 2, 8, 1)),
+        Tiles(Tile(4, False, 1, 8, 1), Tile(4, False, 1, 8, 1)),
+        Tiles(Tile(8, True, 2, 8, 1), Tile(8, True, 2, 8, 1)),
+        Tiles(Tile(16, True, 2, 8, 1), Tile(16, True, 2, 8, 1)),
+        Tiles(Tile(32, True, 2, 8, 1), Tile(32, True, 2, 8, 1)),
+        Tiles(Tile(64, True, 2, 4, 1), Tile(64, True, 2, 4, 1)),
+    ],
+    "cuda": [
+        Tiles(Tile(8, True, 2, 8, 2, True), Tile(8, True, 2, 16, 2, True)),
+        Tiles(Tile(16, True, 2, 8, 2, True), Tile(16, True, 2, 16, 2, True)),
+        Tiles(Tile(32, True, 2, 16, 1, True), Tile(32, True, 2, 16, 1, True)),
+        Tiles(Tile(64, True, 2, 8, 1, True), Tile(64, True, 2, 8, 1, True)),
+    ],
+    "cuda packed": [
+        Tiles(Tile(8, True, 4, 8, 2), Tile(8, True, 2, 16, 2)),
+        Tiles(Tile(16, True, 4, 8, 2), Tile(16, True, 2, 16, 2)),
+        Tiles(Tile(32, True, 4, 4, 4), Tile(32, True, 4, 8, 1, True)),
+        Tiles(Tile(64, True, 2, 8, 2), Tile(64, True, 2, 8, 2)),
+    ],
+    # no matrix unit of CUDA's keeps float32 whole
+    "cuda float32": [
+        Tiles(Tile(1, False, 2, 8, 2), Tile(1, False, 2, 8, 2)),
+        Tiles(Tile(8, False, 1, 8, 2), Tile(8, False, 1, 8, 2)),
+        Tiles(Tile(16, False, 1, 8, 2), Tile(16, False, 1, 8, 2)),
+        Tiles(Tile(32, False, 1, 8, 2), Tile(32, False, 1, 8, 2)),
+        Tiles(Tile(64, False, 1, 8, 1), Tile(64, False, 1, 8, 1)),
+    ],
+}
+
+# Threads of the up kernel at most: enough to fill the machine. Its threadgroups go round the tiles.
+MAX_THREADS = {"metal": 1 << 18, "cuda": 132 << 10}
+
+
+def tile_table(backend: str, dtype: mx.Dtype, packed: bool) -> list[Tiles]:
+    """The tiles of the chunk lengths, ascending."""
+    if backend == "cuda" and dtype == mx.float32:
+        return TILES["cuda float32"]
+    if backend == "cuda" and packed:
+        return TILES["cuda packed"]
+    return TILES[backend]
+
+
+def choose_tiles(num_tokens: int, backend: str, dtype: mx.Dtype, packed: bool) -> Tiles:
+    """The tiles of the up and the down kernel for a chunk."""
+    table = tile_table(backend, dtype, packed)
+    return next(tiles for tiles in table if num_tokens <= tiles.up.tokens)
