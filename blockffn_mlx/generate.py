@@ -106,7 +106,7 @@ def stream_generate(
     elif kv_bits is not None:
         raise ValueError("a quantised cache excludes a draft: leave out one of the two")
     else:
-        policy = speculative.make_policy(draft_width, model)
+        policy = speculative.make_policy(draft_width, model, drafter=drafter)
         tokens = speculative.stream(
             ids, model, drafter, policy=policy, stats=draft_stats, **options
         )

@@ -78,18 +78,19 @@ def run_widths(args: argparse.Namespace) -> int:
 def show_widths(cost: PassCost):
     """The cost table, with each pass relative to one token's."""
     table = Table(
-        "tokens", "shared ms", "x", "union", "distinct ms", "x", "union",
+        "tokens", "shared ms", "x", "union", "distinct ms", "x", "union", "context ms",
         caption=f"{device_name()}, MLX {mx.__version__}; shared: one token repeated, distinct: "
-        "random tokens; x: relative to one token; union: share of the experts",
+        "random tokens; x: relative to one token; union: share of the experts; context: what 1,000 "
+        "tokens before the pass add",
     )  # fmt: skip
     columns = (cost.shared, cost.shared_union, cost.distinct, cost.distinct_union)
-    for width, *values in zip(cost.widths, *columns, strict=True):
+    for width, growth, *values in zip(cost.widths, cost.growth, *columns, strict=True):
         cells = [str(width)]
         for first, seconds, union in zip(
             (cost.shared[0], cost.distinct[0]), values[::2], values[1::2], strict=True
         ):
             cells += [f"{1000 * seconds:.2f}", f"{seconds / first:.2f}", f"{union:.1%}"]
-        table.add_row(*cells)
+        table.add_row(*cells, f"{1e6 * growth:.2f}")
     Console(highlight=False).print(table)
 
 

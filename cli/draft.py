@@ -39,5 +39,6 @@ def draft_options(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[
     if drafter is None:
         return {}
     with loading_progress(MofNCompleteColumn()) as progress:
-        policy = make_policy(args.draft_width, model, partial(progress, "measure passes"))
+        on_progress = partial(progress, "measure passes")
+        policy = make_policy(args.draft_width, model, on_progress, drafter)
     return {"draft": drafter, "draft_width": policy, "draft_stats": SpeculationStats()}

@@ -68,7 +68,7 @@ def test_every_flag_reaches_the_engine(converted, monkeypatch, one_price, capsys
     assert kinds == [LookupDrafter, EagleDrafter, ModelDrafter, LookupDrafter]
     policies = [options["policy"] for _, options in calls]
     assert [type(p) for p in policies] == [FixedWidth, FixedWidth, AdaptiveWidth, AdaptiveWidth]
-    assert [p.width() for p in policies[:2]] == [5, 7]
+    assert [p.width(0) for p in policies[:2]] == [5, 7]
     assert policies[2].cost is one_price
     for _, options in calls:
         assert options["max_tokens"] == 1 and options["prefill_step_size"] == 3
@@ -199,9 +199,12 @@ def test_unknown_drafts_are_refused(tmp_path):
 
 def test_measuring_shows_progress(monkeypatch, one_price):
     shown = []
-    monkeypatch.setattr(
-        draft_flags, "make_policy", lambda w, m, report: shown.append(report(1, 4)) or FixedWidth(2)
-    )
+
+    def measure(width, model, report, drafter):
+        shown.append(report(1, 4))
+        return FixedWidth(2)
+
+    monkeypatch.setattr(draft_flags, "make_policy", measure)
     args = command.parser().parse_args(["--model", "m", "--draft", "lookup"])
     options = draft_flags.draft_options(args, tiny_model(), None)
-    assert len(shown) == 1 and options["draft_width"].width() == 2
+    assert len(shown) == 1 and options["draft_width"].width(0) == 2

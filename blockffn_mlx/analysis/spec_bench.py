@@ -121,9 +121,9 @@ class SpecBench:
         for mode, (backend, speculates) in MODES.items():
             if speculates:
                 self.set_backend(backend)
-                self.policies[mode] = make_policy(
-                    self.settings.draft_width, self.model, on_progress
-                )
+                width = self.settings.draft_width
+                policy = make_policy(width, self.model, on_progress, self.drafter)
+                self.policies[mode] = policy
 
     def run(
         self,

@@ -1,8 +1,9 @@
 """Speculative decoding: draft trees, one target pass per round, lossless verification."""
 
+from .drafter import Drafter
 from .drafters import load_draft, make_drafter, make_policy
 from .eagle_drafter import EagleDrafter
-from .engine import Drafter, SpeculationStats, stream
+from .engine import SpeculationStats, stream
 from .lookup_drafter import LookupDrafter
 from .model_drafter import ModelDrafter
 from .policy import AdaptiveWidth, FixedWidth, Policy

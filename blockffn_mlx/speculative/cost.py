@@ -1,4 +1,4 @@
-"""What a target pass over 1 to 64 tokens costs on this machine, measured once and kept."""
+"""What drafting and a pass over 1 to 64 tokens cost on this machine, measured once and kept."""
 
 import hashlib
 import json
@@ -6,16 +6,19 @@ import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache
 
 from ..device import name as device_name
 from ..model_cache import cache_folder
+from .drafter import Drafter
+from .target import Target
 from .tree import MAX_NODES, Tree
 from .verify import target_pass
 
@@ -23,7 +26,10 @@ from .verify import target_pass
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 32, 33, 48, MAX_NODES)
 # A CPU has no such kernels, and its time grows evenly with the width.
 CPU_WIDTHS = (1, 2, 4, 8, 16, 32, MAX_NODES)
-CONTEXT_LENGTH = 64
+# Tokens that a drafter may be asked for when its own cost is measured.
+DRAFT_WIDTHS = (2, 4, 8, 16, 32, MAX_NODES)
+# Tokens before a measured pass, and before one that shows what more of them cost.
+CONTEXT_LENGTH, DEEP_CONTEXT = 64, 2048
 REPEATS = 5
 # After so many seconds two repeats are enough.
 PATIENCE = 6.0
@@ -35,7 +41,8 @@ class PassCost:
 
     The time grows with the union of the experts, so each width is measured twice: with one token
     repeated (`shared`) and with random tokens (`distinct`). Real text lies between; where
-    between is called its locality, 0 for shared and 1 for distinct.
+    between is called its locality, 0 for shared and 1 for distinct. Attention reads the whole
+    context, so each width also has a price per token before it.
 
     Attributes:
         widths: Measured widths, ascending, 1 first.
@@ -43,6 +50,7 @@ class PassCost:
         distinct: Seconds per width for random tokens.
         shared_union: Mean fraction of experts in the union, for repeated tokens.
         distinct_union: The same for random tokens.
+        growth: Seconds per width that each token of context adds; nothing if empty.
     """
 
     widths: list[int]
@@ -50,11 +58,19 @@ class PassCost:
     distinct: list[float]
     shared_union: list[float]
     distinct_union: list[float]
+    growth: list[float] = field(default_factory=list)
 
-    def seconds(self, width: int, locality: float = 0.5) -> float:
-        """Expected seconds of a pass, between measured widths by interpolation."""
+    def __post_init__(self):
+        self.growth = self.growth or [0.0] * len(self.widths)
+
+    def seconds(self, width: int, locality: float = 0.5, context: int = CONTEXT_LENGTH) -> float:
+        """Expected seconds of a pass over `width` tokens after `context` others.
+
+        Between measured widths by interpolation; attention's time is linear in the context.
+        """
         low, high = self._between(self.shared, width), self._between(self.distinct, width)
-        return low + (high - low) * locality
+        deeper = max(context - CONTEXT_LENGTH, 0) * self._between(self.growth, width)
+        return low + (high - low) * locality + deeper
 
     def union(self, width: int, locality: float) -> float:
         """Expected fraction of experts in the union of `width` tokens."""
@@ -77,7 +93,7 @@ class PassCost:
 
 
 def pass_cost(
-    model: Any,
+    model: Target,
     refresh: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
     folder: Path | None = None,
@@ -93,16 +109,47 @@ def pass_cost(
         folder: Where tables are kept; the user's cache folder if None.
         widths, repeats: As in `measure`.
     """
-    folder = folder or cache_folder() / "widths"
-    file = folder / f"{fingerprint(model)}.json"
+    file = (folder or cache_folder() / "widths") / f"{fingerprint(model)}.json"
     if not refresh and (kept := read_cost(file)):
         return kept
     cost = measure(model, widths, repeats, on_progress)
-    folder.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({"device": device_name(), "mlx": mx.__version__, **asdict(cost)}))
-    part.replace(file)
+    keep(file, asdict(cost))
     return cost
+
+
+def draft_cost(drafter: Drafter, target: Target, folder: Path | None = None) -> dict[int, float]:
+    """Seconds of a draft by its most nodes, from the cache or measured now.
+
+    Empty for a drafter that runs no network, and for one in the middle of a conversation, which
+    measuring would make it forget: its rounds then show what it costs.
+
+    Args:
+        drafter: A fresh one; it is reset afterwards.
+        target: What it drafts for.
+        folder: Where the figures are kept; the user's cache folder if None.
+    """
+    network = getattr(drafter, "network", None)
+    if network is None or drafter.length > 0:
+        return {}
+    name = f"{fingerprint(target)}-{fingerprint(network)}.json"
+    file = (folder or cache_folder() / "widths") / name
+    try:
+        kept = {int(width): float(s) for width, s in json.loads(file.read_text())["draft"].items()}
+        if kept and min(kept.values()) > 0:
+            return kept
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        pass
+    cost = measure_draft(drafter, target)
+    keep(file, {"draft": cost})
+    return cost
+
+
+def keep(file: Path, figures: dict[str, Any]):
+    """Writes what was measured, whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps({"device": device_name(), "mlx": mx.__version__, **figures}))
+    part.replace(file)
 
 
 def read_cost(file: Path) -> PassCost | None:
@@ -118,12 +165,14 @@ def read_cost(file: Path) -> PassCost | None:
 
 
 def measure(
-    model: Any,
+    model: Target,
     widths: tuple[int, ...] | None = None,
     repeats: int = REPEATS,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PassCost:
-    """Times passes behind a short context: one warm-up, then the median of `repeats` or fewer.
+    """Times passes behind a short context and a long one.
+
+    Each kind of pass is run once to warm up; then counts the median of `repeats` or fewer.
 
     Args:
         model: A BlockFFN model.
@@ -136,11 +185,14 @@ def measure(
     # A generator of its own: the user's seed must not notice that something was measured.
     draw = np.random.default_rng(0)
     vocab_size = model.args.vocab_size
-    cache = model.make_cache()
-    model.hidden(mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH))), cache)
-    mx.eval([c.state for c in cache])
+    short = model.make_cache()
+    model.hidden(mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH))), short)
+    longest = model.args.max_position_embeddings - MAX_NODES
+    deep_context = max(min(DEEP_CONTEXT, longest), CONTEXT_LENGTH)
+    deep = [deepened(layer_cache, deep_context) for layer_cache in short]
+    mx.eval([c.state for c in short + deep])
 
-    def once(tokens: np.ndarray) -> tuple[float, float]:
+    def once(tokens: np.ndarray, cache: list[KVCache]) -> tuple[float, float]:
         start = time.perf_counter()
         _, logits, union = target_pass(model, cache, Tree.chain(tokens.tolist()))
         mx.eval(mx.argmax(logits, axis=-1), union)
@@ -150,7 +202,7 @@ def measure(
         return seconds, union.item()
 
     # Widths take turns, so that whatever else the machine does falls on all of them alike.
-    passes = np.zeros((repeats + 1, len(widths), 2, 2))
+    passes = np.zeros((repeats + 1, len(widths), 3, 2))
     total, begin = (repeats + 1) * len(widths), time.perf_counter()
     for repeat in range(repeats + 1):
         if repeat > 2 and time.perf_counter() - begin > PATIENCE:
@@ -159,23 +211,59 @@ def measure(
         for index, width in enumerate(widths):
             if on_progress:
                 on_progress(repeat * len(widths) + index, total)
-            for kind, draws in enumerate((1, width)):
-                tokens = np.resize(draw.integers(0, vocab_size, draws), width)
-                passes[repeat, index, kind] = once(tokens)
+            repeated = np.resize(draw.integers(0, vocab_size, 1), width)
+            tokens = draw.integers(0, vocab_size, width)
+            for kind, run in enumerate(((repeated, short), (tokens, short), (tokens, deep))):
+                passes[repeat, index, kind] = once(*run)
     if on_progress:
         on_progress(total, total)
     seconds = np.median(passes[1:, :, :, 0], axis=0)  # the first turn warms up
     unions = passes[1:, :, :, 1].mean(axis=0)
-    columns = (seconds[:, 0], seconds[:, 1], unions[:, 0], unions[:, 1])
+    more = max(deep_context - CONTEXT_LENGTH, 1)
+    growth = np.maximum(seconds[:, 2] - seconds[:, 1], 0) / more
+    columns = (seconds[:, 0], seconds[:, 1], unions[:, 0], unions[:, 1], growth)
     return PassCost(list(widths), *(column.tolist() for column in columns))
 
 
+def deepened(cache: KVCache, length: int) -> KVCache:
+    """A cache of `length` empty rows like a short one's: attention's time asks for no more."""
+    deep = KVCache()
+    deep.update_and_fetch(
+        *(
+            mx.zeros((*rows.shape[:2], length, rows.shape[-1]), rows.dtype)
+            for rows in cache.keys_and_values()
+        )
+    )
+    return deep
+
+
+def measure_draft(drafter: Drafter, target: Target, repeats: int = 3) -> dict[int, float]:
+    """Times drafts after a short text: one warm-up of each width, then the median of `repeats`."""
+    draw = np.random.default_rng(0)
+    vocab_size = target.args.vocab_size
+    hidden = target.hidden(mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH))))
+    mx.eval(hidden)
+    drafter.reset()
+    seconds: dict[int, list[float]] = {width: [] for width in DRAFT_WIDTHS}
+    for _ in range(repeats + 1):
+        for width, found in seconds.items():
+            # As many new tokens as a round of some success leaves.
+            tokens = draw.integers(0, vocab_size, 4).tolist()
+            drafter.observe(hidden[:, :3], tokens[:3])
+            start = time.perf_counter()
+            tree = drafter.draft(tokens[3], width, MAX_NODES - 1)
+            mx.eval(tree.tokens, tree.parents, tree.ranks)
+            found.append(time.perf_counter() - start)
+    drafter.reset()
+    return {width: float(np.median(found[1:])) for width, found in seconds.items()}
+
+
 def fingerprint(model: Any) -> str:
-    """Names a model on this machine: device, MLX version, configuration, tensors, backend."""
+    """Names a network on this machine: device, MLX version, configuration, tensors, backend."""
     parameters = [
         (name, array.shape, str(array.dtype)) for name, array in tree_flatten(model.parameters())
     ]
-    backends = [layer.mlp.backend for layer in model.layers]
-    facts = (device_name(), mx.__version__, asdict(model.args), backends, sorted(parameters))
+    backends = [getattr(layer.mlp, "backend", None) for layer in model.layers]
+    facts = (device_name(), mx.__version__, vars(model.args), backends, sorted(parameters))
     described = repr(facts)
     return hashlib.sha256(described.encode()).hexdigest()[:16]

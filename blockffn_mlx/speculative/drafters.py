@@ -10,9 +10,9 @@ from .. import checkpoint
 from ..checkpoints.eagle_head import build_head, read_frequent, read_head
 from ..hub import download, is_local
 from ..load import load
-from .cost import pass_cost
+from .cost import draft_cost, pass_cost
+from .drafter import Drafter
 from .eagle_drafter import EagleDrafter
-from .engine import Drafter
 from .lookup_drafter import LookupDrafter
 from .model_drafter import ModelDrafter
 from .policy import AdaptiveWidth, FixedWidth, Policy
@@ -101,14 +101,22 @@ def make_policy(
     width: int | str | Policy,
     model: Any,
     on_progress: Callable[[int, int], None] | None = None,
+    drafter: Drafter | None = None,
 ) -> Policy:
     """The policy for a width: a number of nodes, "auto" (measures once), or a policy.
+
+    Args:
+        width: What is asked for.
+        model: The target.
+        on_progress: Called with (steps done, steps in all) while measuring.
+        drafter: The drafter, whose own time "auto" counts too.
 
     Raises:
         ValueError: For a number outside 1 to 64, or another word.
     """
     if width == "auto":
-        return AdaptiveWidth(pass_cost(model, on_progress=on_progress))
+        cost = pass_cost(model, on_progress=on_progress)
+        return AdaptiveWidth(cost, draft=draft_cost(drafter, model) if drafter else None)
     if isinstance(width, (int, str)):
         if not str(width).isdecimal():
             raise ValueError(f"a draft width is a number from 1 to 64 or auto, not {width!r}")

@@ -34,6 +34,7 @@ class EagleDrafter:
         max_waiting: int = 512,
     ):
         self.head, self.target, self.frequent = head, target, frequent
+        self.network = head
         self.top_k, self.depth, self.max_waiting = top_k, depth, max_waiting
         self.head_logits = target.logits if frequent is None else target.logits_for(frequent)
         self.reset()

@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import generation_stream
 from mlx_lm.sample_utils import greedy_sampler
 
+from .drafter import Drafter
 from .policy import FixedWidth, Policy
 from .target import Target
 from .tree import MAX_NODES, Tree
@@ -27,42 +28,6 @@ Step = tuple[int, mx.array, bool]
 DEFAULT_WIDTH = 8
 # Tokens between two releases of MLX's buffer cache, as in mlx-lm.
 CLEAR_INTERVAL = 256
-
-
-class Drafter(Protocol):
-    """Proposes trees for one sequence at a time, and is told what came of them.
-
-    Attributes:
-        length: Tokens that the target's cache holds, as far as this drafter was told.
-    """
-
-    length: int
-
-    def reset(self, offset: int = 0) -> None:
-        """Starts a new sequence, of which the first `offset` tokens were never seen."""
-
-    def rewind(self, length: int) -> None:
-        """Forgets all but the first `length` tokens."""
-
-    def observe(self, hidden: mx.array, tokens: list[int]) -> None:
-        """Takes in tokens that the target's cache now holds.
-
-        Args:
-            hidden: The target's hidden states after the final norm, [1, S, H].
-            tokens: The S tokens themselves.
-        """
-
-    def ready(self, root: int) -> bool:
-        """Whether there is anything to propose after `root`. Never reads the device."""
-
-    def draft(self, root: int, total_tokens: int, max_depth: int) -> Tree:
-        """Proposes a tree under the last known token, which the cache does not hold.
-
-        Args:
-            root: The token that follows those observed.
-            total_tokens: Most nodes, root included.
-            max_depth: Most tokens on a path below the root.
-        """
 
 
 @dataclass
@@ -232,7 +197,7 @@ class Decoder:
         count = 0
         while count != max_tokens:
             remaining = max_tokens - count if max_tokens > 0 else None
-            width = self.policy.width()
+            width = self.policy.width(self.cached)
             if width > 1 and remaining != 1 and self.drafter.ready(self.root):
                 steps = self.round(width, remaining)
             else:
@@ -298,7 +263,7 @@ class Decoder:
                 self.root = token
                 yield token, logprobs, False
                 return
-            wanted = self.policy.width() > 1 and self.drafter.ready(token)
+            wanted = self.policy.width(self.cached) > 1 and self.drafter.ready(token)
             last = wanted or count + 1 == remaining
             self._take_in(following[2], [token])
             yield token, logprobs, False

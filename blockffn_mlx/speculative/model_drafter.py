@@ -23,6 +23,7 @@ class ModelDrafter:
 
     def __init__(self, model: Any, vocab_size: int):
         self.model, self.vocab_size = model, vocab_size
+        self.network = model
         self.reset()
         if not can_trim_prompt_cache(self.cache):
             raise ValueError("a draft model needs a cache that can be rewound, this one's cannot")

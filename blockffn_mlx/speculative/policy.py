@@ -26,8 +26,11 @@ ROUNDS_IN_A_ROW, PLAIN_CHECK = 96, 2
 class Policy(Protocol):
     """Decides each round's width. Times are in seconds."""
 
-    def width(self) -> int:
-        """Nodes of the next tree, root included; 1 means to decode plainly for now."""
+    def width(self, context: int) -> int:
+        """Nodes of the next tree, root included; 1 means to decode plainly for now.
+
+        `context` is the number of tokens in the cache; what is recorded next happened after them.
+        """
 
     def record_plain(self, seconds: float) -> None:
         """One token was decoded plainly."""
@@ -48,7 +51,7 @@ class FixedWidth:
         check_size(width)
         self._width = width
 
-    def width(self) -> int:
+    def width(self, context: int) -> int:
         return self._width
 
     def record_plain(self, seconds: float) -> None:
@@ -65,21 +68,27 @@ class AdaptiveWidth:
 
     Acceptance is learnt per rank: a tree's nodes of rank below m are what a tree of m nodes
     would have held, so one round says something about every smaller width. A width's cost is
-    the measured pass, at the union of experts seen so far, plus what rounds near that width took
-    beyond it (drafting, bookkeeping, a longer text). While plain decoding promises more, a round
-    is only tried when its expected loss fits into a small share of the time spent.
+    the measured pass, at this depth of context and the union of experts seen so far, and the
+    measured draft, plus what rounds near that width took beyond both. While plain decoding
+    promises more, a round is only tried when its expected loss fits into a small share of the
+    time spent.
 
     Args:
         cost: What passes cost on this machine.
         max_width: The largest width to consider.
+        draft: Seconds of a draft by its most nodes; nothing if None or empty.
     """
 
-    def __init__(self, cost: PassCost, max_width: int = MAX_NODES):
+    def __init__(
+        self, cost: PassCost, max_width: int = MAX_NODES, draft: dict[int, float] | None = None
+    ):
         check_size(max_width)
         self.cost = cost
+        self.draft = {1: 0.0} | (draft or {})
         self.candidates = [w for w in cost.widths if 1 < w <= max_width]
-        self.plain_seconds = cost.seconds(1)
-        # What rounds took beyond the table, by width; a plain step takes nothing beyond.
+        self.context = 0
+        # What plain steps took beyond the table, and rounds by width beyond table and draft.
+        self.plain_beyond = 0.0
         self.beyond: dict[int, float] = {1: 0.0}
         self.locality = 0.5
         self.hits = [0.0] * MAX_NODES
@@ -90,7 +99,13 @@ class AdaptiveWidth:
         self._decision: int | None = None
         self._plain_run = self._round_run = 0
 
-    def width(self) -> int:
+    @property
+    def plain_seconds(self) -> float:
+        """Expected seconds of a plain step at this depth of context."""
+        return max(self.cost.seconds(1, context=self.context) + self.plain_beyond, 1e-9)
+
+    def width(self, context: int) -> int:
+        self.context = context
         if self._decision is None:
             self._decision = self._decide()
         return self._decision
@@ -98,7 +113,8 @@ class AdaptiveWidth:
     def record_plain(self, seconds: float) -> None:
         checking = self._round_run >= ROUNDS_IN_A_ROW
         seconds = _capped(seconds, self.plain_seconds)
-        self.plain_seconds = _moved(self.plain_seconds, seconds, 0.5 if checking else 0.1)
+        off = seconds - self.plain_seconds
+        self.plain_beyond += off * (0.5 if checking else 0.1)
         self.elapsed += seconds
         self._plain_run += 1
         if self._plain_run % PLAIN_INTERVAL == 0:
@@ -119,15 +135,16 @@ class AdaptiveWidth:
         if (locality := self.cost.locality(width, union)) is not None:
             self.locality = _moved(self.locality, locality, 0.1)
         expected = self.seconds([width])[0]
-        seconds = _capped(seconds, expected)
         if width not in self.seen_widths:
             # A width's first pass may build its kernels, which no later one pays for.
             self.seen_widths.add(width)
+            seconds = min(seconds, expected)
         else:
-            beyond = seconds - self.cost.seconds(width, self.locality)
+            seconds = _capped(seconds, expected)
+            beyond = seconds - self._measured([width])[0]
             self.beyond[width] = _moved(self.beyond.get(width, beyond), beyond, 0.3)
         # One token never costs more than several: a stale figure is corrected at once.
-        self.plain_seconds = min(self.plain_seconds, seconds)
+        self.plain_beyond += min(seconds - self.plain_seconds, 0.0)
         self.elapsed += seconds
         self.lost += seconds - (1 + len(accepted)) * self.plain_seconds
         self._plain_run = 0
@@ -153,10 +170,11 @@ class AdaptiveWidth:
 
     def seconds(self, widths: list[int]) -> np.ndarray:
         """Expected seconds of a round of each width."""
-        known = sorted(self.beyond)
-        beyond = np.interp(widths, known, [self.beyond[w] for w in known])
-        passes = [self.cost.seconds(width, self.locality) for width in widths]
-        return np.maximum(passes + beyond, 1e-9)
+        return np.maximum(self._measured(widths) + interpolated(self.beyond, widths), 1e-9)
+
+    def _measured(self, widths: list[int]) -> np.ndarray:
+        passes = [self.cost.seconds(width, self.locality, self.context) for width in widths]
+        return passes + interpolated(self.draft, widths)
 
     def _decide(self) -> int:
         if not self.candidates:
@@ -175,6 +193,12 @@ class AdaptiveWidth:
     def _fade(self):
         self.hits = [hits * MEMORY for hits in self.hits]
         self.counts = [count * MEMORY for count in self.counts]
+
+
+def interpolated(figures: dict[int, float], widths: list[int]) -> np.ndarray:
+    """Figures by width at other widths; beyond the last one it holds on."""
+    known = sorted(figures)
+    return np.interp(widths, known, [figures[width] for width in known])
 
 
 def _moved(average: float, value: float, share: float) -> float:
