@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
@@ -53,7 +53,7 @@ def model_from_config(
         model = model_class(args_class.from_dict(config))
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"config.json makes no model ({error})") from error
-    model.set_dtype(getattr(mx, dtype))
+    model.set_dtype(getattr(mx, dtype))  # lazily, like the random weights themselves
     settings = config.get("quantization") or {}
     if bits:
         settings = {"group_size": group_size, "bits": bits}
@@ -70,8 +70,16 @@ def model_from_config(
         nn.quantize(
             model, settings["group_size"], settings["bits"], mode=mode, class_predicate=packs
         )
+    model.update(tree_map(_hollow, model.parameters()))
     model.eval()
     return model
+
+
+def _hollow(weight: mx.array) -> mx.array:
+    """An array of the same shape and type that holds one value, whatever its size."""
+    hollow = mx.broadcast_to(mx.zeros((), weight.dtype), weight.shape)
+    mx.eval(hollow)
+    return hollow
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -115,7 +123,7 @@ def trace_pass(
     logits: bool = True,
     again: bool = False,
 ) -> Graph:
-    """Traces one pass over `tokens` new tokens and leaves the cache as that pass would.
+    """Traces one pass over `tokens` new tokens and leaves the cache in the shapes it would have.
 
     Args:
         model: In mlx-lm's manner.
@@ -129,17 +137,12 @@ def trace_pass(
         trace_pass(model, cache, tokens, batch_size)
         for layer_cache in cache:
             layer_cache.trim(tokens)
-    original = model.parameters()
     pairs = _cache_arrays(cache)
     for layer in _blockffn_layers(model):
         layer.backend = "metal" if tokens * batch_size <= MAX_CHUNK else "dense"
 
-    flat = tree_flatten(original)
-
     def run(ids, *arrays):
-        names = (name for name, _ in flat)
-        model.update(tree_unflatten(list(zip(names, arrays, strict=False))))
-        for (owner, name), array in zip(pairs, arrays[len(flat) :], strict=True):
+        for (owner, name), array in zip(pairs, arrays, strict=True):
             _set(owner, name, array)
         out = model(ids, cache=cache)
         state = [_get(*pair) for pair in _cache_arrays(cache)]
@@ -147,11 +150,10 @@ def trace_pass(
 
     ids = mx.zeros((batch_size, tokens), mx.int32)
     try:
-        return trace(run, ids, *(weight for _, weight in flat), *(_get(*pair) for pair in pairs))
+        return trace(run, ids, *(_get(*pair) for pair in pairs))
     except RuntimeError as error:
         raise ValueError(f"MLX cannot export this model's pass ({error})") from error
     finally:
-        model.update(original)
         for layer in _blockffn_layers(model):
             layer.backend = "auto"
         for owner, name in _cache_arrays(cache):  # shapes are all that is kept of traced values
@@ -221,8 +223,3 @@ def _set(owner: Any, name: str | int, array: mx.array):
         owner[name] = array
     else:
         setattr(owner, name, array)
-
-
-def num_parameters(model: nn.Module) -> int:
-    """Bytes of all weights."""
-    return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
