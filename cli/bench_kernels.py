@@ -13,10 +13,10 @@ from .. import device
 from ..analysis.passes import trace_layer
 from ..doctor import seconds_per_call
 from ..ffn import make_plan
-from ..graph import Graph
 from ..kernels import MAX_TOKENS, Sizes, random_layer
+from ..kernels.graph import Graph
+from ..kernels.predict import CHIPS, find_chip, launch_seconds
 from ..load import model_folder
-from ..predict import CHIPS, find_chip, launch_seconds
 from .common import print_json
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}

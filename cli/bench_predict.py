@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..analysis.passes import model_from_config, read_config, trace_passes
-from ..predict import CHIPS, find_chip, predict_pass, union_share
+from ..kernels.predict import CHIPS, find_chip, predict_pass, union_share
 from .bench_kernels import digits
 from .common import print_json
 

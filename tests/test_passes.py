@@ -15,8 +15,8 @@ from blockffn_mlx.analysis.passes import (
     trace_passes,
 )
 from blockffn_mlx.cli.bench import main
-from blockffn_mlx.graph import Graph, trace
-from blockffn_mlx.predict import CHIPS, launch_seconds, predict_pass, union_share
+from blockffn_mlx.kernels.graph import Graph, trace
+from blockffn_mlx.kernels.predict import CHIPS, launch_seconds, predict_pass, union_share
 
 SHAPES = Path(__file__).parent.parent / "bench" / "shapes"
 SPARSE, DENSE = (read_config(str(SHAPES / f"{name}-3b.json")) for name in ("blockffn", "llama"))

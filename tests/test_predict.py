@@ -11,7 +11,7 @@ from blockffn_mlx import kernels
 from blockffn_mlx.analysis.passes import trace_layer
 from blockffn_mlx.cli.bench import main
 from blockffn_mlx.ffn import chunk_union_ffn
-from blockffn_mlx.predict import CHIPS, find_chip
+from blockffn_mlx.kernels.predict import CHIPS, find_chip
 
 
 @pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)

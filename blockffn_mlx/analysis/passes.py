@@ -11,8 +11,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
 from ..ffn import MAX_CHUNK, BlockFFN, chunk_union_ffn
-from ..graph import Graph, trace
 from ..hub import download_config, is_local
+from ..kernels.graph import Graph, trace
 from ..load import DEMO, model_folder
 from ..model import Model, ModelArgs
 
