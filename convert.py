@@ -1,6 +1,6 @@
 """The same as blockffn-convert, run from a checkout: python convert.py --hf-path ..."""
 
-from blockffn_mlx.cli.convert import main
+from blockffn_mlx.cli.launch import convert
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(convert())

@@ -1,22 +1,37 @@
-"""BlockFFN language models on Apple Silicon with MLX."""
+"""BlockFFN language models on Apple Silicon with MLX.
+
+Everything is imported at its first use, so that a command has taken over Ctrl-C before the long
+imports begin.
+"""
+
+import os
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from .version import __version__
 
-try:
-    import mlx.core  # noqa: F401
-except ImportError:
-    # On Linux the bare mlx package holds no backend: say which extra to add, not a traceback.
-    raise SystemExit(
-        "blockffn-mlx: MLX has no backend here; on Linux install it with one: "
-        "pip install '.[cpu]' for a CPU, or '.[cuda13]' for an NVIDIA GPU"
-    ) from None
+if TYPE_CHECKING:
+    from . import checkpoint, ffn, kernels, speculative, training
+    from .analysis.sparsity import router_scores, sparsity
+    from .convert import convert
+    from .generate import generate, stream_generate
+    from .load import load
+    from .model import Model, ModelArgs
 
-from . import checkpoint, ffn, kernels, speculative, training
-from .analysis.sparsity import router_scores, sparsity
-from .convert import convert
-from .generate import generate, stream_generate
-from .load import load
-from .model import Model, ModelArgs
+# The module of each public name that is not a module itself.
+_HOMES = {
+    "Model": ".model",
+    "ModelArgs": ".model",
+    "convert": ".convert",
+    "generate": ".generate",
+    "load": ".load",
+    "router_scores": ".analysis.sparsity",
+    "sparsity": ".analysis.sparsity",
+    "stream_generate": ".generate",
+}
 
 __all__ = [
     "Model",
@@ -34,3 +49,47 @@ __all__ = [
     "stream_generate",
     "training",
 ]
+
+
+def require_backend():
+    """Makes sure that MLX can compute here.
+
+    Raises:
+        ImportError: If it cannot; the sentence says what to install.
+    """
+    try:
+        import mlx.core  # noqa: F401
+    except ImportError:
+        # On Linux the bare mlx package holds no backend.
+        raise ImportError(
+            "blockffn-mlx: MLX has no backend here; on Linux install it with one: "
+            "pip install '.[cpu]' for a CPU, or '.[cuda13]' for an NVIDIA GPU"
+        ) from None
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name], __name__), name)
+    if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Importing a module sets it here; where a function shares its name, the function counts."""
+
+    def __setattr__(self, name: str, value: Any):
+        if name in _HOMES and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+# The commands print the sentence themselves.
+if not os.path.basename(sys.argv[0] if sys.argv else "").startswith("blockffn-"):
+    require_backend()

@@ -12,14 +12,6 @@ from rich.text import Text
 # Without HTML, so that <T> in prose is text and does not vanish.
 PARSER = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
 
-# Control characters could move the cursor or worse; tab and line feed are harmless.
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd") | {13: None}
-
-
-def printable(text: str) -> str:
-    """Text without control characters: a model must not steer the terminal."""
-    return text.translate(CONTROLS)
-
 
 class LeftHeading(Heading):
     """A heading in the chat's own column; rich centres it."""

@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from .chat_markdown import Block, Tail, muted, printable, split_blocks
+from .chat_markdown import Block, Tail, muted, split_blocks
+from .common import printable
 
 # Values of TERM that promise no cursor movement.
 DUMB = (None, "", "dumb", "unknown")
@@ -35,9 +36,6 @@ class View:
     def __init__(self, no_color: bool = False):
         if sys.stdout is None:
             raise ValueError("standard output is closed: there is nowhere to answer to")
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")
         colors = {"no_color": True} if no_color else {}
         self.console = Console(highlight=False, **colors)
         on_screen = self.console.is_terminal

@@ -1,6 +1,7 @@
 """What every command shares: the model and sampling flags, errors in one line, JSON output."""
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from ..load import load
 from ..model import Model
 from ..speculative.verify import each_row
 from ..version import __version__
+from . import launch
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -32,24 +34,48 @@ class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage block: one line says what is wrong and where help is."""
 
     def error(self, message: str):
-        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        complain(self.prog, f"{message} (see {self.prog} --help)")
         raise SystemExit(1)
 
 
 def run_main(prog: str, command: Callable[[], int | None]) -> int:
     """Runs a command's body; what a user can mend becomes one line on stderr and status 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever the locale, nothing is unprintable
+            stream.reconfigure(errors="replace")
     try:
+        launch.interruptible()
         return command() or 0
-    except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError):
-            # The reader went away (`| head`): nothing is left to say, not even at shutdown.
-            sys.stdout = None
-            return 1
-        print(f"{prog}: {' '.join(str(error).split())}", file=sys.stderr)
+    except BrokenPipeError:
+        # The reader went away (`| head`): nothing is left to say, not even at shutdown.
+        sys.stdout = None
+        return 1
+    except (ValueError, OSError, MemoryError) as error:
+        complain(prog, str(error) or "there is not enough memory")
+        return 1
+    except RuntimeError as error:
+        if not str(error).startswith("["):  # MLX's own name in brackets what failed
+            raise
+        complain(prog, str(error))
         return 1
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+        complain(prog, "interrupted")
+        return launch.INTERRUPTED
+
+
+def complain(prog: str, sentence: str):
+    """One line on stderr, whatever a file's names have brought into it."""
+    if sys.stderr is not None:
+        print(printable(f"{prog}: {' '.join(sentence.split())}"), file=sys.stderr)
+
+
+# Control characters could move the cursor or worse; tab and line feed are harmless.
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd") | {13: None}
+
+
+def printable(text: str) -> str:
+    """Text without control characters: neither a model nor a file may steer the terminal."""
+    return text.translate(CONTROLS)
 
 
 def add_model_flags(

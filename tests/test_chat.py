@@ -23,9 +23,10 @@ from blockffn_mlx.analysis.footprint import MemoryNeed, machine_memory, memory_n
 from blockffn_mlx.cli import chat as chat_command
 from blockffn_mlx.cli.chat_commands import COMMANDS, is_command
 from blockffn_mlx.cli.chat_input import CommandCompleter, LineInput, goes_on, unquoted
-from blockffn_mlx.cli.chat_markdown import printable, split_blocks
+from blockffn_mlx.cli.chat_markdown import split_blocks
 from blockffn_mlx.cli.chat_stats import UnionMeter
 from blockffn_mlx.cli.chat_view import LiveAnswer
+from blockffn_mlx.cli.common import printable
 from blockffn_mlx.transcript import load_transcript, save_transcript
 
 
