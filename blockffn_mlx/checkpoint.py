@@ -3,12 +3,13 @@
 Data is read by offset when a tensor is asked for: a checkpoint larger than memory can be streamed.
 """
 
-import json
 import math
+import re
 from pathlib import Path
 
 import mlx.core as mx
 
+from .checkpoints.files import open_file, parse_json, read_json
 from .tensor_info import BFLOAT16, TensorInfo, are_sizes, contiguous_strides, stored_dtype
 from .torch_file import load_pickle, open_torch_file
 
@@ -30,7 +31,12 @@ SAFETENSORS_DTYPES = {
     "BOOL": "bool",
 }
 
-MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
+MAX_HEADER_BYTES = 32 << 20
+KINDS = (".bin", ".safetensors", ".pt")  # a folder with several gets its weights from the first
+WHOLE = ("pytorch_model.bin", "model.safetensors")
+SHARD = re.compile(r"(.+)-0*[1-9][0-9]{0,4}-of-([0-9]{5})\.(bin|safetensors|pt)")
+# What trainers leave beside the weights.
+NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
 
 
 def load_checkpoint(path: str | Path) -> dict[str, mx.array]:
@@ -57,54 +63,84 @@ def open_checkpoint(path: str | Path) -> dict[str, TensorInfo]:
         raise FileNotFoundError(f"{path} does not exist: check the path.")
     if not path.is_dir():
         return _open_file(path)
-    for pattern in ("*.bin.index.json", "*.safetensors.index.json"):
-        if indexes := sorted(path.glob(pattern)):
-            return _open_index(indexes[0])
-    return _open_file(_only_weights(path))
+    stale: _StaleIndex | None = None
+    for index in _indexes(path):
+        try:
+            return _open_index(index)
+        except _StaleIndex as error:
+            stale = stale or error
+    tensors: dict[str, TensorInfo] = {}
+    for file in _weight_files(path, stale):
+        tensors |= _open_file(file)
+    return tensors
 
 
-def read_json(path: str | Path) -> dict:
-    """Reads a JSON object from a file, with one clear sentence for anything else."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: fetch it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object.")
-    return content
+class _StaleIndex(ValueError):
+    """An index that does not fit the files beside it, as is left where weights were merged."""
 
 
-def _only_weights(folder: Path) -> Path:
-    for name in ("pytorch_model.bin", "model.safetensors"):
-        if (folder / name).exists():
-            return folder / name
-    for pattern in ("*.bin", "*.safetensors", "*.pt"):
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found[:4])
-            raise ValueError(f"{folder} holds several weight files and no index ({names}).")
-        if found:
-            return found[0]
-    raise FileNotFoundError(f"{folder} holds no .bin, .safetensors or .pt weights.")
+def _indexes(folder: Path) -> list[Path]:
+    """Every index, those with the usual names first."""
+    usual = [f"{name}.index.json" for name in WHOLE]
+    found = [file for kind in KINDS for file in sorted(folder.glob(f"*{kind}.index.json"))]
+    return sorted(found, key=lambda file: file.name not in usual)
 
 
 def _open_index(index: Path) -> dict[str, TensorInfo]:
-    weight_map = read_json(index).get("weight_map")
+    try:
+        weight_map = read_json(index).get("weight_map")
+    except ValueError as error:
+        raise _StaleIndex(str(error)) from error
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map: fetch it again.")
-    shards: dict[str, dict[str, TensorInfo]] = {}
-    tensors = {}
+        raise _StaleIndex(f"{index} has no weight_map: fetch it again.")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(f"{index} names a file outside its own folder for {name[:80]!r}.")
-        if shard not in shards:
-            if not (index.parent / shard).is_file():
-                raise FileNotFoundError(f"{index} names {shard}, which is missing: fetch it.")
-            shards[shard] = _open_file(index.parent / shard)
+        if not (index.parent / shard).is_file():
+            raise _StaleIndex(f"{index} names {shard[:80]}, which is missing: fetch it.")
+    shards = {shard: _open_file(index.parent / shard) for shard in set(weight_map.values())}
+    for name, shard in weight_map.items():
         if name not in shards[shard]:
-            raise ValueError(f"{index} places {name[:80]!r} in {shard}, which does not hold it.")
-        tensors[name] = shards[shard][name]
-    return tensors
+            raise _StaleIndex(f"{index} places {name[:80]!r} in {shard}, which does not hold it.")
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def _weight_files(folder: Path, stale: _StaleIndex | None) -> list[Path]:
+    """The file with the weights, or a whole set of shards; beside a stale index, only those.
+
+    Raises:
+        ValueError: If the weights are incomplete, or it is not clear which they are.
+        FileNotFoundError: If there are none.
+    """
+    for name in WHOLE:
+        if (folder / name).exists():
+            return [folder / name]
+    found = [
+        file
+        for kind in KINDS
+        for file in sorted(folder.glob(f"*{kind}"))
+        if not NO_WEIGHTS.match(file.name)
+    ]
+    missing = None
+    for file in found:
+        if match := SHARD.fullmatch(file.name):
+            numbers = range(1, int(match[2]) + 1)
+            names = [f"{match[1]}-{number:05d}-of-{match[2]}{file.suffix}" for number in numbers]
+            absent = [name for name in names if not (folder / name).exists()]
+            if not absent:
+                return [folder / name for name in names]
+            missing = missing or absent[0]
+    if stale:
+        raise stale
+    if missing:
+        raise FileNotFoundError(f"{folder} lacks the shard {missing}: fetch it.")
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no .bin, .safetensors or .pt weights.")
+    same = [file for file in found if file.suffix == found[0].suffix]
+    if len(same) > 1:
+        names = ", ".join(file.name for file in same[:4])
+        raise ValueError(f"{folder} holds several weight files and no index ({names}).")
+    return same
 
 
 def _open_file(path: Path) -> dict[str, TensorInfo]:
@@ -113,18 +149,18 @@ def _open_file(path: Path) -> dict[str, TensorInfo]:
 
 def _open_safetensors(path: Path) -> dict[str, TensorInfo]:
     file_size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         header_size = int.from_bytes(file.read(8), "little")
         if header_size > min(MAX_HEADER_BYTES, file_size - 8):
             raise ValueError(f"{path} is not a safetensors file, or is truncated.")
         try:
-            header = json.loads(file.read(header_size))
+            header = parse_json(file.read(header_size), path)
             header.pop("__metadata__", None)
             entries = [
                 (name, str(entry["dtype"]), list(entry["shape"]), tuple(entry["data_offsets"]))
                 for name, entry in header.items()
             ]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} has a damaged safetensors header.") from error
     tensors = {}
     for name, dtype, shape, offsets in entries:

@@ -1,8 +1,10 @@
 """Where a tensor lies in a checkpoint file, and how it is read from there."""
 
 import math
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,6 +16,26 @@ ROWS_COMPARED = 4096
 
 
 @dataclass(frozen=True)
+class Extent:
+    """The part of a file that one or more tensors share, and its CRC-32 where one is recorded."""
+
+    path: Path
+    offset: int
+    nbytes: int
+    crc: int | None = None
+
+    @lru_cache(maxsize=1024)  # noqa: B019 - an extent is a small value, not the data
+    def is_sound(self) -> bool:
+        """Whether the data has the recorded checksum; read once."""
+        found, left = 0, self.nbytes
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            while left and (data := file.read(min(left, 1 << 24))):
+                found, left = zlib.crc32(data, found), left - len(data)
+        return self.crc in (None, found)
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """Where one tensor lies in a file; its shape and type are known before any data is read.
 
@@ -22,7 +44,11 @@ class TensorInfo:
         offset: Position of the first element, in bytes.
         element: numpy dtype name of the stored elements, or "bfloat16".
         shape: Size of each dimension.
-        strides: Step of each dimension, in elements.
+        strides: Step of each dimension, in elements; never negative.
+        extent: The stored data that it is a part of; None if nothing more is known of it.
+
+    Raises:
+        ValueError: If the sizes are impossible, so that whatever exists can be read.
     """
 
     path: Path
@@ -30,6 +56,12 @@ class TensorInfo:
     element: str
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    extent: Extent | None = None
+
+    def __post_init__(self):
+        sizes = (self.offset, *self.shape, *self.strides)
+        if len(self.shape) != len(self.strides) or not are_sizes(sizes):
+            raise ValueError(f"{self.path} holds a tensor with impossible sizes.")
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -73,7 +105,7 @@ class TensorInfo:
             The array, contiguous, in `dtype`.
 
         Raises:
-            ValueError: If the file has become shorter than its header says.
+            ValueError: If the file is shorter than its header says, or its checksum is wrong.
         """
         stored = stored_dtype(self.element)
         with open(self.path, "rb") as file:
@@ -81,6 +113,8 @@ class TensorInfo:
             flat = np.fromfile(file, stored, self.span)
         if flat.size != self.span:
             raise ValueError(f"{self.path} is truncated: fetch it again.")
+        if not self._is_sound(flat):
+            raise ValueError(f"{self.path} is damaged, its checksum is wrong: fetch it again.")
         view = np.lib.stride_tricks.as_strided(
             flat, self.shape, [stride * stored.itemsize for stride in self.strides]
         )
@@ -90,6 +124,14 @@ class TensorInfo:
         if self.element == "bool":
             view = view != 0
         return mx.array(view).astype(self.dtype)
+
+    def _is_sound(self, flat: np.ndarray) -> bool:
+        extent = self.extent
+        if extent is None or extent.crc is None or flat.size == 0:
+            return True
+        if (extent.offset, extent.nbytes) == (self.offset, flat.nbytes):
+            return zlib.crc32(flat) == extent.crc
+        return extent.is_sound()
 
 
 def are_sizes(values: Iterable) -> bool:

@@ -234,3 +234,68 @@ def test_damage_raises_one_clear_error_or_reads(tmp_path, case):
             load_checkpoint(path)
         except ValueError as error:
             assert "\n" not in str(error)
+
+
+def split_in_two(folder: Path, kind: str = "safetensors") -> dict[str, mx.array]:
+    arrays = {"a": mx.arange(3.0), "b": mx.arange(2.0)}
+    for number, name in enumerate(arrays, 1):
+        file = folder / f"model-{number:05d}-of-00002.{kind}"
+        part = {name: arrays[name]}
+        save_bin(file, part) if kind == "bin" else mx.save_safetensors(str(file), part)
+    return arrays
+
+
+STALE = {"a": "gone-00001-of-00002.bin", "b": "gone-00002-of-00002.bin"}
+
+
+@pytest.mark.parametrize("index", ["pytorch_model.bin.index.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"weight_map": STALE}),
+        json.dumps({"weight_map": {"a": "model.safetensors", "b": "gone.safetensors"}}),
+        json.dumps({"weight_map": {"of another model": "model.safetensors"}}),
+        json.dumps({"metadata": {}}),
+        "version https://git-lfs.github.com/spec/v1\n",
+        "{",
+    ],
+)
+@pytest.mark.parametrize("whole", ["model.safetensors", "pytorch_model.bin"])
+def test_a_stale_index_beside_whole_weights(tmp_path, index, content, whole):
+    content = content.replace("model.safetensors", whole)
+    arrays = {"a": mx.arange(3.0), "b": mx.ones(2)}
+    save_bin(tmp_path / whole, arrays) if whole.endswith("bin") else mx.save_safetensors(
+        str(tmp_path / whole), arrays
+    )
+    (tmp_path / index).write_text(content)
+    assert load_checkpoint(tmp_path).keys() == {"a", "b"}
+
+
+def test_a_stale_index_beside_a_good_one_or_all_shards(tmp_path):
+    split_in_two(tmp_path)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": STALE}))
+    assert load_checkpoint(tmp_path).keys() == {"a", "b"}
+    good = {"weight_map": {"b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(good))
+    assert load_checkpoint(tmp_path).keys() == {"b"}
+
+
+@pytest.mark.parametrize("kind", ["bin", "safetensors"])
+def test_shards_without_their_index(tmp_path, kind):
+    split_in_two(tmp_path, kind)
+    assert load_checkpoint(tmp_path).keys() == {"a", "b"}
+    (tmp_path / f"model-00001-of-00002.{kind}").unlink()
+    with pytest.raises(OSError, match=f"lacks the shard model-00001-of-00002.{kind}"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": STALE}))
+    with pytest.raises(ValueError, match="gone-00001-of-00002.bin, which is missing"):
+        load_checkpoint(tmp_path)
+
+
+def test_what_trainers_leave_is_not_taken_for_weights(tmp_path):
+    for name in ("training_args.bin", "optimizer.bin", "scheduler.pt", "rng_state_0.pt"):
+        (tmp_path / name).write_bytes(b"whatever")
+    with pytest.raises(OSError, match="holds no"):
+        load_checkpoint(tmp_path)
+    mx.save_safetensors(str(tmp_path / "weights.safetensors"), {"w": mx.ones(2)})
+    assert list(load_checkpoint(tmp_path)) == ["w"]
