@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from .checkpoints.names import split_fused, strip_prefixes
 from .model import Model, ModelArgs
 from .tensor_info import TensorInfo
 
@@ -131,9 +132,13 @@ def canonicalize(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Cano
     warnings: list[str] = []
     if any(name.endswith(".scales") for name in tensors):
         raise ValueError("the checkpoint is quantised already: convert the original instead.")
+    if any(".lora_A." in name for name in tensors):
+        raise ValueError("the checkpoint holds a LoRA adapter: merge it into the model first.")
     bmtrain = "dim_model" in config
     config = _checked(_from_bmtrain(config) if bmtrain else config)
     named, raw_names = _rename(tensors)
+    hidden_size = named[EMBEDDING].shape[-1] if EMBEDDING in named else 0
+    split_fused(named, raw_names, "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), hidden_size)
     sizes = _Sizes(named, config, warnings)
     sizes.read_attention()
     sizes.read_router(raw_names)
@@ -187,17 +192,18 @@ def _split_heads(name: str, info: TensorInfo, args: ModelArgs) -> dict[str, Weig
 def _rename(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors under canonical names, and the raw name of each."""
     named, raw_names = {}, {}
-    for raw, info in tensors.items():
-        if BUFFERS.fullmatch(raw):
+    plain = strip_prefixes(tensors)
+    for raw, bare in zip(tensors, plain, strict=True):
+        if BUFFERS.fullmatch(bare):
             continue
-        name = BMTRAIN_NAMES.get(raw, raw)
-        if match := BMTRAIN_LAYER.fullmatch(raw):
+        name = BMTRAIN_NAMES.get(bare, bare)
+        if match := BMTRAIN_LAYER.fullmatch(bare):
             name = f"model.layers.{match[1]}.{BMTRAIN_LAYER_NAMES.get(match[3], match[3])}"
-        elif (match := LAYER.fullmatch(raw)) and (expert := EXPERTS.fullmatch(match[2])):
+        elif (match := LAYER.fullmatch(bare)) and (expert := EXPERTS.fullmatch(match[2])):
             name = f"model.layers.{match[1]}.mlp.{expert[2]}_proj.weight"
         if name in named:
             raise ValueError(f"{raw} and {raw_names[name]} are the same tensor: remove one.")
-        named[name], raw_names[name] = info, raw
+        named[name], raw_names[name] = tensors[raw], raw
     return named, raw_names
 
 
@@ -333,7 +339,7 @@ class _Sizes:
         return num_heads
 
     def read_router(self, raw_names: dict[str, str]):
-        if self.has("mlp.gate_proj.weight") or self.has("mlp.router.weight"):
+        if any(self.has(f"mlp.{name}.weight") for name in ("gate_proj", "gate_up_proj", "router")):
             raise ValueError("its feed-forward layers are dense or a baseline, not BlockFFN's.")
         num_experts, columns = self.layer_shape(ROUTER, 2)
         # BMTrain's gate is [E, H], and was [H, E]: a square one is taken for the new form.

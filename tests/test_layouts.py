@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from conftest import GOLDEN
 from layout_cases import FORMS, write_form
+from torch_files import save_bin
 
-from blockffn_mlx.checkpoint import open_checkpoint, read_json
+from blockffn_mlx.checkpoint import load_checkpoint, open_checkpoint, read_json
+from blockffn_mlx.checkpoints.names import PREFIXES
 from blockffn_mlx.layouts import Weight, canonicalize, published_shapes
 from blockffn_mlx.model import ModelArgs
 from blockffn_mlx.tensor_info import TensorInfo, contiguous_strides
@@ -237,3 +239,90 @@ def test_weight_reads_through_its_transform():
     info = open_checkpoint(GOLDEN / "gqa_block")["model.norm.weight"]
     doubled = Weight(info, info.shape, lambda array: 2 * array)
     assert mx.array_equal(doubled.read(), 2 * info.read())
+
+
+PREFIX_FORMS = {
+    "ddp": "module.{}".format,
+    "compiled": "_orig_mod.{}".format,
+    "both": "_orig_mod.module.{}".format,
+    "peft": "base_model.model.{}".format,
+    "wrapped": "model.{}".format,
+    "a compiled layer": lambda name: name.replace("layers.0.", "layers.0._orig_mod."),
+    "fsdp": lambda name: (
+        "_fsdp_wrapped_module." + name.replace("mlp.", "mlp._fsdp_wrapped_module.")
+    ),
+}
+
+
+@pytest.mark.parametrize("form", PREFIX_FORMS)
+def test_prefixes_that_all_names_have_are_stripped(form):
+    tensors, config = source()
+    prefixed = {PREFIX_FORMS[form](name): info for name, info in tensors.items()}
+    assert len(prefixed) == len(tensors) and prefixed.keys() != tensors.keys()
+    expected = canonicalize(tensors, config).weights
+    assert {n: w.info for n, w in canonicalize(prefixed, config).weights.items()} == {
+        n: w.info for n, w in expected.items()
+    }
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_that_some_names_have_are_named(prefix):
+    tensors, config = source()
+    mixed = {prefix + n if "layers.1" in n else n: info for n, info in tensors.items()}
+    with pytest.raises(ValueError, match=f"some of the tensors' names begin with '{prefix}'"):
+        canonicalize(mixed, config)
+    first = next(iter(tensors))
+    with pytest.raises(ValueError, match=first):
+        canonicalize({prefix + n if n != first else n: i for n, i in tensors.items()}, config)
+
+
+def test_an_adapter_is_named():
+    tensors, config = source()
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    with pytest.raises(ValueError, match="LoRA adapter"):
+        canonicalize({**tensors, name: tensor(4, 4)}, config)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_qkv_is_split(tmp_path, bias):
+    tensors = load_checkpoint(GOLDEN / "gqa_block")
+    config = read_json(GOLDEN / "gqa_block" / "config.json")
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}.self_attn"
+        if bias:
+            for part in "qkv":
+                rows = tensors[f"{prefix}.{part}_proj.weight"].shape[0]
+                tensors[f"{prefix}.{part}_proj.bias"] = mx.random.normal((rows,))
+            tensors[f"{prefix}.o_proj.bias"] = mx.random.normal((config["hidden_size"],))
+    save_bin(tmp_path / "plain.bin", tensors)
+    fused = dict(tensors)
+    for name in [name for name in tensors if ".q_proj." in name]:
+        parts = [fused.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
+        fused[name.replace("q_proj", "qkv_proj")] = mx.concatenate(parts)
+    save_bin(tmp_path / "fused.bin", fused)
+    plain = canonicalize(open_checkpoint(tmp_path / "plain.bin"), config)
+    split = canonicalize(open_checkpoint(tmp_path / "fused.bin"), config)
+    assert split.args == plain.args and split.args.attention_bias == bias
+    assert split.weights.keys() == plain.weights.keys()
+    for name, weight in plain.weights.items():
+        assert mx.array_equal(split.weights[name].read(), weight.read())
+
+
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65])
+def test_a_fused_qkv_of_other_rows_is_named(rows):
+    tensors, config = source()
+    hidden_size = config["hidden_size"]
+    rows = rows if rows < 63 else hidden_size + rows - 64
+    for name in [name for name in tensors if ".q_proj." in name]:
+        for part in "qkv":
+            del tensors[name.replace("q_proj", f"{part}_proj")]
+        tensors[name.replace("q_proj", "qkv_proj")] = tensor(rows, hidden_size)
+    with pytest.raises(ValueError, match="qkv_proj.weight has the shape"):
+        canonicalize(tensors, config)
+
+
+def test_a_gated_feed_forward_is_another_architecture():
+    tensors, config = source()
+    tensors["model.layers.0.mlp.gate_up_proj.weight"] = tensor(8, config["hidden_size"])
+    with pytest.raises(ValueError, match="not BlockFFN's"):
+        canonicalize(tensors, config)

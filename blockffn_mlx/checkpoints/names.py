@@ -1,0 +1,67 @@
+"""Names as other tools leave them: behind prefixes of wrappers, or of projections in one piece."""
+
+import re
+from collections.abc import Collection
+
+from ..tensor_info import TensorInfo
+
+# What wrappers put before every name, and the names that wrapped modules have inside others.
+PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "base_model.model.")
+WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def strip_prefixes(names: Collection[str]) -> list[str]:
+    """Names without what DDP, torch.compile, FSDP and PEFT put around those of the model.
+
+    Raises:
+        ValueError: If only some of the names have such a prefix.
+    """
+    bare = list(names)
+    if bare and all(name.startswith(("model.model.", "model.lm_head.")) for name in bare):
+        bare = [name.removeprefix("model.") for name in bare]
+    while with_prefix := [name for name in bare if name.startswith(PREFIXES)]:
+        prefix = next(prefix for prefix in PREFIXES if with_prefix[0].startswith(prefix))
+        others = [name for name in bare if not name.startswith(prefix)]
+        if others:
+            raise ValueError(
+                f"some of the tensors' names begin with {prefix!r} and some do not (such as "
+                f"{with_prefix[0]!r} and {others[0]!r}): save the inner model's state dict."
+            )
+        bare = [name.removeprefix(prefix) for name in bare]
+    return [WRAPPERS.sub("", name) for name in bare]
+
+
+def split_fused(
+    named: dict[str, TensorInfo],
+    raw_names: dict[str, str],
+    fused: str,
+    parts: tuple[str, ...],
+    first_rows: int,
+):
+    """Replaces each layer's fused projection by its parts, which are blocks of its rows.
+
+    Args:
+        named: Tensors under canonical names; changed.
+        raw_names: The raw name of each; changed.
+        fused: A projection's name inside its layer, such as "self_attn.qkv_proj".
+        parts: The names of its parts in the order of their rows.
+        first_rows: Rows of the first part; the others share the rest equally.
+
+    Raises:
+        ValueError: If the rows cannot be so divided.
+    """
+    for name in [name for name in named if f".{fused}." in name]:
+        info, raw = named.pop(name), raw_names.pop(name)
+        rest, odd = divmod(info.shape[0] - first_rows if info.shape else -1, len(parts) - 1)
+        if rest < 1 or odd or first_rows < 1:
+            raise ValueError(
+                f"{raw} has the shape {list(info.shape)}, which does not hold {', '.join(parts)}."
+            )
+        start = 0
+        for part in parts:
+            target = name.replace(fused, f"{fused.rpartition('.')[0]}.{part}")
+            if target in named:
+                raise ValueError(f"{raw} and {raw_names[target]} are the same tensor: remove one.")
+            stop = start + (first_rows if start == 0 else rest)
+            named[target], raw_names[target] = info.rows(start, stop), raw
+            start = stop
