@@ -75,8 +75,8 @@ def open_checkpoint(path: str | Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-class _StaleIndex(ValueError):
-    """An index that does not fit the files beside it, as is left where weights were merged."""
+class _StaleIndex(OSError, ValueError):
+    """An index that does not fit the files beside it, which are missing or others."""
 
 
 def _indexes(folder: Path) -> list[Path]:
