@@ -18,6 +18,7 @@ from ..analysis.spec_bench import (
     SpecBench,
     SpecSettings,
     chosen_questions,
+    compiling_modes,
     read_questions,
 )
 from ..prompt import choose_format, is_chat_model
@@ -134,6 +135,14 @@ def show_spec(document: dict[str, Any]):
         table.add_row(group, *cells, end_section=group == list(document["groups"])[-1])
     console = Console(highlight=False)
     console.print(table)
+    for mode, share in compiling_modes(document["repeated"]).items():
+        first, again = document["repeated"][mode]
+        console.print(
+            f"{mode}: dominated by what is done once a shape (compiling kernels, planning "
+            f"attention): the last question took {first:.2f} s, asked again {again:.2f} s, "
+            f"{share:.0%} less. Its tokens per second say little; more --warm-up helps.",
+            markup=False,
+        )
     names = ("device", "draft", "draft_width", "max_tokens", "temp", "seed", "warm_up")
     console.print(", ".join(f"{name} {document[name]}" for name in names), markup=False)
     console.print(METHOD, markup=False)

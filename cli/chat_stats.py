@@ -90,10 +90,7 @@ class TurnStats:
             f"{self.last.generation_tps:.1f}/s",
             f"first after {self.first_token:.2f} s",
         ]
-        if self.speculation:
-            rounds = self.speculation.rounds - self.before.rounds
-            accepted = self.speculation.accepted - self.before.accepted
-            parts.append(f"{accepted / max(rounds, 1):.1f} accepted a round")
+        parts += self.drafting()[:1]
         ratio = self.meter.ratio
         if ratio is not None:
             parts.append(f"{ratio:.0%} of experts read")
@@ -110,9 +107,13 @@ class TurnStats:
             f"{chat.prefilled:,} of {chat.prompt_tokens:,} prompt tokens read",
             f"context {used:,} of {chat.max_context:,}",
         ]
-        if self.speculation:
-            details.append(f"{self.speculation.rounds - self.before.rounds} rounds of drafts")
-        return details
+        return details + self.drafting()[1:]
+
+    def drafting(self) -> list[str]:
+        """What speculation did for this answer; nothing without a draft."""
+        if self.speculation is None or self.before is None:
+            return []
+        return (self.speculation - self.before).parts()
 
     def line(self, full: bool = False) -> str:
         """The figures in one line, with or without the details."""

@@ -8,7 +8,7 @@ from toy_chat import toy_tokenizer
 
 from blockffn_mlx.analysis import spec_bench
 from blockffn_mlx.analysis.spec_bench import MODES, Question, Result, SpecSettings, read_questions
-from blockffn_mlx.cli import bench
+from blockffn_mlx.cli import bench, bench_spec
 from blockffn_mlx.prompt import RawFormat
 from blockffn_mlx.speculative import SpeculationStats
 
@@ -50,6 +50,7 @@ def test_spec_runs_all_modes_over_all_groups(converted, run):
                 assert row["same_as_plain"] == row["turns"]
                 assert {"tokens_per_round", "cls_spec", "accepted"} <= set(row)
     assert document["overall"]["plain dense"]["turns"] == 7  # one group has two turns
+    assert all(0 < s for mode in MODES for s in document["repeated"][mode])
     assert document["seed"] == 0 and document["draft_width"] == "4" and document["device"]
     shown = run(*flags[:-2], "-m", 2, "--draft", "lookup", "--draft-width", 4)
     assert "overall" in shown and "x)" in shown
@@ -90,6 +91,20 @@ def test_sums_over_groups():
     assert row["tokens_per_second"] == 4 and row["same_as_plain"] == 4 and row["turns"] == 5
     assert row["rounds"] == 3 and row["tokens_per_round"] == pytest.approx(7 / 3)
     assert row["cls_spec"] == pytest.approx(0.7)
+
+
+def test_compiling_is_told_from_decoding(run, capsys):
+    repeated = {"plain dense": [2.0, 1.8], "speculative dense": [3.0, 0.3]}
+    assert spec_bench.compiling_modes(repeated) == {"speculative dense": pytest.approx(0.9)}
+    row = {"tokens_per_second": 4.6, "cls_spec": None, "tokens_per_round": 1.0}
+    row |= {"same_as_plain": 1, "turns": 1}
+    rows = {mode: row for mode in MODES}
+    names = dict.fromkeys(("device", "draft", "draft_width", "max_tokens", "temp", "seed"), 0)
+    document = {"groups": {"qa": rows}, "overall": rows, "repeated": repeated, "warm_up": 1}
+    bench_spec.show_spec(document | names)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "speculative dense: dominated by what is done once a shape" in shown
+    assert "3.00 s, asked again 0.30 s" in shown and "plain dense: dominated" not in shown
 
 
 def test_questions_are_grouped_as_in_spec_bench(tmp_path):

@@ -79,7 +79,7 @@ def test_commands(chat, tmp_path, folder):
     assert " 4 tokens" in terminal.enter("/retry")
 
     assert "draft: lookup" in terminal.enter("/draft lookup")
-    assert "accepted a" in terminal.enter("once more")
+    assert "tokens a round" in terminal.enter("once more")
     assert "no draft at" in terminal.enter("/draft /nowhere")
     assert "draft: none" in terminal.enter("/draft none")
 

@@ -93,7 +93,7 @@ def test_the_commands_answer_is_the_same_with_a_draft(converted):
         names = {"rounds", "drafted", "accepted", "tokens_per_round", "union_ratio"}
         assert names <= set(found["draft"])
     shown = run(*drafting).stdout
-    assert "\nDraft: " in shown and "tokens per round" in shown
+    assert "\nDraft: " in shown and "tokens a round" in shown
 
 
 @pytest.mark.parametrize(

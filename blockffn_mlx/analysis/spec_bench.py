@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ MT_BENCH = (
     "stem",
     "humanities",
 )
+# From this share of a mode's time on, what is done once a shape is said to dominate.
+COMPILING_SHARE = 0.5
 # Backend of the layers, and whether to speculate.
 MODES = {
     "plain dense": ("dense", False),
@@ -78,9 +80,12 @@ class Result:
     turns: int = 0
     stats: SpeculationStats = field(default_factory=SpeculationStats)
 
+    def __add__(self, other: "Result") -> "Result":
+        return Result(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
     def row(self) -> dict[str, Any]:
         """For the table and JSON."""
-        row = {"turns": self.turns, "tokens": self.tokens, "seconds": self.seconds}
+        row: dict[str, Any] = {"turns": self.turns, "tokens": self.tokens, "seconds": self.seconds}
         row["tokens_per_second"] = self.tokens / self.seconds if self.seconds else 0.0
         if self.stats.rounds or self.stats.plain_tokens:
             row |= self.stats.as_dict()
@@ -100,6 +105,8 @@ class SpecBench:
 
     Attributes:
         results: By (group, mode).
+        repeated: By mode, the seconds that the last question took, and those that it took when
+            it was asked again: the same shapes, all of them met before.
     """
 
     def __init__(
@@ -114,6 +121,7 @@ class SpecBench:
         self.drafter, self.settings = drafter, settings
         self.policies: dict[str, Policy] = {}
         self.results: dict[tuple[str, str], Result] = {}
+        self.repeated: dict[str, tuple[float, float]] = {}
         self.asked = 0
 
     def prepare(self, on_progress: Callable[[int, int], None]):
@@ -136,28 +144,39 @@ class SpecBench:
             self.ask(question)
         self.results.clear()
         for done, question in enumerate(questions, start=1):
-            self.ask(question)
+            first = self.ask(question)
             if on_progress:
                 on_progress(done, len(questions))
+        results, self.results = self.results, {}
+        again = self.ask(questions[-1])
+        self.results = results
+        self.repeated = {mode: (first[mode], again[mode]) for mode in MODES}
 
     def set_backend(self, backend: str):
         """Has every layer compute by this backend."""
         for layer in self.model.layers:
             layer.mlp.backend = backend
 
-    def ask(self, question: Question):
-        """Answers all turns in every mode, beginning with another mode each time."""
+    def ask(self, question: Question) -> dict[str, float]:
+        """Answers all turns in every mode, beginning with another mode each time.
+
+        Returns:
+            Seconds by mode.
+        """
         order = list(MODES)
         first = self.asked % len(order)
-        answers = {}
+        answers, seconds = {}, {}
         for mode in order[first:] + order[:first]:
+            before = self.result(question.group, mode).seconds
             answers[mode] = self.answer(mode, question)
+            seconds[mode] = self.result(question.group, mode).seconds - before
         for mode, (_, speculates) in MODES.items():
             if speculates:
                 plain = answers[mode.replace("speculative", "plain")]
                 same = sum(a == b for a, b in zip(answers[mode], plain, strict=True))
                 self.result(question.group, mode).same_as_plain += same
         self.asked += 1
+        return seconds
 
     def answer(self, mode: str, question: Question) -> list[list[int]]:
         """One mode's tokens for each turn."""
@@ -198,6 +217,7 @@ class SpecBench:
             "mlx": mx.__version__,
             **asdict(self.settings),
             "method": METHOD,
+            "repeated": {mode: list(seconds) for mode, seconds in self.repeated.items()},
             "groups": rows,
             "overall": overall,
         }
@@ -205,14 +225,19 @@ class SpecBench:
 
 def total(results: list[Result]) -> Result:
     """Sums of several results."""
-    whole = Result()
-    for result in results:
-        for name in ("tokens", "seconds", "same_as_plain", "turns"):
-            setattr(whole, name, getattr(whole, name) + getattr(result, name))
-        for name in vars(whole.stats):
-            value = getattr(whole.stats, name) + getattr(result.stats, name)
-            setattr(whole.stats, name, value)
-    return whole
+    return sum(results, Result())
+
+
+def compiling_modes(repeated: dict[str, list[float]]) -> dict[str, float]:
+    """The modes that mostly did what is done once, and the share of the time that it took.
+
+    A question that is asked again meets no new shape, so nothing is left to compile or to plan.
+
+    Args:
+        repeated: Seconds of a question by mode, at first and again.
+    """
+    shares = {mode: 1 - again / first for mode, (first, again) in repeated.items()}
+    return {mode: share for mode, share in shares.items() if share > COMPILING_SHARE}
 
 
 def read_questions(path: Path) -> list[Question]:

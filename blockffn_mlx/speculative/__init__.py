@@ -3,10 +3,11 @@
 from .drafter import Drafter
 from .drafters import load_draft, make_drafter, make_policy
 from .eagle_drafter import EagleDrafter
-from .engine import SpeculationStats, stream
+from .engine import stream
 from .lookup_drafter import LookupDrafter
 from .model_drafter import ModelDrafter
 from .policy import AdaptiveWidth, FixedWidth, Policy
+from .stats import SpeculationStats
 from .target import Target
 from .tree import Tree
 

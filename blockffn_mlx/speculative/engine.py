@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +11,7 @@ from mlx_lm.sample_utils import greedy_sampler
 
 from .drafter import Drafter
 from .policy import FixedWidth, Policy
+from .stats import SpeculationStats
 from .target import Target
 from .tree import MAX_NODES, Tree
 from .verify import (
@@ -28,55 +28,6 @@ Step = tuple[int, mx.array, bool]
 DEFAULT_WIDTH = 8
 # Tokens between two releases of MLX's buffer cache, as in mlx-lm.
 CLEAR_INTERVAL = 256
-
-
-@dataclass
-class SpeculationStats:
-    """What a run of the decoder did.
-
-    Attributes:
-        rounds: Target passes over a tree.
-        drafted: Tokens proposed in them.
-        accepted: Proposed tokens that were emitted.
-        round_tokens: Tokens that rounds emitted.
-        plain_tokens: Tokens decoded without a draft.
-        union_sum: Sum over rounds of the fraction of experts that the pass used.
-    """
-
-    rounds: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    round_tokens: int = 0
-    plain_tokens: int = 0
-    union_sum: float = 0.0
-
-    @property
-    def tokens_per_round(self) -> float:
-        """Mean tokens a round, the target's own one included (the paper's acceptance length)."""
-        return self.round_tokens / self.rounds if self.rounds else 0.0
-
-    @property
-    def union_ratio(self) -> float:
-        """Mean fraction of experts that a round's chunk used: 1 - CLS_spec."""
-        return self.union_sum / self.rounds if self.rounds else 0.0
-
-    def as_dict(self) -> dict[str, int | float]:
-        """The counts and their means by name."""
-        return {
-            "rounds": self.rounds,
-            "drafted": self.drafted,
-            "accepted": self.accepted,
-            "plain_tokens": self.plain_tokens,
-            "tokens_per_round": self.tokens_per_round,
-            "union_ratio": self.union_ratio,
-        }
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rounds} rounds, {self.drafted} drafted, {self.accepted} accepted, "
-            f"{self.tokens_per_round:.2f} tokens per round, union {self.union_ratio:.1%} of "
-            f"experts, {self.plain_tokens} plain tokens"
-        )
 
 
 def stream(
