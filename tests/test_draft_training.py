@@ -13,6 +13,7 @@ from blockffn_mlx.training.build import save_model
 from blockffn_mlx.training.config import Head, load_config
 from blockffn_mlx.training.data import train_tokenizer
 from blockffn_mlx.training.draft import (
+    METRICS,
     DraftTrainer,
     EagleHead,
     draft_objective,
@@ -81,11 +82,15 @@ def as_batch(tokens: mx.array, **changes: mx.array) -> Batch:
     return Batch(tokens, tokens, flags, flags, flags, None)._replace(**changes)
 
 
-def objective_parts(target: bf.Model, batch: Batch) -> np.ndarray:
+def objective_parts(target: bf.Model, batch: Batch) -> list[float]:
     settings = Head(intermediate_size=16, noise=0.0)
     mx.random.seed(0)
     head = EagleHead(head_args(settings, target))
-    return np.array(draft_objective(head, target, batch, settings)[1])
+    return values(draft_objective(head, target, batch, settings)[1])
+
+
+def values(metrics: dict[str, mx.array]) -> list[float]:
+    return [metrics[name].item() for name in METRICS]
 
 
 @pytest.mark.parametrize("attention", ["vanilla", "mla"])
@@ -100,7 +105,7 @@ def test_rows_pair_a_hidden_state_with_the_next_token(attention):
     out = np.array(head(embeddings, hidden[:, :-1], draft_cache(head), None))
     distance = np.abs(out - np.array(hidden)[:, 1:])
     feature = np.where(distance < 1, distance**2 / 2, distance - 0.5).mean()
-    parts = np.array(draft_objective(head, target, as_batch(tokens), settings)[1])
+    parts = values(draft_objective(head, target, as_batch(tokens), settings)[1])
     assert parts[1] == pytest.approx(feature, rel=1e-4)
     assert parts[0] == pytest.approx(parts[1] + 0.1 * parts[2], rel=1e-5)
     logits = mx.softmax(target.logits(hidden[:, 1:]), axis=-1)
@@ -138,8 +143,8 @@ def test_noise_is_for_training_only(folder):
     head, target, corpus = prepare_head(config, str(folder / "base"))
     batch = as_batch(mx.array([[3, 1, 4, 1, 5, 9, 2, 6]]))
     noisy = replace(config.head, noise=5.0)
-    parts = [np.array(draft_objective(head, target, batch, noisy)[1]) for _ in range(2)]
+    parts = [values(draft_objective(head, target, batch, noisy)[1]) for _ in range(2)]
     assert parts[0][0] != parts[1][0]
     head.eval()
-    parts = [np.array(draft_objective(head, target, batch, noisy)[1]) for _ in range(2)]
+    parts = [values(draft_objective(head, target, batch, noisy)[1]) for _ in range(2)]
     assert parts[0][0] == parts[1][0]

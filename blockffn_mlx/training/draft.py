@@ -5,7 +5,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
@@ -63,7 +62,7 @@ def head_args(settings: Head, target: Model) -> HeadArgs:
 
 def draft_objective(
     head: EagleHead, target: Model, batch: Batch, settings: Head
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, dict[str, mx.array]]:
     """EAGLE's loss: smooth L1 on hidden states and cross-entropy against the target's softmax.
 
     Row t takes the target's post-norm hidden state at t and the token at t + 1, and imitates the
@@ -76,8 +75,8 @@ def draft_objective(
         settings: Weights of the two losses, and the noise.
 
     Returns:
-        (total, [4] float32 in the order of METRICS); agreement is the share of rows whose
-        likeliest token is the target's.
+        (total, scalars by the names of METRICS); agreement is the share of rows whose likeliest
+        token is the target's.
     """
     mask = None if batch.segments is None else document_mask(batch.segments)
     hidden_states = mx.stop_gradient(target.model(batch.inputs, mask=mask))
@@ -102,7 +101,8 @@ def draft_objective(
     cross_entropy = masked_mean(-(mx.softmax(goal, axis=-1) * logprobs).sum(-1), paired)
     agreement = masked_mean(logits.argmax(-1) == goal.argmax(-1), paired)
     total = settings.feature * feature + settings.token * cross_entropy
-    return total, mx.stack([total, feature, cross_entropy, agreement])
+    parts = (total, feature, cross_entropy, agreement)
+    return total, dict(zip(METRICS, parts, strict=True))
 
 
 class DraftTrainer(Trainer):
@@ -129,17 +129,18 @@ class DraftTrainer(Trainer):
         super().__init__(config, head, corpus, **callbacks)
 
     def objective(
-        self, batch: Batch, factors: mx.array, share: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """`draft_objective`, weighed by this process's part of the token pairs."""
+        self, batch: Batch, factors: dict[str, mx.array], share: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        """`draft_objective`, weighed by the micro-batch's share of the step's token pairs."""
         total, metrics = draft_objective(self.model, self.target, batch, self.config.head)
-        return share[1] * total, share[1] * metrics
+        weight = share["paired"]
+        return weight * total, {name: weight * value for name, value in metrics.items()}
 
     def evaluate(self) -> dict:
         """The metrics over all validation sources."""
         stage, limit = self.stage, self.config.data.validation_tokens
         rows = stage.batch_size // stage.accumulate
-        sums, pairs = np.zeros(len(METRICS)), 0
+        sums, pairs = dict.fromkeys(METRICS, 0.0), 0
         self.model.eval()
         for source in self.corpus.validation.values():
             windows, _ = validation_windows(source, stage.context, self.corpus.pad, limit)
@@ -148,9 +149,10 @@ class DraftTrainer(Trainer):
                 batch = Batch(*map(mx.array, parts), segments=None)
                 _, metrics = draft_objective(self.model, self.target, batch, self.config.head)
                 count = int(batch.paired[:, 1:].sum())
-                sums, pairs = sums + count * np.array(metrics), pairs + count
+                sums = {name: sums[name] + count * metrics[name].item() for name in METRICS}
+                pairs += count
         self.model.train()
-        return dict(zip(METRICS, (sums / max(pairs, 1)).tolist(), strict=True))
+        return {name: value / max(pairs, 1) for name, value in sums.items()}
 
 
 def save_head(path: str | Path, head: EagleHead, dtype: mx.Dtype):

@@ -1,18 +1,17 @@
 """The training objective of one micro-batch: language modelling plus the router's objectives."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from ..models.activation import watch_routers
 from . import losses
 from .config import Sparsity
 from .sampling import Batch
 
-# The entries of the metrics array that `objective` returns, in order.
+# What `objective` reports, by name.
 METRICS = ("loss", "al", "cs", "tls", "cls_8")
 
 CHUNK = 8
@@ -47,32 +46,31 @@ def token_losses(model: nn.Module, batch: Batch) -> mx.array:
 def objective(
     model: nn.Module,
     batch: Batch,
-    factors: mx.array,
+    factors: dict[str, mx.array],
     settings: Sparsity,
-    share: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """The scalar to minimise, and its parts.
+    share: dict[str, mx.array],
+) -> tuple[mx.array, dict[str, mx.array]]:
+    """One micro-batch's part of the scalar to minimise, and of the metrics.
 
-    LM + factors[0] * mean over layers of AL + factors[1] * mean over layers of CS + the penalties
-    that have a weight.
+    LM + factors["al"] * mean over layers of AL + factors["cs"] * mean over layers of CS + the
+    penalties that have a weight. Parts of a step add up, over micro-batches and processes, to what
+    its tokens give in one batch; only the balance penalty, a product of means, is a mean of parts.
 
     Args:
         model: A BlockFFN model.
         batch: Arrays of MLX.
-        factors: [2] float32, the present weights of AL and CS: an input, so that a compiled step
-            serves any.
+        factors: The present weights of AL ("al") and CS ("cs"), scalars: an input, so that a
+            compiled step serves any.
         settings: Weights of the other objectives.
-        share: [4] float32 of `batch_share`.
+        share: What the micro-batch holds of the step's tokens, see `shares`.
 
     Returns:
-        (total, [5] float32 in the order of METRICS).
+        (total, scalars by the names of METRICS).
     """
-    scored, paired, real, chunks = share
     with record_router(model) as routers:
-        loss = scored * masked_mean(token_losses(model, batch), batch.scored)
+        loss = share["scored"] * masked_mean(token_losses(model, batch), batch.scored)
     norm = model.args.norm_after_router
-    if settings.count_padded_chunks:
-        chunks = 1.0
+    chunks = share["all_chunks" if settings.count_padded_chunks else "chunks"]
     al, cs, penalties, active, active_chunks = [], [], [], [], []
     for logits, scores in routers:
         al.append(losses.activation_locality_loss(logits, batch.paired, settings.steepness))
@@ -87,10 +85,10 @@ def objective(
         )
         if settings.entropy:
             entropy = losses.router_entropy_loss(logits, batch.real, norm)
-            penalties.append(real * settings.entropy / len(routers) * entropy)
+            penalties.append(share["real"] * settings.entropy / len(routers) * entropy)
         if settings.balance:
             balance = losses.load_balance_loss(logits, batch.real, norm)
-            penalties.append(settings.balance / len(routers) * balance)
+            penalties.append(share["real"] * settings.balance / len(routers) * balance)
         if settings.l1:
             penalties.append(settings.l1 * losses.router_l1_loss(scores, batch.real))
         used = scores != 0
@@ -100,33 +98,55 @@ def objective(
     def over_layers(values: list[mx.array]) -> mx.array:
         return sum(values) / len(values)
 
-    al, cs = paired * over_layers(al), chunks * over_layers(cs)
-    total = loss + factors[0] * al + factors[1] * cs + sum(penalties)
-    tls, cls = 1 - real * over_layers(active), 1 - over_layers(active_chunks)
-    return total, mx.stack([loss, al, cs, tls, cls])
+    al, cs = share["paired"] * over_layers(al), chunks * over_layers(cs)
+    total = loss + factors["al"] * al + factors["cs"] * cs + sum(penalties)
+    tls = share["real"] * (1 - over_layers(active))
+    cls = share["windows"] * (1 - over_layers(active_chunks))
+    return total, {"loss": loss, "al": al, "cs": cs, "tls": tls, "cls_8": cls}
 
 
-def batch_share(rows: Batch, batch: Batch, world_size: int, chunk_length: int) -> np.ndarray:
-    """How much a process's rows weigh in means over the whole batch.
+def counts(batch: Batch, chunk_length: int) -> dict[str, int]:
+    """What means over a batch divide by.
 
     Args:
-        rows: This process's rows, NumPy arrays.
-        batch: The whole micro-batch.
-        world_size: Number of processes.
+        batch: NumPy arrays.
         chunk_length: Tokens in a chunk of CS.
 
     Returns:
-        [4] float32: the rows' part of the scored targets, token pairs, real tokens and chunks with
-        a real token, times the number of processes; so the mean over processes of a weighted mean
-        is the mean over the batch.
+        The numbers of scored targets ("scored"), of token pairs of AL ("paired"), of real tokens
+        ("real"), of chunks of CS with a real token ("chunks") and in all ("all_chunks"), and of
+        windows of CLS_8 without padding ("windows").
     """
+    in_chunks = batch.real.reshape(-1, chunk_length)
+    whole = batch.real.shape[1] // CHUNK * CHUNK
+    return {
+        "scored": int(batch.scored.sum()),
+        "paired": int(batch.paired[:, 1:].sum()),
+        "real": int(batch.real.sum()),
+        "chunks": int(in_chunks.any(-1).sum()),
+        "all_chunks": len(in_chunks),
+        "windows": int(batch.real[:, :whole].reshape(-1, CHUNK).all(-1).sum()),
+    }
 
-    def counts(part: Batch) -> np.ndarray:
-        chunks = part.real.reshape(-1, chunk_length).any(-1).sum()
-        pairs = part.paired[:, 1:].sum()
-        return np.array([part.scored.sum(), pairs, part.real.sum(), chunks], np.float32)
 
-    return world_size * counts(rows) / np.maximum(counts(batch), 1)
+def shares(parts: Sequence[Batch], wholes: Sequence[Batch], chunk_length: int) -> list[dict]:
+    """How much each of a process's micro-batches weighs in means over the whole step.
+
+    Args:
+        parts: This process's rows of each micro-batch, NumPy arrays.
+        wholes: The micro-batches of the step with the rows of all processes.
+        chunk_length: Tokens in a chunk of CS.
+
+    Returns:
+        For each part its share, from 0 to 1, of each of `counts`: a mean over the part times its
+        share, summed over all parts of all processes, is the mean over the step.
+    """
+    step = [counts(whole, chunk_length) for whole in wholes]
+    totals = {name: max(sum(own[name] for own in step), 1) for name in step[0]}
+    return [
+        {name: count / totals[name] for name, count in counts(part, chunk_length).items()}
+        for part in parts
+    ]
 
 
 def masked_mean(values: mx.array, mask: mx.array) -> mx.array:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
 from .data import Corpus, Source
@@ -30,6 +31,10 @@ class Batch(NamedTuple):
     def rows(self, rank: int, world_size: int) -> "Batch":
         """The rows of one process of a data-parallel run."""
         return Batch(*(a if a is None else a[rank::world_size] for a in self))
+
+    def arrays(self) -> "Batch":
+        """The batch as arrays of MLX."""
+        return Batch(*(a if a is None else mx.array(a) for a in self))
 
 
 class _Sampler:

@@ -94,15 +94,16 @@ def make_step(
     Args:
         model: The model.
         optimizer: Its optimiser.
-        objective: (batch, factors, share) -> (scalar to minimise, array of metrics).
+        objective: (batch, factors, share) -> (scalar to minimise, metrics by name), both the
+            micro-batch's own part of the step's.
         settings: Gradient clipping, compute dtype, and whether to compile.
         group: The processes of the run.
 
     Returns:
-        step(batch, share, factors, gathered, micro_batches) -> (metrics, rest). Adds the
-        micro-batch's gradients to ``gathered`` (None at first). With ``micro_batches`` 0, rest is
-        the gradients so far; otherwise they are divided by it, averaged over the processes,
-        clipped and applied, and rest is their norm.
+        step(batch, share, factors, gathered, last) -> (metrics, rest). Adds the micro-batch's
+        gradients to ``gathered`` (None at first). Before the ``last`` of a step, rest is the
+        gradients so far; at the last they are summed over the processes, clipped and applied, and
+        rest is their norm.
     """
     dtype = getattr(mx, settings.dtype)
 
@@ -113,17 +114,19 @@ def make_step(
 
     gradient = mx.value_and_grad(loss)
 
-    def step(batch, share, factors, gathered, micro_batches):
+    def step(batch, share, factors, gathered, last):
         masters = model.trainable_parameters()
         (_, metrics), gradients = gradient(masters, batch, share, factors)
         model.update(masters)
-        metrics = mx.distributed.all_sum(metrics, group=group) / group.size()
+        summed = mx.distributed.all_sum(mx.stack(list(metrics.values())), group=group)
+        metrics = dict(zip(metrics, summed, strict=True))
         if gathered is not None:
             gradients = tree_map(mx.add, gathered, gradients)
-        if not micro_batches:
+        if not last:
             return metrics, gradients
         gradients = nn.average_gradients(gradients, group)
-        gradients = tree_map(lambda g: g / micro_batches, gradients)
+        if group.size() > 1:
+            gradients = tree_map(lambda g: g * group.size(), gradients)
         gradients, norm = optim.clip_grad_norm(gradients, settings.clip)
         optimizer.update(model, gradients)
         return metrics, norm

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
 
 from .config import Stage, TrainingConfig
 from .data import Corpus
 from .evaluate import evaluate
-from .objective import METRICS, batch_share, objective
+from .objective import METRICS, objective, shares
 from .sampling import Batch, DocumentPacker, WindowSampler
 from .schedule import AdaptiveFactor, warmup_stable_decay
 from .state import latest_checkpoint, read_checkpoint, save_checkpoint
@@ -86,8 +85,8 @@ class Trainer:
         return make_step(self.model, self.optimizer, self.objective, settings, self.group)
 
     def objective(
-        self, batch: Batch, factors: mx.array, share: mx.array
-    ) -> tuple[mx.array, mx.array]:
+        self, batch: Batch, factors: dict[str, mx.array], share: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
         """What a step minimises, and the values of `metrics`; see `objective.objective`."""
         return objective(self.model, batch, factors, self.config.sparsity, share)
 
@@ -179,30 +178,31 @@ class Trainer:
     def measure(self, stage: Stage, rows: int):
         """Runs a step of ``rows`` rows for timing, at learning rate 0: weights stay as they are."""
         batch = self._make_sampler(stage, seed=[0]).batch(rows)
-        share = mx.ones(4)
+        share = self._shares([batch], [batch])[0]
         self.optimizer.set_learning_rate(0.0)
-        arrays = Batch(*(None if array is None else mx.array(array) for array in batch))
-        mx.eval(self._run_step(arrays, share, self._factors(), None, 1))
+        mx.eval(self._run_step(batch.arrays(), share, self._factors(), None, True))
         mx.eval(self.model.state, self.optimizer.state)
 
-    def _draw(self) -> list[tuple[Batch, mx.array]]:
-        """This process's rows of the next step's micro-batches, and their shares."""
+    def _draw(self) -> list[tuple[Batch, dict[str, mx.array]]]:
+        """This process's rows of the next step's micro-batches, and their shares of the step."""
         # A checkpoint keeps this state: the batch drawn here is then drawn again.
         self.sampler_state = self.sampler.state_dict()
-        size, stage, drawn = self.group.size(), self.stage, []
-        for _ in range(stage.accumulate):
-            whole = self.sampler.batch(stage.batch_size // stage.accumulate)
-            rows = whole.rows(self.group.rank(), size)
-            share = batch_share(rows, whole, size, self.config.sparsity.chunk_length)
-            arrays = (None if array is None else mx.array(array) for array in rows)
-            drawn.append((Batch(*arrays), mx.array(share)))
-        return drawn
+        stage = self.stage
+        rows = stage.batch_size // stage.accumulate
+        wholes = [self.sampler.batch(rows) for _ in range(stage.accumulate)]
+        parts = [whole.rows(self.group.rank(), self.group.size()) for whole in wholes]
+        shares = self._shares(parts, wholes)
+        return [(part.arrays(), share) for part, share in zip(parts, shares, strict=True)]
 
-    def _factors(self) -> mx.array:
+    def _shares(self, parts: list[Batch], wholes: list[Batch]) -> list[dict[str, mx.array]]:
+        found = shares(parts, wholes, self.config.sparsity.chunk_length)
+        return [{name: mx.array(value) for name, value in share.items()} for share in found]
+
+    def _factors(self) -> dict[str, mx.array]:
         """The present weights of AL and CS."""
-        return mx.array([self.config.sparsity.al, self.adaptive.factor])
+        return {"al": mx.array(self.config.sparsity.al), "cs": mx.array(self.adaptive.factor)}
 
-    def _dispatch(self, drawn: list[tuple[Batch, mx.array]]) -> tuple[mx.array, mx.array]:
+    def _dispatch(self, drawn: list[tuple[Batch, dict]]) -> tuple[dict[str, mx.array], mx.array]:
         """Queues one optimiser step; returns its metrics and gradient norm, not yet computed."""
         self.learning_rate = warmup_stable_decay(
             self.step - self.stage_first_step,
@@ -215,27 +215,26 @@ class Trainer:
         )
         self.optimizer.set_learning_rate(self.learning_rate)
         self.cs_factor = self.adaptive.factor
-        factors, count = self._factors(), len(drawn)
-        total, gathered = 0, None
+        factors, total, gathered = self._factors(), None, None
         for i, (batch, share) in enumerate(drawn, 1):
-            micro_batches = count if i == count else 0
-            metrics, gathered = self._run_step(batch, share, factors, gathered, micro_batches)
-            if not micro_batches:
+            last = i == len(drawn)
+            metrics, gathered = self._run_step(batch, share, factors, gathered, last)
+            if not last:
                 mx.async_eval(metrics, gathered)
-            total = total + metrics / count
+            total = metrics if total is None else tree_map(mx.add, total, metrics)
         return total, gathered
 
-    def _advance(self, metrics: mx.array):
+    def _advance(self, metrics: dict[str, mx.array]):
         """Counts a step, tells the adaptive factor, and goes to the next stage when it is time."""
-        if "cs" in self.metrics and not self.stage.freeze_factor:
-            self.adaptive.step(metrics[self.metrics.index("cs")])
+        if "cs" in metrics and not self.stage.freeze_factor:
+            self.adaptive.step(metrics["cs"])
         self.step += 1
         done = self.step - self.stage_first_step == self.stage.steps
         if done and self.stage_index + 1 < len(self.config.stage):
             self._start_stage(self.stage_index + 1, self.step)
 
-    def _check(self, metrics: mx.array, step: int):
-        if not np.isfinite(np.array(metrics)).all():
+    def _check(self, metrics: dict[str, mx.array], step: int):
+        if not all(math.isfinite(value.item()) for value in metrics.values()):
             kept = latest_checkpoint(self.output / CHECKPOINTS)
             state = f"the last good state is {kept}" if kept else "no checkpoint was written yet"
             raise ValueError(
@@ -244,14 +243,17 @@ class Trainer:
             )
 
     def _log_training(self, stage_name: str, window: list, norm: float, seconds: float):
-        means = np.mean([np.array(metrics) for metrics, _ in window], axis=0)
+        means = {
+            name: sum(metrics[name].item() for metrics, _ in window) / len(window)
+            for name in self.metrics
+        }
         tokens = sum(count for _, count in window)
         self._record(
             {
                 "kind": "train",
                 "step": self.step,
                 "stage": stage_name,
-                **dict(zip(self.metrics, map(float, means), strict=True)),
+                **means,
                 "cs_factor": self.cs_factor,
                 "learning_rate": self.learning_rate,
                 "gradient_norm": norm,
