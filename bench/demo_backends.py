@@ -19,7 +19,7 @@ from blockffn_mlx import kernels, load
 from blockffn_mlx.analysis.sparsity import sparsity_of_scores
 from blockffn_mlx.models.activation import record_router_scores
 from blockffn_mlx.training.config import load_config
-from blockffn_mlx.training.data import read_packed
+from blockffn_mlx.training.packed import read_packed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from demo_text import NEAR_TIE, greedy  # noqa: E402

@@ -1,16 +1,19 @@
 """blockffn-train: trains a model from scratch, or continues a converted one."""
 
 import argparse
+from typing import Any
 
 import mlx.core as mx
 
-from ..training.build import prepare, prepare_finetune, save_model
-from ..training.config import load_config
-from ..training.data import unigram_loss
+from ..model import Model
+from ..training.build import is_quantized, prepare, prepare_finetune, save_model
+from ..training.config import TrainingConfig, load_config
+from ..training.data import Corpus, unigram_loss
 from ..training.estimate import Estimate, estimate
+from ..training.lora import merge_lora
 from ..training.trainer import Trainer
 from .common import make_parser, run_main, stderr_console
-from .training_progress import add_run_flags, stopped_line, training_progress
+from .training_progress import add_run_flags, output_folder, stopped_line, training_progress
 
 PROG = "blockffn-train"
 
@@ -29,6 +32,11 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print parameters, memory and an estimate of the time, and train nothing",
     )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="save a packed model unpacked after LoRA: larger, and without rounding the update",
+    )
     return parser
 
 
@@ -41,36 +49,58 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """Builds the run, trains or measures, writes the model."""
     config = load_config(args.config, args.set)
-    if args.finetune:
-        model, corpus, tokenizer = prepare_finetune(config, args.finetune)
-    else:
-        model, corpus, tokenizer = prepare(config)
     if args.dry_run:
+        model, corpus, _ = prepared(config, args.finetune)
         print_estimate(estimate(Trainer(config, model, corpus)))
         return 0
+    with output_folder(config.output):
+        return train(config, args)
 
+
+def prepared(config: TrainingConfig, base: str | None) -> tuple[Model, Corpus, Any]:
+    """Model, corpus and tokenizer of a run, from scratch or from a base."""
+    return prepare_finetune(config, base) if base else prepare(config)
+
+
+def train(config: TrainingConfig, args: argparse.Namespace) -> int:
+    """Trains in an output folder that is held, and writes the model there."""
+    model, corpus, tokenizer = prepared(config, args.finetune)
     console = stderr_console()
     if corpus.validation:
         unigram = unigram_loss(corpus, model.args.vocab_size)
         console.print(f"validation loss of unigram counts: {unigram:.3f} nats a token")
     with training_progress(config.steps, console, line_of) as callbacks:
-        trainer = Trainer(config, model, corpus, **callbacks)
+        trainer = Trainer(config, model, corpus, **callbacks, accept_changes=args.accept_changes)
         finished = trainer.train(args.max_seconds)
     if not finished:
         console.print(stopped_line(trainer.step))
         return 0
+    merges = config.lora is not None and is_quantized(model)
+    merge_lora(model, args.dequantize)
+    if merges and (merged := trainer.log_merged()):
+        console.print(merged_line(trainer.log.read(), merged, args.dequantize))
     if trainer.group.rank() == 0:
         path = trainer.output / "model"
         save_model(path, model, tokenizer, getattr(mx, config.optimizer.dtype))
         if args.finetune:
-            print_change(trainer.read_log())
+            print_change(trainer.log.read())
         print(f"wrote {path}")
     return 0
 
 
+def merged_line(records: list[dict], merged: dict, dequantized: bool) -> str:
+    """What a merge into packed weights has cost, against the last evaluation of the training."""
+    trained = [record["all"] for record in records if record["kind"] == "evaluation"]
+    before = f"{trained[-1]['loss']:.4f} as trained, " if trained else ""
+    line = f"validation loss: {before}{merged['all']['loss']:.4f} as saved"
+    if dequantized:
+        return line + ", unpacked"
+    return line + ", packed again; --dequantize saves it unpacked, in a larger model"
+
+
 def print_change(records: list[dict]):
     """Sparsity before and after, from the first and last evaluation of the run."""
-    evaluations = [record["all"] for record in records if record["kind"] == "evaluation"]
+    evaluations = [record["all"] for record in records if "all" in record]
     if evaluations:
         for name, label in (("tls", "TLS"), ("cls_8", "CLS_8")):
             before, after = evaluations[0][name], evaluations[-1][name]
@@ -79,13 +109,14 @@ def print_change(records: list[dict]):
 
 def line_of(record: dict) -> str:
     """One line of the terminal's log."""
-    if record["kind"] == "evaluation":
+    if record["kind"] != "train":
         groups = [
             f"{name} {figures['loss']:.3f} (TLS {figures['tls']:.1%}, CLS_8 {figures['cls_8']:.1%})"
             for name, figures in record.items()
             if name in ("real", "template", "all")
         ]
-        return f"step {record['step']}: validation loss {', '.join(groups)}"
+        merged = ", merged" if record["kind"] == "merged" else ""
+        return f"step {record['step']}{merged}: validation loss {', '.join(groups)}"
     return (
         f"step {record['step']} {record['stage']}: loss {record['loss']:.3f}, "
         f"AL {record['al']:.3f}, CS {record['cs']:.3f} x {record['cs_factor']:.3g}, "

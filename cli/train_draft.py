@@ -4,10 +4,10 @@ import argparse
 
 import mlx.core as mx
 
-from ..training.config import load_config
+from ..training.config import TrainingConfig, load_config
 from ..training.draft import DraftTrainer, prepare_head, save_head
 from .common import make_parser, run_main, stderr_console
-from .training_progress import add_run_flags, stopped_line, training_progress
+from .training_progress import add_run_flags, output_folder, stopped_line, training_progress
 
 PROG = "blockffn-train-draft"
 
@@ -33,10 +33,18 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """Loads the target, trains the head, writes it."""
     config = load_config(args.config, args.set)
+    with output_folder(config.output):
+        return train(config, args)
+
+
+def train(config: TrainingConfig, args: argparse.Namespace) -> int:
+    """Trains in an output folder that is held, and writes the head there."""
     head, target, corpus = prepare_head(config, args.model)
     console = stderr_console()
     with training_progress(config.steps, console, line_of) as callbacks:
-        trainer = DraftTrainer(config, head, target, corpus, **callbacks)
+        trainer = DraftTrainer(
+            config, head, target, corpus, **callbacks, accept_changes=args.accept_changes
+        )
         finished = trainer.train(args.max_seconds)
     if not finished:
         console.print(stopped_line(trainer.step))

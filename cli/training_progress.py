@@ -4,10 +4,13 @@ import argparse
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import mlx.core as mx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..training.run_folder import ChangedRun, hold_folder
 
 
 def add_run_flags(parser: argparse.ArgumentParser):
@@ -26,6 +29,24 @@ def add_run_flags(parser: argparse.ArgumentParser):
         default=math.inf,
         help="stop with a checkpoint after this time; the same command goes on",
     )
+    parser.add_argument(
+        "--accept-changes",
+        action="store_true",
+        help="go on in an output folder whose run had other settings, data or another base model",
+    )
+
+
+@contextmanager
+def output_folder(path: str) -> Iterator[None]:
+    """Holds a run's output folder; says what to do where its settings have changed."""
+    if mx.distributed.init().rank() > 0:
+        yield
+        return
+    try:
+        with hold_folder(Path(path)):
+            yield
+    except ChangedRun as error:
+        raise ValueError(f"{error}, or go on all the same with --accept-changes.") from None
 
 
 @contextmanager
@@ -50,7 +71,10 @@ def training_progress(
     bar = progress.add_task("steps", total=steps)
     with progress:
         yield {
-            "on_record": lambda record: console.print(line_of(record), soft_wrap=True),
+            "on_record": lambda record: console.print(
+                line_of(record), soft_wrap=True, markup=False
+            ),
+            "on_note": lambda note: console.print(note, soft_wrap=True, markup=False),
             "on_step": lambda step: progress.update(bar, completed=step),
         }
 

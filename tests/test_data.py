@@ -12,14 +12,13 @@ from blockffn_mlx.training.data import (
     Markers,
     Source,
     assistant_turns,
-    encode_documents,
-    read_documents,
     read_files,
-    read_packed,
-    train_tokenizer,
     unigram_loss,
 )
+from blockffn_mlx.training.packed import read_packed
 from blockffn_mlx.training.sampling import DocumentPacker, WindowSampler, validation_windows
+from blockffn_mlx.training.text import read_documents
+from blockffn_mlx.training.tokenizer import train_tokenizer
 
 BOS, EOS, PAD, USER, ASSISTANT, END = 1, 2, 3, 4, 5, 6
 CHAT = [BOS, USER, 10, END, ASSISTANT, 11, 12, END, USER, 13, END, ASSISTANT, 14, END]
@@ -200,27 +199,3 @@ def test_text_and_json_lines(tmp_path):
     held_out = corpus.validation["lines"]
     assert held_out.tokens[0] == tokenizer.bos_token_id
     assert len(lines.starts) + len(held_out.starts) == 40
-
-
-@pytest.mark.parametrize("line", ["not json", '{"body": "x"}', "[1]"])
-def test_bad_json_lines_are_refused(tmp_path, line):
-    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n' + line)
-    with pytest.raises(ValueError, match="line 2: expected a JSON object"):
-        read_documents(tmp_path / "bad.jsonl")
-
-
-def test_messages_mark_what_the_assistant_says():
-    tokenizer = train_tokenizer(["user assistant hello there"], 300)
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
-    messages = [
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": "there"},
-        {"role": "user", "content": "user"},
-        {"role": "assistant", "content": "hello there"},
-    ]
-    chat = encode_documents([messages], tokenizer, "chat")
-    spoken = tokenizer.decode(chat.tokens[chat.turns].tolist())
-    assert spoken == "there</s>hello there</s>"

@@ -11,7 +11,6 @@ from conftest import tiny_model
 import blockffn_mlx as bf
 from blockffn_mlx.training.build import save_model
 from blockffn_mlx.training.config import Head, load_config
-from blockffn_mlx.training.data import train_tokenizer
 from blockffn_mlx.training.draft import (
     METRICS,
     DraftTrainer,
@@ -22,6 +21,7 @@ from blockffn_mlx.training.draft import (
     save_head,
 )
 from blockffn_mlx.training.sampling import Batch
+from blockffn_mlx.training.tokenizer import train_tokenizer
 
 CONFIG = """
 output = "{folder}/run"
@@ -55,7 +55,7 @@ def test_a_head_learns_is_written_and_drafts(folder):
     head, target, corpus = prepare_head(config, str(folder / "base"))
     trainer = DraftTrainer(config, head, target, corpus)
     assert trainer.train()
-    figures = [record for record in trainer.read_log() if record["kind"] == "evaluation"]
+    figures = [record for record in trainer.log.read() if record["kind"] == "evaluation"]
     assert figures[-1]["loss"] < 0.7 * figures[0]["loss"]
     assert figures[-1]["agreement"] > figures[0]["agreement"] + 0.2
 

@@ -16,8 +16,8 @@ from mlx_lm.utils import quantize_model
 import blockffn_mlx as bf
 from blockffn_mlx.training.build import prepare_finetune, save_model
 from blockffn_mlx.training.config import Lora, load_config
-from blockffn_mlx.training.data import train_tokenizer
-from blockffn_mlx.training.lora import add_lora, fuse_lora
+from blockffn_mlx.training.lora import add_lora, merge_lora
+from blockffn_mlx.training.tokenizer import train_tokenizer
 from blockffn_mlx.training.trainer import Trainer
 
 CONFIG = """
@@ -71,7 +71,7 @@ def test_lora_starts_as_the_base_and_fuses_to_what_it_computes(attention):
         model.load_weights([(name, weight + noise)], strict=False)
     adapted = np.array(model(ids))
     assert np.abs(adapted - before).max() > 1e-2
-    fuse_lora(model)
+    merge_lora(model)
     assert not any("lora" in name for name in weights_of(model))
     np.testing.assert_allclose(np.array(model(ids)), adapted, atol=1e-3)
 

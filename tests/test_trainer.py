@@ -170,8 +170,12 @@ def test_a_non_finite_loss_stops_the_run(folder):
 
 def test_a_checkpoint_of_another_model_is_refused(folder):
     make_trainer(folder).train(max_seconds=0)
-    with pytest.raises(ValueError, match="is of another model"):
-        make_trainer(folder, "model.hidden_size=48").train()
+    other = make_trainer(folder, "model.hidden_size=48")
+    with pytest.raises(ValueError, match="model.hidden_size was 32 and is 48"):
+        other.train()
+    other.accept_changes = True
+    with pytest.raises(ValueError, match="is of another model or optimiser"):
+        other.train()
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ class ChatFormat(Format):
         Raises:
             ValueError: If the template refuses the messages.
         """
-        messages = self._place_system([(role, self._guard(text)) for role, text in messages])
+        messages = self._place_system([(role, self.guard(text)) for role, text in messages])
         beginning = ""
         if messages[-1][0] == "assistant":
             *messages, (_, beginning) = messages
@@ -129,7 +129,7 @@ class ChatFormat(Format):
                 parts += [before, text]
         return "".join(parts) + rest + beginning
 
-    def _guard(self, text: str) -> str:
+    def guard(self, text: str) -> str:
         """A message whose spelled-out markers will not be read as markers."""
         text = clean(text)
         gaps: dict[int, str] = {}

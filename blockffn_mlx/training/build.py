@@ -7,21 +7,32 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm.utils import get_total_parameters, load_tokenizer
+from mlx_lm.utils import get_total_parameters
 
 from ..atomic_folder import check_target
 from ..checkpoint import read_json
 from ..checkpoints.folder import special_ids, write_folder
 from ..model import Model, ModelArgs
 from .config import Data, Initialisation, TrainingConfig
-from .data import Corpus, read_documents, read_files, read_packed, train_tokenizer
-from .lora import add_lora, fuse_lora
+from .data import Corpus, read_files
+from .lora import add_lora, merge_lora
+from .packed import read_packed
+from .text import read_documents
+from .tokenizer import keep_tokenizer, kept_tokenizer, open_tokenizer, train_tokenizer
 
 
 def build_model(args: ModelArgs, settings: Initialisation, seed: int) -> Model:
-    """A BlockFFN model with fresh weights."""
-    model = Model(args)
-    initialise(model, settings, seed)
+    """A BlockFFN model with fresh weights.
+
+    Raises:
+        ValueError: Its sizes are more than this machine can hold.
+    """
+    try:
+        model = Model(args)
+        initialise(model, settings, seed)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ValueError(f"a model of these sizes cannot be made here ({reason}).") from error
     return model
 
 
@@ -61,7 +72,7 @@ def build_corpus(data: Data, tokenizer: Any = None) -> tuple[Corpus, Any]:
     if missing := [str(path) for path in paths if not path.exists()]:
         raise ValueError(f"No such file or folder: {', '.join(missing)}.")
     if tokenizer is None and data.tokenizer:
-        tokenizer = load_tokenizer(data.tokenizer)
+        tokenizer = open_tokenizer(data.tokenizer)
     if paths[0].is_dir():
         if len(paths) > 1 or not (paths[0] / "manifest.json").exists():
             raise ValueError("data.path must be one folder with a manifest.json, or files.")
@@ -69,7 +80,7 @@ def build_corpus(data: Data, tokenizer: Any = None) -> tuple[Corpus, Any]:
     if tokenizer is None:
         texts = [text for path in paths for text in read_documents(path)]
         if not all(isinstance(text, str) for text in texts):
-            raise ValueError("Messages need a chat template: set data.tokenizer.")
+            raise ValueError("messages need a chat template: set data.tokenizer.")
         tokenizer = train_tokenizer(texts, data.vocab_size)
     corpus = read_files(paths, tokenizer, data.held_out)
     return corpus.without(data.exclude), tokenizer
@@ -83,15 +94,22 @@ def prepare(config: TrainingConfig) -> tuple[Model, Corpus, Any]:
     Raises:
         ValueError: The text's token ids do not fit the model's vocabulary, or other misfits.
     """
-    kept = Path(config.output) / "tokenizer"
-    if config.data.tokenizer is None and kept.exists():
-        config.data.tokenizer = str(kept)
-    corpus, tokenizer = build_corpus(config.data)
-    if config.data.tokenizer is None and tokenizer is not None:
-        tokenizer.save_pretrained(kept)
     args = config.model_args()
+    kept = Path(config.output) / "tokenizer"
+    tokenizer = kept_tokenizer(kept) if config.data.tokenizer is None else None
+    trains_tokenizer = config.data.tokenizer is None and tokenizer is None
+    corpus, tokenizer = build_corpus(config.data, tokenizer)
     check_vocabulary(corpus, args.vocab_size)
+    if trains_tokenizer and tokenizer is not None and mx.distributed.init().rank() == 0:
+        keep_tokenizer(kept, tokenizer)
+    args.chat_tuned |= teaches_chat(corpus, tokenizer)
     return build_model(args, config.initialisation, config.seed), corpus, tokenizer
+
+
+def teaches_chat(corpus: Corpus, tokenizer: Any) -> bool:
+    """Whether a run's text holds conversations in a form that the tokenizer's template knows."""
+    has_template = getattr(tokenizer, "chat_template", None) is not None
+    return has_template and any(source.is_chat for source in corpus.train.values())
 
 
 def prepare_finetune(config: TrainingConfig, path_or_repo: str) -> tuple[Model, Corpus, Any]:
@@ -111,6 +129,7 @@ def prepare_finetune(config: TrainingConfig, path_or_repo: str) -> tuple[Model, 
         raise ValueError(f"{path_or_repo} has no tokenizer, which the text needs.")
     corpus, _ = build_corpus(config.data, tokenizer)
     check_vocabulary(corpus, model.args.vocab_size)
+    model.args.chat_tuned |= teaches_chat(corpus, tokenizer)
     if config.lora:
         add_lora(model, config.lora)
     elif is_quantized(model):
@@ -120,7 +139,7 @@ def prepare_finetune(config: TrainingConfig, path_or_repo: str) -> tuple[Model, 
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether some weight is packed."""
-    return any(name.endswith("scales") for name, _ in tree_flatten(model.parameters()))
+    return any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
 
 
 def check_vocabulary(corpus: Corpus, vocab_size: int):
@@ -135,30 +154,35 @@ def check_vocabulary(corpus: Corpus, vocab_size: int):
 def save_model(path: str | Path, model: Model, tokenizer: Any, dtype: mx.Dtype):
     """Writes a model folder as the converter does, whole or not at all; LoRA is merged.
 
+    End tokens and generation settings are those of the folder that the model came from.
+
     Args:
         path: The folder; replaced if a model is there.
         model: The model.
         tokenizer: A tokenizer with `save_pretrained`, or None.
         dtype: The weights' dtype; packed weights keep theirs.
     """
-    fuse_lora(model)
+    merge_lora(model)
     weights = dict(tree_flatten(model.parameters()))
     packed = is_quantized(model)
     if not packed:
         weights = {name: weight.astype(dtype) for name, weight in weights.items()}
     base = getattr(model, "origin", None)
-    origin = {"source": base.folder.name if base else "training", "layout": "trained"}
-    generation_config = base.folder / "generation_config.json" if base else None
+    config, generation_config = asdict(model.args), None
+    if base is not None:
+        config |= special_ids(read_json(base.folder / "config.json"))
+        if (base.folder / "generation_config.json").is_file():
+            generation_config = read_json(base.folder / "generation_config.json")
+    if tokenizer is not None:
+        config |= special_ids(tokenizer)
     write_folder(
         path,
         [weights],
-        asdict(model.args) | (special_ids(tokenizer) if tokenizer is not None else {}),
-        origin=origin,
+        config,
+        origin={"source": base.folder.name if base else "training", "layout": "trained"},
         parameters=get_total_parameters(model),
         quantization=_quantization(model) if packed else None,
-        generation_config=read_json(generation_config)
-        if generation_config and generation_config.is_file()
-        else None,
+        generation_config=generation_config,
         save_tokenizer=tokenizer.save_pretrained if tokenizer is not None else None,
         source=base.folder if base else None,
         overwrite=True,

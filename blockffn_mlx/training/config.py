@@ -1,8 +1,9 @@
 """A training run's configuration: TOML with tables, checked before anything is built."""
 
+import math
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -10,6 +11,22 @@ from typing import Any, get_args, get_origin, get_type_hints
 import mlx.core as mx
 
 from ..model import ModelArgs
+from .text import read_text
+
+MODEL_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "expert_size",
+    "num_experts",
+    "max_position_embeddings",
+)
 
 
 @dataclass
@@ -34,6 +51,11 @@ class Data:
     exclude: list[str] = field(default_factory=list)
     template: list[str] = field(default_factory=list)
 
+    def __post_init__(self):
+        _check_ranges(self, at_least={"vocab_size": 259, "validation_tokens": 2})
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out is {self.held_out}, but must be from 0 to below 1.")
+
 
 @dataclass
 class OptimizerSettings:
@@ -57,6 +79,11 @@ class OptimizerSettings:
     def __post_init__(self):
         if self.dtype not in ("bfloat16", "float16", "float32"):
             raise ValueError(f"dtype {self.dtype!r} is not bfloat16, float16 or float32.")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas are two numbers from 0 to below 1, not {self.betas}.")
+        _check_ranges(self, at_least={"eps": 0, "weight_decay": 0})
+        if self.clip <= 0:
+            raise ValueError(f"clip is {self.clip}, but must be above 0.")
 
     @property
     def use_compile(self) -> bool:
@@ -92,6 +119,15 @@ class Sparsity:
     l1: float = 0.0
     balance: float = 0.0
     count_padded_chunks: bool = False
+
+    def __post_init__(self):
+        weights = dict.fromkeys(("al", "cs", "entropy", "l1", "balance", "hold", "warmup"), 0)
+        _check_ranges(
+            self,
+            at_least={"chunk_length": 1, "interval": 1, "min_ratio": 0, "max_ratio": 0} | weights,
+        )
+        if self.hold < self.warmup:
+            raise ValueError(f"hold is {self.hold}, but counts the warm-up of {self.warmup} too.")
 
 
 @dataclass
@@ -133,6 +169,9 @@ class Stage:
             raise ValueError(f"packing {self.packing!r} is not 'windows' or 'documents'.")
         if self.steps < 0 or min(self.batch_size, self.context, self.accumulate) < 1:
             raise ValueError("steps, batch_size, context and accumulate must be positive.")
+        _check_ranges(self, at_least={"lr": 0, "warmup": 0, "decay": 0, "final_lr": 0})
+        if any(weight < 0 for weight in (self.weights or {}).values()):
+            raise ValueError("the weights of the sources must not be negative.")
         if self.batch_size % self.accumulate:
             raise ValueError("accumulate must divide batch_size.")
         if self.shape not in ("exponential", "linear"):
@@ -163,6 +202,11 @@ class Lora:
     dropout: float = 0.0
     num_layers: int = 16
 
+    def __post_init__(self):
+        _check_ranges(self, at_least={"rank": 1, "num_layers": 1, "dropout": 0})
+        if self.dropout >= 1:
+            raise ValueError(f"dropout is {self.dropout}, but must be below 1.")
+
 
 @dataclass
 class Head:
@@ -184,6 +228,10 @@ class Head:
     feature: float = 1.0
     token: float = 0.1
     noise: float = 0.2
+
+    def __post_init__(self):
+        sizes, weights = ("intermediate_size", "num_hidden_layers"), ("feature", "token", "noise")
+        _check_ranges(self, at_least=dict.fromkeys(sizes, 1) | dict.fromkeys(weights, 0))
 
 
 @dataclass
@@ -216,6 +264,10 @@ class TrainingConfig:
         self.stage = [stage for stage in self.stage if stage.steps]
         if not self.stage:
             raise ValueError("the run needs at least one [[stage]].")
+        counts = ("log_interval", "eval_interval", "checkpoint_interval", "keep_checkpoints")
+        _check_ranges(self, at_least=dict.fromkeys(counts, 1) | {"seed": 0})
+        if not self.output or "\0" in self.output:
+            raise ValueError("output names no folder.")
         for stage in self.stage:
             if stage.context % self.sparsity.chunk_length:
                 raise ValueError(
@@ -232,10 +284,26 @@ class TrainingConfig:
         """The architecture of a model trained from scratch.
 
         Raises:
-            ValueError: An unknown field.
+            ValueError: An unknown field, or one of a wrong type or size.
         """
-        _refuse_unknown(self.model, {f.name for f in fields(ModelArgs)}, "model")
-        return ModelArgs(**self.model)
+        args = _build(ModelArgs, self.model, "[model]")
+        for name in MODEL_SIZES:
+            if getattr(args, name) < 1:
+                raise ValueError(f"[model]: {name} is {getattr(args, name)}, but must be positive.")
+        _check_ranges(args, at_least={"rms_norm_eps": 0})
+        if args.rope_theta <= 0 or args.norm_scale <= 0:
+            raise ValueError("[model]: rope_theta and norm_scale must be above 0.")
+        if args.hidden_size % args.num_attention_heads or args.head_dim % 2:
+            raise ValueError(
+                f"[model]: hidden_size {args.hidden_size} does not split into "
+                f"{args.num_attention_heads} attention heads of an even width."
+            )
+        if args.num_attention_heads % args.num_key_value_heads or args.qk_rope_head_dim % 2:
+            raise ValueError(
+                "[model]: num_key_value_heads must divide num_attention_heads, and "
+                "qk_rope_head_dim must be even."
+            )
+        return args
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
@@ -250,8 +318,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         ValueError: Anything that is not a valid configuration, in one sentence.
     """
     try:
-        table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        table = tomllib.loads(read_text(path))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         _override(table, override)
@@ -264,7 +332,7 @@ def _override(table: dict, override: str):
         raise ValueError(f"--set {override!r}: write it as table.key=value.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text
     *parents, key = name.strip().split(".")
     for parent in parents:
@@ -272,6 +340,10 @@ def _override(table: dict, override: str):
             table = table[int(parent)] if isinstance(table, list) else table.setdefault(parent, {})
         except (IndexError, ValueError):
             raise ValueError(f"--set {override!r}: there is no stage {parent}.") from None
+        if not isinstance(table, dict | list):
+            raise ValueError(f"--set {override!r}: {parent} is no table.")
+    if isinstance(table, list):
+        raise ValueError(f"--set {override!r}: name a setting of the stage, as stage.0.steps=100.")
     table[key] = value
 
 
@@ -286,12 +358,12 @@ def _build(kind: Any, value: Any, where: str) -> Any:
         hints = get_type_hints(kind)
         _refuse_unknown(value, set(hints), where)
         built = {key: _build(hints[key], item, f"{where}: {key}") for key, item in value.items()}
+        optional = {f.name for f in fields(kind) if {f.default, f.default_factory} != {MISSING}}
+        if missing := [f.name for f in fields(kind) if f.name not in optional | set(built)]:
+            raise ValueError(f"{where}: missing {', '.join(missing)}.")
         try:
             return kind(**built)
-        except TypeError as error:
-            missing = str(error).rpartition("argument")[2].lstrip("s: ")
-            raise ValueError(f"{where}: missing {missing}.") from None
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # types inside tables of any content
             raise ValueError(f"{where}: {error}") from None
     if get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
@@ -308,6 +380,18 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     if not fits:
         raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}.")
     return value
+
+
+def _check_ranges(settings: Any, at_least: dict[str, float]):
+    """Refuses numbers below their least value, and those that are not finite."""
+    for name in (f.name for f in fields(settings)):
+        value = getattr(settings, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, but must be a finite number.")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{name} is larger than any count can be.")
+        if value is not None and name in at_least and value < at_least[name]:
+            raise ValueError(f"{name} is {value}, but must be at least {at_least[name]}.")
 
 
 def _refuse_unknown(table: dict, known: set[str], where: str):

@@ -1,16 +1,16 @@
-"""Training text as token arrays: readers of packed tokens, of text and of JSON Lines."""
+"""Training text as token arrays."""
 
-import hashlib
-import json
-import lzma
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from .conversation import Conversation, ConversationEncoder, read_conversation
+from .text import read_documents, source_names
 
 
 class Markers(NamedTuple):
@@ -32,6 +32,7 @@ class Source:
         turns: ``[N]`` bool, True on tokens that an assistant says, its end-of-turn token included;
             None where `markers` or nothing tells.
         markers: How to find the turns in the tokens.
+        is_chat: Whether it holds conversations.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Source:
     starts: np.ndarray
     turns: np.ndarray | None = None
     markers: Markers | None = None
+    is_chat: bool = False
 
     @cached_property
     def is_start(self) -> np.ndarray:
@@ -50,10 +52,13 @@ class Source:
     @cached_property
     def assistant(self) -> np.ndarray:
         """``[N]`` bool: what assistants say; everything where no turns are marked."""
-        turns = self.turns
-        if turns is None and self.markers is not None:
+        if self.turns is not None:
+            return self.turns
+        if self.markers is not None:
             turns = assistant_turns(self.tokens, self.is_start, self.markers)
-        return turns if turns is not None and turns.any() else np.ones(len(self.tokens), bool)
+            if turns.any():  # packed text without a single marker is plain
+                return turns
+        return np.ones(len(self.tokens), bool)
 
 
 @dataclass
@@ -84,128 +89,82 @@ def assistant_turns(tokens: np.ndarray, is_start: np.ndarray, markers: Markers) 
     return turns & ~is_start
 
 
-def read_packed(folder: str | Path) -> Corpus:
-    """Reads packed uint16 tokens: manifest.json beside .u16 or .u16.xz files.
-
-    The manifest names the special ids, and for each file its SHA-256 when unpacked and the parts
-    (source, split "train" or "val", offset, tokens).
-
-    Raises:
-        ValueError: A file does not match the manifest.
-    """
-    folder = Path(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    special = manifest["special"]
-    markers = Markers(special["assistant"], special["end"], special["eos"])
-    corpus = Corpus(pad=special["pad"])
-    splits = {"train": corpus.train, "val": corpus.validation}
-    for pack in manifest["packs"].values():
-        path = folder / pack["file"]
-        data = path.read_bytes()
-        if path.suffix == ".xz":
-            data = lzma.decompress(data)
-        if hashlib.sha256(data).hexdigest() != pack["sha256_raw"]:
-            raise ValueError(f"{path} does not match its manifest: fetch the data again.")
-        tokens = np.frombuffer(data, np.uint16)
-        for part in pack["parts"]:
-            span = tokens[part["offset"] : part["offset"] + part["tokens"]]
-            starts = np.flatnonzero(span == special["bos"])
-            starts = starts if len(starts) and starts[0] == 0 else np.insert(starts, 0, 0)
-            splits[part["split"]][part["source"]] = Source(
-                part["source"], span, starts, markers=markers
-            )
-    return corpus
-
-
-def read_documents(path: str | Path) -> list[str | list[dict]]:
-    """The documents of a file: text as one, JSON Lines as one a line (its `text` or `messages`).
-
-    Raises:
-        ValueError: A line of JSON Lines is neither.
-    """
-    path = Path(path)
-    if path.suffix != ".jsonl":
-        return [path.read_text(encoding="utf-8")]
-    documents = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                documents.append(record["messages"] if "messages" in record else record["text"])
-            except (json.JSONDecodeError, KeyError, TypeError):
-                raise ValueError(
-                    f"{path}, line {number}: expected a JSON object with 'text' or 'messages'."
-                ) from None
-    return documents
-
-
-def encode_documents(documents: Iterable[str | list[dict]], tokenizer, name: str) -> Source:
+def encode_documents(documents: Iterable[str | Conversation], tokenizer: Any, name: str) -> Source:
     """Tokenises documents into one source: BOS, tokens, EOS, or the chat template's form.
 
     Args:
-        documents: Texts, or message lists for the tokenizer's chat template.
-        tokenizer: A Hugging Face tokenizer, or mlx-lm's wrapper of one.
+        documents: Texts, or conversations for the tokenizer's chat template.
+        tokenizer: mlx-lm's wrapper; without conversations, any tokenizer of Hugging Face's.
         name: The source's name.
+
+    Raises:
+        ValueError: The chat template does not take a conversation.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    tokens, turns, starts = [], [], []
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    tokens, turns, starts, encoder = [], [], [], None
     for document in documents:
         starts.append(len(tokens))
         if isinstance(document, str):
-            ids = bos + tokenizer.encode(document, add_special_tokens=False)
-            ids.append(tokenizer.eos_token_id)
+            ids = bos + tokenizer.encode(document, add_special_tokens=False) + eos
             spoken = [True] * len(ids)
         else:
-            ids, spoken = _encode_chat(document, tokenizer)
+            encoder = encoder or ConversationEncoder(tokenizer)
+            ids, spoken = _encode(document, encoder)
         tokens += ids
         turns += spoken
-    return Source(name, np.array(tokens, np.int32), np.array(starts), np.array(turns, bool))
+    arrays = np.array(tokens, np.int32), np.array(starts), np.array(turns, bool)
+    return Source(name, *arrays, is_chat=encoder is not None)
 
 
-def _encode_chat(messages: list[dict], tokenizer) -> tuple[list[int], list[bool]]:
-    """Token ids of a conversation, and which of them the assistant says."""
-
-    def template(upto: int, prompt: bool) -> list[int]:
-        return tokenizer.apply_chat_template(
-            messages[:upto], add_generation_prompt=prompt, tokenize=True, return_dict=False
-        )
-
-    ids = template(len(messages), False)
-    spoken = [False] * len(ids)
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            begin, end = len(template(i, True)), len(template(i + 1, False))
-            spoken[begin:end] = [True] * (end - begin)
-    return ids, spoken
+def _encode_chat(messages: list[dict], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Token ids of messages, and which of them the assistant says."""
+    return _encode(read_conversation(messages), ConversationEncoder(tokenizer))
 
 
-def read_files(paths: Sequence[str | Path], tokenizer, held_out: float) -> Corpus:
+def _encode(
+    conversation: Conversation, encoder: ConversationEncoder
+) -> tuple[list[int], list[bool]]:
+    try:
+        return encoder.encode(conversation)
+    except ValueError as error:
+        where = f"{conversation.where}: " if conversation.where else ""
+        raise ValueError(f"{where}{error}") from None
+
+
+def read_files(paths: Sequence[str | Path], tokenizer: Any, held_out: float) -> Corpus:
     """Reads text and JSON Lines files, each a source, and holds out the end of each.
 
     Args:
         paths: .jsonl files, and text files with any other suffix.
-        tokenizer: A Hugging Face tokenizer with an EOS token.
+        tokenizer: A Hugging Face tokenizer.
         held_out: Share of each file's tokens kept for validation, from the end.
+
+    Raises:
+        ValueError: A file cannot be read, or nothing is left of it to train on.
     """
     pad = tokenizer.pad_token_id
-    corpus = Corpus(pad=tokenizer.eos_token_id if pad is None else pad)
-    for path in map(Path, paths):
-        source = encode_documents(read_documents(path), tokenizer, path.stem)
+    pad = tokenizer.eos_token_id if pad is None else pad
+    corpus = Corpus(pad=0 if pad is None else pad)
+    files = [Path(path) for path in paths]
+    for path, name in zip(files, source_names(files), strict=True):
+        source = encode_documents(read_documents(path), tokenizer, name)
         cut = int(len(source.tokens) * (1 - held_out))
         if len(source.starts) > 1:
             cut = source.starts[np.searchsorted(source.starts, cut, "right") - 1] or cut
-        corpus.train[path.stem] = _part(source, 0, cut)
+        if cut < 2:
+            raise ValueError(f"{path} has {cut} tokens to train on: it takes at least two.")
+        corpus.train[name] = _part(source, 0, cut)
         if cut < len(source.tokens):
-            corpus.validation[path.stem] = _part(source, cut, len(source.tokens))
+            corpus.validation[name] = _part(source, cut, len(source.tokens))
     return corpus
 
 
 def _part(source: Source, begin: int, end: int) -> Source:
     inside = source.starts[(source.starts >= begin) & (source.starts < end)] - begin
     starts = inside if len(inside) and inside[0] == 0 else np.insert(inside, 0, 0)
-    return Source(source.name, source.tokens[begin:end], starts, source.turns[begin:end])
+    span = slice(begin, end)
+    return replace(source, tokens=source.tokens[span], starts=starts, turns=source.turns[span])
 
 
 def unigram_loss(corpus: Corpus, vocab_size: int) -> float:
@@ -216,23 +175,3 @@ def unigram_loss(corpus: Corpus, vocab_size: int) -> float:
     nats = -np.log(counts / counts.sum())
     validation = [source.tokens for source in corpus.validation.values()]
     return float(nats[np.concatenate(validation)].mean())
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int):
-    """Trains a byte-level BPE tokenizer with <s>, </s> and <pad>, for text that has none yet."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
-    )

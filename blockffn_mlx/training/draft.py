@@ -128,6 +128,11 @@ class DraftTrainer(Trainer):
         self.target = target
         super().__init__(config, head, corpus, **callbacks)
 
+    @property
+    def base(self) -> Model:
+        """The target, on which the head depends."""
+        return self.target
+
     def objective(
         self, batch: Batch, factors: dict[str, mx.array], share: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:

@@ -7,12 +7,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..models.activation import ActivationSums, activation_sums
 from .data import Corpus
 from .objective import CHUNK, record_router, token_losses
 from .sampling import Batch, validation_windows
 
-# Columns of the per-row sums, numerator and count in turn.
-_COLUMNS = ("loss", "assistant_loss", "activation", "chunk_activation", "reuse")
+# What is summed over rows: losses and their counts, and the router's sums with theirs.
+SUMS = ("loss", "scored", "assistant_loss", "spoken", *ActivationSums._fields)
 
 
 def evaluate(
@@ -57,7 +58,7 @@ def evaluate(
     if compiled:
         row_sums = mx.compile(row_sums, inputs=[model.state])
     group = mx.distributed.init()
-    sums = np.zeros((len(names), 2 * len(_COLUMNS)))
+    sums = {name: np.zeros(len(names)) for name in SUMS}
     training = model.training
     model.eval()
     for begin in range(group.rank() * batch_size, len(owner), group.size() * batch_size):
@@ -65,56 +66,49 @@ def evaluate(
         missing = batch_size - len(owner[rows])
         # Rows of padding complete the last batch: another shape would compile again.
         fill = [mx.array(np.pad(a[rows], ((0, missing), (0, 0)))) for a in (*arrays, spoken)]
-        result = np.array(row_sums(Batch(*fill[:-1], segments=None), fill[-1]))
-        np.add.at(sums, owner[rows], result[: len(owner[rows])])
+        for name, value in row_sums(Batch(*fill[:-1], segments=None), fill[-1]).items():
+            np.add.at(sums[name], owner[rows], np.array(value)[: len(owner[rows])])
     model.train(training)
-    sums = np.array(mx.distributed.all_sum(mx.array(sums, mx.float32), group=group), np.float64)
+    for name, value in sums.items():
+        summed = mx.distributed.all_sum(mx.array(value, mx.float32), group=group)
+        sums[name] = np.array(summed, np.float64)
 
-    figures = {name: _figures(row) for name, row in zip(names, sums, strict=True)}
+    def figures_of(pick: np.ndarray) -> dict:
+        return _figures({name: float(value[pick].sum()) for name, value in sums.items()})
+
+    own = {name: figures_of(np.array([i])) for i, name in enumerate(names)}
     generated = np.array([any(fnmatch(name, p) for p in template) for name in names], bool)
     groups = {"real": ~generated, "template": generated, "all": np.ones(len(names), bool)}
-    pooled = {name: _figures(sums[pick].sum(0)) for name, pick in groups.items() if pick.any()}
-    return {"sources": figures, **pooled}
+    pooled = {name: figures_of(pick) for name, pick in groups.items() if pick.any()}
+    return {"sources": own, **pooled}
 
 
-def _row_sums(model: nn.Module, batch: Batch, spoken: mx.array) -> mx.array:
-    """[B, 10] float32: numerator and count of each of _COLUMNS over a row; layers are averaged."""
+def _row_sums(model: nn.Module, batch: Batch, spoken: mx.array) -> dict[str, mx.array]:
+    """The SUMS of each row, [B] float32; those of the router are means over layers."""
     with record_router(model) as routers:
         losses = token_losses(model, batch)
     spoken = spoken & batch.scored
-    real = batch.real
-    pairs = real[:, 1:] & real[:, :-1]
-    whole = real.shape[1] // CHUNK * CHUNK
-    whole_windows = real[:, :whole].reshape(len(real), -1, CHUNK).all(-1)
-    sums = [(losses * batch.scored).sum(-1), batch.scored.sum(-1)]
-    sums += [(losses * spoken).sum(-1), spoken.sum(-1)]
-    activation, chunk_activation, reuse, reuse_count = 0, 0, 0, 0
-    for _, scores in routers:
-        active = scores != 0
-        activation += (active.mean(-1) * real).sum(-1)
-        windows = active[:, :whole].reshape(len(real), -1, CHUNK, active.shape[-1])
-        chunk_activation += (windows.any(2).mean(-1) * whole_windows).sum(-1)
-        used = active[:, :-1].sum(-1)
-        shared = (active[:, :-1] & active[:, 1:]).sum(-1)
-        counted = pairs & (used > 0)
-        reuse += (shared / mx.maximum(used, 1) * counted).sum(-1)
-        reuse_count += counted.sum(-1)
-    layers = len(routers)
-    sums += [activation / layers, real.sum(-1)]
-    sums += [chunk_activation / layers, whole_windows.sum(-1)]
-    sums += [reuse / layers, reuse_count / layers]
-    return mx.stack([value.astype(mx.float32) for value in sums], axis=-1)
+    layers = [activation_sums(scores, CHUNK, batch.real) for _, scores in routers]
+    sums = {
+        "loss": (losses * batch.scored).sum(-1),
+        "scored": batch.scored.sum(-1),
+        "assistant_loss": (losses * spoken).sum(-1),
+        "spoken": spoken.sum(-1),
+    }
+    for name in ActivationSums._fields:
+        sums[name] = sum(getattr(layer, name) for layer in layers) / len(layers)
+    return {name: value.astype(mx.float32) for name, value in sums.items()}
 
 
-def _figures(sums: np.ndarray) -> dict:
-    counts = dict(zip(_COLUMNS, sums[1::2], strict=True))
-    means = (sums[0::2] / np.maximum(sums[1::2], 1)).tolist()
-    means = dict(zip(_COLUMNS, means, strict=True))
-    figures = {"tokens": int(counts["loss"]), "loss": means["loss"]}
-    if counts["assistant_loss"]:
-        figures["assistant_loss"] = means["assistant_loss"]
+def _figures(sums: dict[str, float]) -> dict:
+    def mean(numerator: str, count: str) -> float:
+        return sums[numerator] / max(sums[count], 1)
+
+    figures = {"tokens": int(sums["scored"]), "loss": mean("loss", "scored")}
+    if sums["spoken"]:
+        figures["assistant_loss"] = mean("assistant_loss", "spoken")
     return figures | {
-        "tls": 1 - means["activation"],
-        "cls_8": 1 - means["chunk_activation"],
-        "reuse": means["reuse"],
+        "tls": 1 - mean("activation", "tokens"),
+        "cls_8": 1 - mean("chunk_activation", "chunks"),
+        "reuse": mean("reuse", "pairs"),
     }

@@ -8,6 +8,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
 from ..ffn.experts import ExpertLinear, QuantizedExpertLinear
+from ..load import unpack
 from ..quantisation import Plain
 from .config import Lora
 
@@ -36,11 +37,11 @@ class LoRAExpertLinear(nn.Module):
         base = self.linear.weights.plain()
         return Plain(base + (self.scale * (self.lora_b @ self.lora_a)).astype(base.dtype))
 
-    def fuse(self) -> nn.Module:
-        """The base with the update merged in, quantised if it was."""
+    def fuse(self, dequantize: bool = False) -> nn.Module:
+        """The base with the update merged in, quantised if it was, unless `dequantize`."""
         fused = ExpertLinear(1, 1, 1)
         fused.weight = self.weights.plain()
-        if isinstance(self.linear, QuantizedExpertLinear):
+        if not dequantize and isinstance(self.linear, QuantizedExpertLinear):
             return fused.to_quantized(self.linear.group_size, self.linear.bits, self.linear.mode)
         return fused
 
@@ -63,7 +64,13 @@ def add_lora(model: nn.Module, settings: Lora):
         layer.update_modules(tree_unflatten(adapted))
 
 
-def fuse_lora(model: nn.Module):
-    """Merges every LoRA layer into its base."""
-    fused = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
+def merge_lora(model: nn.Module, dequantize: bool = False):
+    """Merges every LoRA layer into its base.
+
+    Packed weights round the update away in part; `dequantize` unpacks the whole model instead.
+    """
+    layers = [(name, m) for name, m in model.named_modules() if hasattr(m, "fuse")]
+    fused = [(name, layer.fuse(dequantize=dequantize)) for name, layer in layers]
     model.update_modules(tree_unflatten(fused))
+    if dequantize:
+        unpack(model)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..models.activation import watch_routers
+from ..models.activation import activation_sums, watch_routers
 from . import losses
 from .config import Sparsity
 from .sampling import Batch
@@ -71,7 +71,7 @@ def objective(
         loss = share["scored"] * masked_mean(token_losses(model, batch), batch.scored)
     norm = model.args.norm_after_router
     chunks = share["all_chunks" if settings.count_padded_chunks else "chunks"]
-    al, cs, penalties, active, active_chunks = [], [], [], [], []
+    al, cs, penalties, sums = [], [], [], []
     for logits, scores in routers:
         al.append(losses.activation_locality_loss(logits, batch.paired, settings.steepness))
         cs.append(
@@ -91,17 +91,20 @@ def objective(
             penalties.append(share["real"] * settings.balance / len(routers) * balance)
         if settings.l1:
             penalties.append(settings.l1 * losses.router_l1_loss(scores, batch.real))
-        used = scores != 0
-        active.append(masked_mean(used.mean(-1), batch.real))
-        active_chunks.append(_chunk_activation(used, batch.real))
+        sums.append(activation_sums(scores, CHUNK, batch.real))
 
     def over_layers(values: list[mx.array]) -> mx.array:
         return sum(values) / len(values)
 
     al, cs = share["paired"] * over_layers(al), chunks * over_layers(cs)
     total = loss + factors["al"] * al + factors["cs"] * cs + sum(penalties)
-    tls = share["real"] * (1 - over_layers(active))
-    cls = share["windows"] * (1 - over_layers(active_chunks))
+    used = over_layers(
+        [layer.activation.sum() / mx.maximum(layer.tokens.sum(), 1) for layer in sums]
+    )
+    used_by_chunk = over_layers(
+        [layer.chunk_activation.sum() / mx.maximum(layer.chunks.sum(), 1) for layer in sums]
+    )
+    tls, cls = share["real"] * (1 - used), share["windows"] * (1 - used_by_chunk)
     return total, {"loss": loss, "al": al, "cs": cs, "tls": tls, "cls_8": cls}
 
 
@@ -153,11 +156,3 @@ def masked_mean(values: mx.array, mask: mx.array) -> mx.array:
     """Mean of values where the mask is True; 0 where it never is."""
     mask = mask.astype(mx.float32)
     return (values * mask).sum() / mx.maximum(mask.sum(), 1)
-
-
-def _chunk_activation(used: mx.array, real: mx.array) -> mx.array:
-    """Share of experts that windows of CHUNK tokens use, over the windows without padding."""
-    batch_size, tokens, experts = used.shape
-    whole = tokens // CHUNK * CHUNK
-    windows = used[:, :whole].reshape(batch_size, -1, CHUNK, experts).any(2).mean(-1)
-    return masked_mean(windows, real[:, :whole].reshape(batch_size, -1, CHUNK).all(-1))

@@ -1,6 +1,5 @@
 """The training loop: stages, log, evaluation, checkpoints."""
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -13,14 +12,13 @@ from mlx.utils import tree_flatten, tree_map
 from .config import Stage, TrainingConfig
 from .data import Corpus
 from .evaluate import evaluate
+from .log import RunLog
 from .objective import METRICS, objective, shares
+from .run_folder import CHECKPOINTS, LOG_FILE, claim_folder, hold_folder, identity
 from .sampling import Batch, DocumentPacker, WindowSampler
 from .schedule import AdaptiveFactor, warmup_stable_decay
-from .state import latest_checkpoint, read_checkpoint, save_checkpoint
+from .state import DamagedState, find_states, latest_state, read_state, save_state
 from .step import GroupedAdamW, hold_masters, in_compute_dtype, make_step
-
-LOG_FILE = "log.jsonl"
-CHECKPOINTS = "checkpoints"
 
 
 class Trainer:
@@ -32,6 +30,9 @@ class Trainer:
         corpus: Training and validation sources.
         on_record: Called in the first process with each line of the log, a dict.
         on_step: Called after each step with the number of steps done.
+        on_note: Called in the first process with a sentence that the user should read.
+        accept_changes: Go on from the output folder's checkpoint although the settings, the data
+            or the base model have changed since.
 
     Attributes:
         metrics: Names of the numbers that a step reports.
@@ -49,9 +50,12 @@ class Trainer:
         corpus: Corpus,
         on_record: Callable[[dict], None] = lambda record: None,
         on_step: Callable[[int], None] = lambda step: None,
+        on_note: Callable[[str], None] = lambda note: None,
+        accept_changes: bool = False,
     ):
         self.config, self.model, self.corpus = config, model, corpus
-        self.on_record, self.on_step = on_record, on_step
+        self.on_record, self.on_step, self.on_note = on_record, on_step, on_note
+        self.accept_changes = accept_changes
         self.group = mx.distributed.init()
         for stage in config.stage:
             rows = stage.batch_size // stage.accumulate
@@ -60,18 +64,10 @@ class Trainer:
                     f"{self.group.size()} processes cannot share a micro-batch of {rows} rows."
                 )
         self.output = Path(config.output)
+        self.log = RunLog(self.output / LOG_FILE)
         self.step = 0
         self.seconds = 0.0
-        sparsity = config.sparsity
-        self.adaptive = AdaptiveFactor(
-            sparsity.cs,
-            sparsity.hold,
-            sparsity.interval,
-            sparsity.min_ratio,
-            sparsity.max_ratio,
-            sparsity.ramp,
-            sparsity.warmup,
-        )
+        self.adaptive = self._make_adaptive()
         model.train()
         self.dtype = getattr(mx, config.optimizer.dtype)
         hold_masters(model, self.dtype)
@@ -79,6 +75,18 @@ class Trainer:
         self.optimizer = GroupedAdamW(model, config.optimizer)
         self._run_step = self._make_step()
         self._start_stage(0, 0)
+
+    def _make_adaptive(self) -> AdaptiveFactor:
+        own = self.config.sparsity
+        return AdaptiveFactor(
+            initial=own.cs,
+            hold=own.hold,
+            interval=own.interval,
+            min_ratio=own.min_ratio,
+            max_ratio=own.max_ratio,
+            ramp=own.ramp,
+            warmup=own.warmup,
+        )
 
     def _make_step(self) -> Callable:
         settings = self.config.optimizer
@@ -134,8 +142,24 @@ class Trainer:
             Whether the run is finished.
 
         Raises:
-            ValueError: The loss is not finite. The last checkpoint is kept.
+            ChangedRun: The output folder holds a run of other settings, data or another base.
+            ValueError: Another process trains into the folder; or the loss is not finite, and the
+                last checkpoint is kept.
         """
+        if self.group.rank() > 0:
+            return self._train(max_seconds)
+        with hold_folder(self.output):
+            base = None if self.config.model else self.base
+            own = identity(self.config, self.corpus, base)
+            claim_folder(self.output, own, self.accept_changes)
+            return self._train(max_seconds)
+
+    @property
+    def base(self) -> nn.Module:
+        """The model that the run starts from."""
+        return self.model
+
+    def _train(self, max_seconds: float) -> bool:
         if not self.resume():
             self._log_evaluation()
         config, begin, spent = self.config, time.perf_counter(), self.seconds
@@ -235,7 +259,7 @@ class Trainer:
 
     def _check(self, metrics: dict[str, mx.array], step: int):
         if not all(math.isfinite(value.item()) for value in metrics.values()):
-            kept = latest_checkpoint(self.output / CHECKPOINTS)
+            kept = latest_state(self.output / CHECKPOINTS)
             state = f"the last good state is {kept}" if kept else "no checkpoint was written yet"
             raise ValueError(
                 f"The loss is not finite at step {step}; {state}. Lower the learning rate or the "
@@ -272,16 +296,18 @@ class Trainer:
         self.model.update(masters)
         self._record({"kind": "evaluation", "step": self.step, **figures})
 
+    def log_merged(self) -> dict | None:
+        """Evaluates the model as it is, after a merge of LoRA, and logs that; None without text."""
+        if not self.corpus.validation:
+            return None
+        figures = self.evaluate()
+        self._record({"kind": "merged", "step": self.step, **figures})
+        return figures
+
     def _record(self, record: dict):
         if self.group.rank() == 0:
-            self.output.mkdir(parents=True, exist_ok=True)
-            with (self.output / LOG_FILE).open("a") as log:
-                log.write(json.dumps(record) + "\n")
+            self.log.append(record)
             self.on_record(record)
-
-    def read_log(self) -> list[dict]:
-        """The records of the run so far, those before a resume included."""
-        return [json.loads(line) for line in (self.output / LOG_FILE).read_text().splitlines()]
 
     def save(self):
         """Writes a checkpoint: weights, optimiser, schedules, sampler and random state."""
@@ -295,43 +321,64 @@ class Trainer:
         }
         if self.group.rank() == 0:
             folder, keep = self.output / CHECKPOINTS, self.config.keep_checkpoints
-            save_checkpoint(folder, self.step, self._arrays(), state, keep)
+            save_state(folder, self.step, self._arrays(), state, keep)
 
     def resume(self) -> bool:
-        """Takes up the latest checkpoint, if there is one, and drops later lines of the log.
+        """Takes up the latest checkpoint, if there is one, and drops later records of the log.
+
+        A damaged one is passed over for the one before.
 
         Raises:
-            ValueError: The checkpoint is of another model.
+            ValueError: The checkpoint is of another model, or every checkpoint is damaged.
         """
-        path = latest_checkpoint(self.output / CHECKPOINTS)
-        if path is None:
-            self._truncate_log(-1)
-            return False
-        arrays, state = read_checkpoint(path)
+        damage = None
+        for path in reversed(find_states(self.output / CHECKPOINTS)):
+            try:
+                self._restore(path)
+                break
+            except DamagedState as error:
+                damage = damage or error
+                if self.group.rank() == 0:
+                    self.on_note(f"{error}: the one before it is tried.")
+        else:
+            if damage is not None:
+                raise ValueError(
+                    f"{damage}, and so is every other checkpoint: choose another output folder."
+                ) from damage
+        if self.group.rank() == 0:
+            self.log.truncate(self.step if self.step else -1)
+        return self.step > 0
+
+    def _restore(self, path: Path):
+        """Puts a checkpoint's state in place.
+
+        Raises:
+            DamagedState: It is not what was written; nothing has changed then.
+            ValueError: It is of another model.
+        """
+        arrays, state = read_state(path)
         saved = {name: array.shape for name, array in tree_flatten(arrays)}
         if saved != {name: array.shape for name, array in tree_flatten(self._arrays())}:
-            raise ValueError(f"{path} is of another model: choose another output folder.")
+            raise ValueError(f"{path} is of another model or optimiser: choose another output.")
+        try:
+            step, seconds = int(state["step"]), float(state["seconds"])
+            index, first_step = map(int, state["stage"])
+            stage = self.config.stage[index]
+            sampler = self._make_sampler(stage, seed=[self.config.seed, index])
+            sampler.load_state_dict(state["sampler"])
+            adaptive = self._make_adaptive()
+            adaptive.load_state_dict(state["adaptive"])
+            # MLX's random state takes no value, but a seed is the state: two 32-bit halves.
+            high, low = (int(half) for half in state["random"])
+            mx.random.seed(high << 32 | low)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise DamagedState(f"{path} is damaged ({type(error).__name__}: {error})") from error
         self.model.update(arrays["parameters"])
         self.optimizer.state = arrays["optimizer"]
-        # MLX's random state takes no value, but a seed is the state: two 32-bit halves.
-        high, low = state["random"]
-        mx.random.seed(high << 32 | low)
-        self._start_stage(*state["stage"])
-        self.sampler.load_state_dict(state["sampler"])
-        self.adaptive.load_state_dict(state["adaptive"])
-        self.step, self.seconds = state["step"], state["seconds"]
+        self.stage_index, self.stage_first_step, self.sampler = index, first_step, sampler
+        self.adaptive, self.step, self.seconds = adaptive, step, seconds
         # The compiled step holds on to the optimiser state that it was built with.
         self._run_step = self._make_step()
-        self._truncate_log(self.step)
-        return True
-
-    def _truncate_log(self, step: int):
-        """Drops the records after a step: a resumed run's log reads like an unbroken one's."""
-        path = self.output / LOG_FILE
-        if self.group.rank() == 0 and path.exists():
-            # A process killed while it wrote leaves a line without an end.
-            lines = [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
-            path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
 
     def _arrays(self) -> dict:
         return {

@@ -1,0 +1,68 @@
+"""The tokenizer of a run: another's, or one trained on the run's text."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.utils import load_tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from ..atomic_folder import atomic_folder
+
+
+def open_tokenizer(path_or_repo: str | Path) -> TokenizerWrapper:
+    """Loads a tokenizer's files; code beside them is never run, and nobody is asked about it.
+
+    Raises:
+        ValueError: There is none that works without its own code.
+    """
+    # Given a config, transformers reads only the tokenizer's own files.
+    extra: dict[str, Any] = {"trust_remote_code": False, "config": PreTrainedConfig()}
+    try:
+        return load_tokenizer(path_or_repo, extra)
+    except OSError:
+        raise
+    except Exception as error:  # the libraries raise whatever their parsers do
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path_or_repo} holds no tokenizer that can be used ({reason})."
+        ) from error
+
+
+def kept_tokenizer(folder: Path) -> TokenizerWrapper | None:
+    """The tokenizer that a run keeps in its output folder; None if a killed run left half of it."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    try:
+        return open_tokenizer(folder)
+    except ValueError:
+        return None
+
+
+def keep_tokenizer(folder: Path, tokenizer: Any):
+    """Writes a trained tokenizer into a run's folder, in place of what a killed run left there."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    with atomic_folder(folder) as partial:
+        tokenizer.save_pretrained(partial)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains a byte-level BPE tokenizer with <s>, </s> and <pad>, for text that has none yet."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
