@@ -8,16 +8,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_inplace, shard_linear
-from mlx_lm.models.base import (
-    BaseModelArgs,
-    create_attention_mask,
-    scaled_dot_product_attention,
-)
+from mlx_lm.models.base import BaseModelArgs, create_attention_mask
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.mla import MultiLinear
 
 from .ffn import ACTIVATIONS, MAX_CHUNK, BlockFFN
 from .models.activation import record_router_scores, union_share
+from .models.attend import scaled_dot_product_attention
 
 # MLA's inner norms keep the default of the original code whatever the config says.
 MLA_NORM_EPS = 1e-6
