@@ -14,9 +14,9 @@ import numpy as np
 from blockffn_mlx import load, speculative, stream_generate
 from blockffn_mlx.training.config import load_config
 from blockffn_mlx.training.data import Corpus
-from blockffn_mlx.training.packed import read_packed
 from blockffn_mlx.training.evaluate import evaluate
 from blockffn_mlx.training.objective import token_losses
+from blockffn_mlx.training.packed import read_packed
 from blockffn_mlx.training.sampling import Batch, validation_windows
 
 # Sources of real conversations: their held-out requests are the prompts of the acceptance runs.
