@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,13 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import speculative
-from .prompt import Prompt, as_prompt
+from .prompt import Prompt, as_prompt, check_ids
+from .quantisation import BITS, GROUP_SIZES
+
+# Positions at the beginning that a cache of limited size never drops, as in mlx-lm.
+KEPT_POSITIONS = 4
+MLX_LM_DRAFT_TOKENS = 2
+RULE = "=" * 10  # above and below an answer that is printed
 
 
 def stream_generate(
@@ -41,6 +48,8 @@ def stream_generate(
     draft: str | Path | speculative.Drafter | None = None,
     draft_width: int | str | speculative.Policy = "auto",
     draft_stats: speculative.SpeculationStats | None = None,
+    draft_model: nn.Module | None = None,
+    num_draft_tokens: int | None = None,
 ) -> Iterator[GenerationResponse]:
     """Generates token by token, or by rounds that verify a draft.
 
@@ -66,23 +75,30 @@ def stream_generate(
         draft_width: Nodes of a draft tree, 1 to 64; "auto" picks them by what passes cost on this
             machine (measured once) and stops drafting while that does not pay; or a policy.
         draft_stats: Counts rounds, drafted and accepted tokens.
+        draft_model, num_draft_tokens: mlx-lm's names for a loaded draft model, and for how many
+            tokens it drafts.
 
     Yields:
         One GenerationResponse per token; the last one has a finish_reason, "stop" or "length".
 
     Raises:
-        ValueError: For an empty prompt, a limit of 0, or settings that exclude each other.
+        ValueError: For an empty prompt, a token that the model has no embedding for, a limit of 0,
+            or settings that exclude each other.
     """
     if max_tokens == 0:
         raise ValueError("max_tokens must not be 0 (-1 for no limit)")
+    if draft_model is not None:
+        draft = draft_model
+        draft_width = 1 + (MLX_LM_DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens)
     if tokenizer is not None and not hasattr(tokenizer, "detokenizer"):
         tokenizer = TokenizerWrapper(tokenizer)
     asked = as_prompt(tokenizer, prompt)
+    check_ids(asked.ids, model.args.vocab_size)
     ids = mx.array(asked.ids, mx.int32)
-    if kv_bits is not None and model.args.attention_type == "mla":
-        raise ValueError("a quantised cache does not fit MLA: its latent cache is small already")
     if max_kv_size is not None and prompt_cache is None:
-        prompt_cache = [RotatingKVCache(max_size=max_kv_size, keep=4) for _ in model.layers]
+        prompt_cache = rotating_cache(model, max_kv_size)
+    if kv_bits is not None:
+        check_quantised_cache(model, kv_bits, kv_group_size, prompt_cache)
     options = dict(
         max_tokens=max_tokens,
         sampler=sampler,
@@ -115,9 +131,61 @@ def stream_generate(
         yield from respond(tokens, tokenizer, ids.size, max_tokens, *ends)
 
 
-def generate(model: nn.Module, tokenizer: Any, prompt: str | list[int], **options) -> str:
-    """The whole answer of `stream_generate` as one string; same arguments."""
-    return "".join(r.text for r in stream_generate(model, tokenizer, prompt, **options))
+def rotating_cache(model: nn.Module, max_size: int) -> list[RotatingKVCache]:
+    """A cache that keeps so many positions: the first few, and the latest."""
+    if max_size <= KEPT_POSITIONS:
+        raise ValueError(f"a cache keeps more than {KEPT_POSITIONS} positions, not {max_size}")
+    return [RotatingKVCache(max_size=max_size, keep=KEPT_POSITIONS) for _ in model.layers]
+
+
+def check_quantised_cache(
+    model: nn.Module, bits: int, group_size: int, prompt_cache: list[Any] | None
+):
+    """Refuses at the start what would fail where the cache begins to be quantised.
+
+    Raises:
+        ValueError: If the cache cannot be quantised so.
+    """
+    if model.args.attention_type == "mla":
+        raise ValueError("a quantised cache does not fit MLA: its latent cache is small already")
+    if any(isinstance(cache, RotatingKVCache) for cache in prompt_cache or ()):
+        raise ValueError("a cache of limited size is not quantised: leave out one of the two")
+    width = model.args.head_dim
+    if bits not in BITS or group_size not in GROUP_SIZES or width % group_size:
+        fitting = [size for size in GROUP_SIZES if width % size == 0]
+        raise ValueError(
+            f"heads of {width} values are not quantised to {bits} bits in groups of {group_size}: "
+            f"bits are one of {BITS}, group sizes that fit {fitting or 'none'}"
+        )
+
+
+def generate(
+    model: nn.Module, tokenizer: Any, prompt: Any, verbose: bool = False, **options: Any
+) -> str:
+    """The whole answer of `stream_generate` as one string; same arguments.
+
+    Args:
+        model, tokenizer, prompt, **options: As in `stream_generate`.
+        verbose: Prints the answer as it comes, and its figures, as mlx-lm's `generate` does.
+    """
+    show = partial(print, end="", flush=True) if verbose else lambda text: None
+    show(f"{RULE}\n")
+    pieces = []
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        pieces.append(response.text)
+        show(response.text)
+    show(f"\n{RULE}\n{figures(response)}\n")
+    return "".join(pieces)
+
+
+def figures(response: GenerationResponse) -> str:
+    """mlx-lm's three closing lines on a whole answer, of its last response."""
+    return (
+        f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec\n"
+        f"Generation: {response.generation_tokens} tokens, "
+        f"{response.generation_tps:.3f} tokens-per-sec\n"
+        f"Peak memory: {response.peak_memory:.3f} GB"
+    )
 
 
 def respond(
@@ -133,7 +201,7 @@ def respond(
     Without a tokenizer the responses carry no text and only the limit ends them.
     """
     detokenizer = None if tokenizer is None else tokenizer.detokenizer
-    end_ids = set() if tokenizer is None else {*tokenizer.eos_token_ids, *stop_ids}
+    end_ids = {*stop_ids, *(() if tokenizer is None else tokenizer.eos_token_ids)}
     answer = StopTexts(stop)
     start = time.perf_counter()
     prompt_tps = 0.0

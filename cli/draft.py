@@ -11,9 +11,10 @@ from .common import loading_progress
 
 
 def add_draft_flags(parser: argparse.ArgumentParser, default: str = "none"):
-    """`--draft` and `--draft-width`."""
+    """`--draft` and `--draft-width`, and mlx-lm's names for them."""
     parser.add_argument(
         "--draft",
+        "--draft-model",
         default=default,
         metavar="auto|none|lookup|PATH",
         help="what to speculate with: an EAGLE head or a smaller model (folder or Hub id), "
@@ -26,6 +27,13 @@ def add_draft_flags(parser: argparse.ArgumentParser, default: str = "none"):
         metavar="N|auto",
         help="tokens per verified chunk, 1 to 64; auto measures this machine once, and drafts "
         "only while it pays (auto)",
+    )
+    parser.add_argument(
+        "--num-draft-tokens",
+        dest="draft_width",
+        type=lambda text: str(int(text) + 1),
+        metavar="N",
+        help="the same as a width of N + 1",
     )
 
 

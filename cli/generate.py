@@ -6,7 +6,7 @@ from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
-from ..generate import stream_generate
+from ..generate import RULE, figures, stream_generate
 from ..prompt import Prompt, choose_format, is_chat_model
 from .common import (
     add_format_flags,
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     )
     show = args.verbose and not args.json
     if show:
-        print("=" * 10)
+        print(RULE)
     pieces, tokens = [], []
     for response in responses:
         pieces.append(response.text)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         stats = {"draft": drafting["draft_stats"].as_dict()} if drafting else {}
         print_json({"text": "".join(pieces), "tokens": tokens, **summary(response), **stats})
     elif show:
-        print_summary(response)
+        print(f"\n{RULE}\n{figures(response)}")
         if drafting:
             print(f"Draft: {drafting['draft_stats']}")
     else:
@@ -118,18 +118,6 @@ def summary(response: GenerationResponse) -> dict[str, Any]:
     """What the last response says of the whole run."""
     names = ("prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "peak_memory")
     return {name: getattr(response, name) for name in (*names, "finish_reason")}
-
-
-def print_summary(response: GenerationResponse):
-    """mlx_lm.generate's closing lines."""
-    print()
-    print("=" * 10)
-    for name, tokens, speed in (
-        ("Prompt", response.prompt_tokens, response.prompt_tps),
-        ("Generation", response.generation_tokens, response.generation_tps),
-    ):
-        print(f"{name}: {tokens} tokens, {speed:.3f} tokens-per-sec")
-    print(f"Peak memory: {response.peak_memory:.3f} GB")
 
 
 def unescape(text: str) -> str:

@@ -104,7 +104,10 @@ def test_the_commands_answer_is_the_same_with_a_draft(converted):
         (["--draft", "lookup", "--draft-width", "0"], "1 to 64 nodes, got 0"),
         (["--draft", "lookup", "--draft-width", "wide"], "from 1 to 64 or auto, not 'wide'"),
         (["--draft", "lookup", "--draft-width", "4", "--max-kv-size", "16"], "RotatingKVCache"),
-        (["--draft", "lookup", "--draft-width", "4", "--kv-bits", "4"], "excludes a draft"),
+        (
+            ["--draft", "lookup", "--draft-width", "4", "--kv-bits", "4", "--kv-group-size", "32"],
+            "excludes a draft",
+        ),
     ],
 )
 def test_refusals_are_one_line(converted, flags, message):

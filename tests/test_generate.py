@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 from mlx_lm.models.cache import RotatingKVCache
+from toy_chat import toy_model, toy_tokenizer
 
 import blockffn_mlx as bf
 from blockffn_mlx.generate import StopTexts, respond
 from blockffn_mlx.prompt import as_prompt
+from blockffn_mlx.speculative import SpeculationStats
 
 PROMPT = [3, 1, 4, 1, 5]
 
@@ -148,6 +150,61 @@ def test_quantised_cache_for_gqa_only():
 def test_bad_prompts(prompt, message):
     with pytest.raises(ValueError, match=message):
         as_prompt(None, prompt)
+
+
+@pytest.mark.parametrize("ids", [[1, 61], [-1], [2**40], [0, 10**30]])
+def test_tokens_without_an_embedding_are_refused(ids):
+    """MLX would read beyond the embedding: a segmentation fault, or somebody else's memory."""
+    model = tiny_model()
+    with pytest.raises(ValueError, match="outside the model's vocabulary of 61"):
+        tokens_of(model, ids, 1)
+    if ids[-1] < 2**31:
+        with pytest.raises(ValueError, match="outside the model's vocabulary"):
+            bf.router_scores(model, ids)
+
+
+@pytest.mark.parametrize("prompt", [[1.5], ["a", "b"], [None], np.array([1.0])])
+def test_prompts_that_are_no_ids(prompt):
+    with pytest.raises(ValueError, match="whole numbers|batch"):
+        as_prompt(None, prompt)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kv_bits": 8, "max_kv_size": 16}, "leave out one of the two"),
+        ({"kv_bits": 8, "kv_group_size": 0}, "group sizes that fit"),
+        ({"kv_bits": 7}, "bits are one of"),
+        ({"kv_bits": 8, "kv_group_size": 128}, "group sizes that fit"),
+        ({"max_kv_size": 4}, "more than 4 positions"),
+        ({"kv_bits": 8, "prompt_cache": [RotatingKVCache(16)] * 2}, "leave out one of the two"),
+    ],
+)
+def test_caches_that_cannot_be_are_refused_at_the_start(options, message):
+    model = tiny_model(hidden_size=256, num_attention_heads=4)  # heads of 64
+    with pytest.raises(ValueError, match=message):
+        tokens_of(model, PROMPT, 1, **options)
+
+
+def test_mlx_lm_names_for_a_draft_model():
+    model, draft, stats = tiny_model(), tiny_model(), SpeculationStats()
+    plain = tokens_of(model, PROMPT, 12)
+    options = {"draft_model": draft, "num_draft_tokens": 3, "draft_stats": stats}
+    assert tokens_of(model, PROMPT, 12, **options) == plain
+    assert stats.drafted == 3 * stats.rounds > 0
+    with pytest.raises(ValueError, match="of the same family"):
+        tokens_of(model, PROMPT, 2, draft_model=tiny_model(vocab_size=60))
+
+
+def test_verbose_prints_what_mlx_lm_prints(capsys):
+    tokenizer = toy_tokenizer()
+    options = {"max_tokens": 4, "sampler": lambda logprobs: mx.array([1605])}
+    assert bf.generate(toy_model(), tokenizer, "hi", **options) == "okokokok"
+    assert capsys.readouterr().out == ""
+    bf.generate(toy_model(), tokenizer, "hi", verbose=True, **options)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["=" * 10, "okokokok", "=" * 10]
+    assert [line.split(":")[0] for line in lines[3:]] == ["Prompt", "Generation", "Peak memory"]
 
 
 def test_limit_of_zero_is_refused():

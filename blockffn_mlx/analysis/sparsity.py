@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..models.activation import activation_sums, record_router_scores
+from ..prompt import check_ids
 
 # Tokens per pass when the text is long; a chunk's statistics do not depend on it.
 PASS_LENGTH = 1024
@@ -25,6 +26,7 @@ def router_scores(model: Any, ids: mx.array, pass_length: int = PASS_LENGTH) -> 
         One array [B, T, E] per layer; 0 means inactive.
     """
     ids = as_batch(ids)
+    check_ids(ids.flatten().tolist(), model.args.vocab_size)
     cache = model.make_cache() if ids.shape[1] > pass_length else None
     with record_router_scores(model) as recorded:
         for start in range(0, ids.shape[1], pass_length):

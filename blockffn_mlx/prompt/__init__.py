@@ -10,7 +10,7 @@ from .format import (
     choose_format,
     is_chat_model,
 )
-from .tokens import BREAK, TokenText, clean, encode_text
+from .tokens import BREAK, TokenText, check_ids, clean, encode_text
 
 __all__ = [
     "BREAK",
@@ -21,6 +21,7 @@ __all__ = [
     "RawFormat",
     "TokenText",
     "as_prompt",
+    "check_ids",
     "choose_format",
     "clean",
     "encode_text",

@@ -1,11 +1,11 @@
 """A conversation as the one string that a model reads, its ids, and what ends the answer."""
 
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 from jinja2 import TemplateError
 
 from .tokens import BREAK, END_MARK, MARK, clean, encode_text
@@ -205,14 +205,17 @@ def as_prompt(tokenizer: Any, prompt: Any) -> Prompt:
         if tokenizer is None:
             raise ValueError("this model has no tokenizer files: give token ids, not text")
         return _filled(Prompt(encode_text(tokenizer, prompt).ids))
-    if not isinstance(prompt, mx.array) and any(isinstance(part, Mapping) for part in prompt):
+    if isinstance(prompt, Sequence) and any(isinstance(part, Mapping) for part in prompt):
         if tokenizer is None:
             raise ValueError("this model has no tokenizer files: give token ids, not messages")
         return ChatFormat(tokenizer).prompt(list(map(_role_and_text, prompt)))
-    ids = mx.array(prompt)
-    if ids.ndim != 1:
-        raise ValueError(f"one prompt at a time: token ids of shape {ids.shape} are a batch")
-    return _filled(Prompt(ids.tolist()))
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else list(prompt)
+    if any(isinstance(part, Sequence) for part in ids):
+        raise ValueError("one prompt at a time: these token ids are a batch")
+    try:
+        return _filled(Prompt([operator.index(part) for part in ids]))
+    except TypeError:
+        raise ValueError("token ids are whole numbers") from None
 
 
 def _filled(prompt: Prompt) -> Prompt:

@@ -1,5 +1,6 @@
 """Text as tokens: the one place that encodes a prompt and decides on its BOS."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,6 +68,17 @@ def encode_text(tokenizer: Any, text: str) -> TokenText:
         return TokenText(encoding.ids, ends, text)
     kept = [i for i, span in enumerate(encoding.offsets) if set(text[slice(*span)]) != {BREAK}]
     return TokenText([encoding.ids[i] for i in kept], [ends[i] for i in kept], text)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int):
+    """Refuses tokens without an embedding: MLX would read beyond it.
+
+    Raises:
+        ValueError: For an id outside of 0 to `vocab_size`.
+    """
+    outside = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if outside is not None:
+        raise ValueError(f"token {outside} is outside the model's vocabulary of {vocab_size}")
 
 
 def clean(text: str) -> str:

@@ -4,12 +4,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 from mlx_lm.utils import load as load_mlx_lm
 
 from .. import checkpoint
 from ..checkpoints.eagle_head import build_head, read_frequent, read_head
 from ..hub import download, is_local
-from ..load import load
+from ..load import load, model_folder
 from .cost import draft_cost, pass_cost
 from .drafter import Drafter
 from .eagle_drafter import EagleDrafter
@@ -22,14 +23,14 @@ DRAFT_FOLDER = "draft"
 
 
 def make_drafter(
-    spec: str | Path | Drafter | None, model: Any, tokenizer: Any = None
+    spec: str | Path | Drafter | nn.Module | None, model: Any, tokenizer: Any = None
 ) -> Drafter | None:
     """The drafter that `spec` names.
 
     Args:
         spec: "none" or None; "lookup"; "auto": the head in the `draft` folder of what the model
             was loaded or converted from, else lookup; a folder or Hub id of an EAGLE head or a
-            language model; or a drafter.
+            language model; or a loaded language model, or a drafter.
         model: The target.
         tokenizer: The target's tokenizer, which a draft model's has to equal.
 
@@ -42,9 +43,11 @@ def make_drafter(
         spec = own_draft(model) or "lookup"
     if spec == "lookup":
         return LookupDrafter()
+    if isinstance(spec, nn.Module):
+        return model_drafter(spec, model)
     if not isinstance(spec, (str, Path)):
         return spec
-    path = Path(spec).expanduser() if is_local(spec) else download(str(spec))
+    path = model_folder(spec) if is_local(spec) else download(str(spec))
     if not (path / "config.json").is_file():
         raise ValueError(f"no draft at {path}: give auto, none, lookup, or a draft's folder")
     if "fc.weight" in checkpoint.open_checkpoint(path):
@@ -93,6 +96,20 @@ def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDrafter:
         raise ValueError(
             f"the draft model {path} has another tokenizer than the model: "
             "take one of the same family, or lookup"
+        )
+    return model_drafter(draft, model)
+
+
+def model_drafter(draft: nn.Module, model: Any) -> ModelDrafter:
+    """A loaded language model as the drafter.
+
+    Raises:
+        ValueError: If it has no embedding for some token of the target.
+    """
+    if draft.args.vocab_size < model.args.vocab_size:
+        raise ValueError(
+            f"the draft model knows {draft.args.vocab_size} tokens, the model "
+            f"{model.args.vocab_size}: take one of the same family, or lookup"
         )
     return ModelDrafter(draft, model.args.vocab_size)
 
