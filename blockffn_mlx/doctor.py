@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from . import device
 from .ffn import chunk_union_ffn
-from .kernels import KERNELS, Kernel, RandomLayer, Sample, random_layer
+from .kernels import KERNELS, Kernel, RandomLayer, Sample, random_layer, verdicts
 from .kernels.probe import TileClass, tile_classes
 from .quantisation import Quantization
 from .version import __version__
@@ -138,6 +138,7 @@ def examine(backend: str | None = None) -> Iterator[Verdict]:
             GPU the layer in plain operations is held against the dense product.
     """
     backend = backend or device.gpu_backend() or "ops"
+    verdicts.forget()  # whatever was turned off is tried again when it is next used
     if backend == "ops":
         # MLX is slow on a CPU in half precision, and runs the same code for all dtypes there
         for weights in PACKINGS:

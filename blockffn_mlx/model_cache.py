@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import read_json
+from .device import cache_folder
 from .version import __version__
 
 
@@ -28,16 +27,6 @@ class CachedModel:
     source: str
     nbytes: int
     modified: float
-
-
-def cache_folder() -> Path:
-    """The platform's place for files that can be made again."""
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        # The desktop standard's variable for this very place.
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "blockffn-mlx"
 
 
 def cached_path(source: str, state: Any, settings: dict[str, Any]) -> Path:

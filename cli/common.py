@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from ..convert import DTYPES
+from ..kernels.probe import KernelWarning
 from ..load import load
 from ..model import Model
 from ..speculative.verify import each_row
@@ -43,6 +45,7 @@ def run_main(prog: str, command: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale, nothing is unprintable
             stream.reconfigure(errors="replace")
+    say_kernel_warnings(prog)
     try:
         launch.interruptible()
         return command() or 0
@@ -61,6 +64,19 @@ def run_main(prog: str, command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         complain(prog, "interrupted")
         return launch.INTERRUPTED
+
+
+def say_kernel_warnings(prog: str):
+    """What happens to a kernel is one line, without the place in the code that warned."""
+    others = warnings.showwarning
+
+    def show(message, category, *rest, **more):
+        if issubclass(category, KernelWarning):
+            complain(prog, str(message))
+        else:
+            others(message, category, *rest, **more)
+
+    warnings.showwarning = show
 
 
 def complain(prog: str, sentence: str):

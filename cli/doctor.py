@@ -18,8 +18,9 @@ def parser() -> argparse.ArgumentParser:
     parser = make_parser(
         PROG,
         "Show versions and backends, and hold every kernel against plain MLX operations: error, "
-        "time, verdict. Exit status 1 if any is wrong. BLOCKFFN_KERNELS=ops in the environment "
-        "turns the kernels off for every command.",
+        "time, verdict. Exit status 1 if any is wrong. What was turned off before is tried "
+        "anew at its next use. BLOCKFFN_KERNELS=ops in the environment turns the kernels off for "
+        "every command.",
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser

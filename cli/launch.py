@@ -59,6 +59,9 @@ def launch(name: str) -> int:
         return _refuse(f"{prog}: the working directory is gone: change to one that exists")
     except ImportError as error:
         return _refuse(str(error))
+    from .. import device  # not above: without a backend it cannot be imported
+
+    device.set_command_buffer_limits()
     try:
         return import_module(f".{name}", __package__).main()
     finally:

@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 
 import blockffn_mlx as bf
 from blockffn_mlx.ffn import plan
+from blockffn_mlx.kernels import verdicts
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 GOLDEN_MODELS = ("gqa_block", "mla_linear", "gqa_bf16_sharded")
@@ -52,10 +53,14 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def no_plan_of_another_test():
-    """Tests put other kernels, devices and tile tables in place."""
+def nothing_of_another_test(monkeypatch, tmp_path_factory):
+    """Tests put other kernels, devices and tile tables in place; none is known from before."""
+    folder = tmp_path_factory.getbasetemp() / "verdicts"
+    monkeypatch.setattr(verdicts, "folder", lambda: folder)
     yield
     plan.forget()
+    if folder.exists():
+        verdicts.forget()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """blockffn-doctor: says what runs here, and that wrong kernels are wrong."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import metal_host
@@ -8,7 +9,9 @@ import mlx.core as mx
 import pytest
 
 from blockffn_mlx import device, doctor, kernels
+from blockffn_mlx.cli import common
 from blockffn_mlx.cli import doctor as command
+from blockffn_mlx.kernels.probe import KernelWarning
 
 ON_GPU = device.gpu_backend() is not None
 
@@ -84,3 +87,16 @@ def test_metal_kernels_in_the_harness(monkeypatch, wrong):
         tokens = [v.tokens for v in verdicts if v.kernel == name]
         assert len(tokens) == (2 * len(kernels.TILES["metal"]) if kernel.projection else 1)
     assert all(v.right == (v.kernel != wrong) for v in verdicts)
+
+
+def test_commands_say_in_one_line_what_happens_to_a_kernel(capsys):
+    def command():
+        warnings.warn("the metal kernel up stalls", KernelWarning, stacklevel=2)
+        warnings.warn("something else", UserWarning, stacklevel=2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        shown = warnings.showwarning
+        assert common.run_main("blockffn-chat", command) == 0
+        warnings.showwarning = shown
+    assert capsys.readouterr().err.startswith("blockffn-chat: the metal kernel up stalls\n")

@@ -182,9 +182,9 @@ def test_one_place_chooses(monkeypatch):
     for name, strategy in (("cpu", "grouped"), ("metal", "dense"), ("cuda", "dense")):
         monkeypatch.setattr(device, "compute_backend", lambda name=name: name)
         assert chosen(128)[0] == strategy
-    monkeypatch.setattr(device, "compute_backend", lambda: "cpu")
-    assert chosen(8, batch_size=2) == ("union", None)
     monkeypatch.setattr(device, "kernel_backend", lambda: None)
+    assert chosen(1) == chosen(512) == ("dense", None)  # nothing is read on the host
+    monkeypatch.setattr(device, "compute_backend", lambda: "cpu")
     assert chosen(1) == ("union", None)
 
 

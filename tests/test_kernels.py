@@ -16,10 +16,10 @@ import blockffn_mlx as bf
 from blockffn_mlx import device, doctor, kernels
 from blockffn_mlx.analysis.sparsity import sparsity_of_scores
 from blockffn_mlx.ffn import make_plan, plan
-from blockffn_mlx.kernels import probe
+from blockffn_mlx.kernels import probe, projection
 from blockffn_mlx.load import DEMO_FOLDER, load
 from blockffn_mlx.models.activation import record_router_scores
-from blockffn_mlx.quantisation import Quantization, expert_weights
+from blockffn_mlx.quantisation import expert_weights
 
 ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
 BACKEND = "cuda" if mx.cuda.is_available() else "metal"
@@ -182,7 +182,7 @@ def test_every_access_is_sound_and_metal_would_take_the_source(case):
 @pytest.mark.parametrize("case", CHECKED[:5:4], ids=str)
 def test_threadgroups_that_take_several_tiles(case, monkeypatch):
     """With more tiles than threadgroups, each one uses its scratch again."""
-    monkeypatch.setitem(kernels.MAX_THREADS, BACKEND, 3 * 256)
+    monkeypatch.setattr(projection, "max_threads", lambda backend: 3 * 256)
     plan.forget()
     runs = check(case, "check", order="shuffled")
     assert runs[0].counters.threads <= 3 * 256
@@ -286,56 +286,6 @@ def test_negative_router_norm_weights(monkeypatch):
         out = layer(x)
         mx.eval(out)
     assert relative_error(out, float64(expected)) < TOLERANCE[mx.float32]
-
-
-@pytest.fixture
-def fresh_probe(monkeypatch):
-    monkeypatch.setattr(probe, "SIZES", (9, 32, 128, 5))
-    probe.verdict.cache_clear()
-    yield
-    probe.verdict.cache_clear()
-
-
-PACKED = Quantization(32, 4, "affine")
-
-
-@pytest.mark.parametrize("packing", [None, PACKED])
-@pytest.mark.parametrize("name", kernels.KERNELS)
-def test_probe_lets_right_kernels_pass(fresh_probe, name, packing):
-    with running() as runs:
-        assert probe.works(kernels.KERNELS[name], 5, mx.float16, packing, backend=BACKEND)
-        assert ON_GPU or {run.name.removesuffix("_affine") for run in runs} == {f"blockffn_{name}"}
-
-
-def test_probe_stops_one_tile_class_of_a_wrong_kernel(fresh_probe, monkeypatch):
-    """Off by a tenth beyond 8 tokens: only those classes are turned off, and named."""
-    original = kernels.Call.__call__
-
-    def wrong(call, *inputs):
-        outputs = original(call, *inputs)
-        tokens = dict(call.template).get("TOKENS", 0)
-        return [outputs[0] * 1.1] if call.kernel.name == "down" and tokens > 8 else outputs
-
-    monkeypatch.setattr(kernels.Call, "__call__", wrong)
-    with running():
-        assert probe.works(kernels.KERNELS["down"], 8, mx.float32, backend=BACKEND)
-        with pytest.warns(UserWarning, match=r"down for 9 to 16 tokens in float32 gives wrong"):
-            assert not probe.works(kernels.KERNELS["down"], 9, mx.float32, backend=BACKEND)
-        assert probe.works(kernels.KERNELS["up"], 9, mx.float32, backend=BACKEND)
-
-
-@in_harness
-def test_probe_stops_kernels_that_do_not_run(fresh_probe, monkeypatch):
-    monkeypatch.setattr(device, "gpu_backend", lambda: "metal")
-    kernels.build_kernel.cache_clear()
-    with pytest.warns(UserWarning, match="does not run.*No Metal back-end"):
-        assert not probe.works(kernels.KERNELS["up"], 1, mx.float32, backend="metal")
-
-
-@in_harness
-def test_nothing_is_asked_where_the_gpu_is_elsewhere():
-    """A graph that is made here for a Mac has the kernels in it."""
-    assert probe.works(kernels.KERNELS["up"], 1, mx.float32, backend="metal")
 
 
 def test_environment_turns_kernels_off(monkeypatch):

@@ -79,7 +79,6 @@ class BlockFFN(Router):
             Sizes.of(flat, up, down),
             self.act,
             self.backend,
-            batch_size=x.shape[0],
             training=self.training,
         )
         logits = self.router_proj(flat)

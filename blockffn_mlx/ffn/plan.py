@@ -65,16 +65,13 @@ class Plan(NamedTuple):
         return dense_ffn(x, scores, up_weights, down_weights, act=self.act)
 
 
-def make_plan(
-    sizes: Sizes, act: str, backend: str = "auto", *, batch_size: int = 1, training: bool = False
-) -> Plan:
+def make_plan(sizes: Sizes, act: str, backend: str = "auto", *, training: bool = False) -> Plan:
     """The plan for a chunk; the same one for the same arguments.
 
     Args:
         sizes: The layer and the chunk.
         act: The experts' activation.
         backend: "auto" or one of BACKENDS.
-        batch_size: Number of sequences; the kernels take one.
         training: Whether gradients may be asked for; every expert takes part in those.
 
     Raises:
@@ -84,7 +81,6 @@ def make_plan(
         sizes,
         act,
         backend,
-        batch_size == 1,
         training,
         device.kernel_backend(),
         device.compute_backend(),
@@ -96,13 +92,12 @@ def _make_plan(
     sizes: Sizes,
     act: str,
     asked: str,
-    single: bool,
     training: bool,
     kernel_backend: str | None,
     compute_backend: str,
 ) -> Plan:
     if asked == "auto":
-        strategy, backend = choose(sizes, single, training, kernel_backend, compute_backend)
+        strategy, backend = choose(sizes, training, kernel_backend, compute_backend)
     elif asked in BACKENDS:
         strategy, backend = BACKENDS[asked]
     else:
@@ -128,7 +123,6 @@ def _make_plan(
 
 def choose(
     sizes: Sizes,
-    single: bool,
     training: bool,
     kernel_backend: str | None,
     compute_backend: str,
@@ -138,10 +132,13 @@ def choose(
         return "dense", None
     if sizes.num_tokens > MAX_CHUNK:
         least = MIN_GROUPED_TOKENS[compute_backend]
-        return ("dense" if least is None or sizes.num_tokens < least else "grouped"), None
-    if kernel_backend and single and covers(sizes) and kernels_work(sizes, kernel_backend):
+        reads = compute_backend == "cpu" or kernel_backend  # the loads, on the host, once a layer
+        grouped = reads and least is not None and sizes.num_tokens >= least
+        return ("grouped" if grouped else "dense"), None
+    if kernel_backend and covers(sizes) and kernels_work(sizes, kernel_backend):
         return "union", kernel_backend
-    return "union", None
+    # Reading the union on the host costs a GPU more, once a layer, than the experts that it saves.
+    return ("union" if compute_backend == "cpu" else "dense"), None
 
 
 def kernels_work(sizes: Sizes, backend: str) -> bool:

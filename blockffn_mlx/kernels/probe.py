@@ -1,13 +1,21 @@
-"""Does a kernel work here? Each tile class is run once against its twin, at its first use."""
+"""Does a kernel work here? Each tile class is run against its twin at its first use on a machine.
+
+A class that is wrong, raises or stalls is turned off alone. What was found is kept on disk
+(`verdicts.py`), and so is a note of what is being tried: a start that hangs or crashes in a kernel
+leaves the note behind, and the next one does without that class.
+"""
 
 import warnings
 from functools import cache
+from threading import Timer
+from time import monotonic
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from .. import device
 from ..quantisation import Quantization
+from . import verdicts
 from .kernel import Kernel
 from .registry import KERNELS
 from .samples import random_layer
@@ -20,6 +28,14 @@ TOLERANCE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 3e-2}
 # and more, since fewer put the list of them into another address space; widths that every group
 # size divides and that take a simdgroup more than one round.
 SIZES = (12, 128, 1152, 7)
+
+# A class that takes longer than this stalls; compiling it takes one or two seconds.
+STALL_SECONDS = 30.0
+PATIENCE = 10.0  # seconds after which a user is told what takes so long
+
+
+class KernelWarning(UserWarning):
+    """A kernel stays off, or takes long at its first use."""
 
 
 class TileClass(NamedTuple):
@@ -48,10 +64,17 @@ class TileClass(NamedTuple):
             return (13,)
         return tuple(sorted({self.shortest, self.tile.tokens}, reverse=True))
 
+    @property
+    def key(self) -> str:
+        """Names it for what is kept on disk."""
+        settings = [*(self.packing or ()), *(self.tile or ())]
+        return " ".join([str(self), *map(str, settings)])
+
     def __str__(self) -> str:
         parts = [f"the {self.backend} kernel {self.kernel}"]
         if self.tile:
-            parts.append(f"for {self.shortest} to {self.tile.tokens} tokens")
+            first, last = self.shortest, self.tile.tokens
+            parts.append(f"for {first} to {last} tokens" if last > first else f"for {first} token")
         parts.append(f"in {str(self.dtype).removeprefix('mlx.core.')}")
         if self.packing:
             parts.append(f"with {self.packing.bits}-bit weights")
@@ -93,23 +116,46 @@ def works(
 
 @cache
 def verdict(tile_class: TileClass) -> bool:
-    """Runs a class, at its first use in a process."""
-    fault = find_fault(tile_class)
-    if fault:
-        warnings.warn(f"{tile_class} {fault} here and stays off; run blockffn-doctor", stacklevel=2)
-    return fault is None
+    """What is known about a class, or found by running it: at its first use on this machine."""
+    kept = found = verdicts.kept(tile_class.key)
+    if found is None:
+        with verdicts.trying(tile_class.key):
+            found = find_fault(tile_class) or verdicts.RIGHT
+    lasts = "memory" not in found  # another time there may be enough
+    if lasts and kept in (None, verdicts.CRASHED):
+        verdicts.keep(tile_class.key, found)
+    if found != verdicts.RIGHT:
+        warnings.warn(f"{tile_class} {found}; it stays off (blockffn-doctor)", KernelWarning, 2)
+    return found == verdicts.RIGHT
 
 
 def find_fault(tile_class: TileClass) -> str | None:
-    """What is wrong with a class: "gives wrong results", "does not run (why)", or None."""
+    """What is wrong with a class, or None."""
     kernel = KERNELS[tile_class.kernel]
-    for length in tile_class.lengths:
-        try:
+    notice = Timer(PATIENCE, _say_that_it_takes_long, [tile_class])
+    notice.daemon = True
+    notice.start()
+    begin = monotonic()
+    try:
+        for length in tile_class.lengths:
             if error := largest_error(kernel, tile_class, length):
                 return error
-        except Exception as error:  # whatever MLX raises when it builds or runs a kernel
-            return f"does not run ({' '.join(str(error).split())[:200]})"
+            if (seconds := monotonic() - begin) > STALL_SECONDS:
+                return f"stalls ({seconds:.0f} s for a tiny layer)"
+    except Exception as error:  # whatever MLX raises when it builds or runs a kernel
+        return f"does not run here ({' '.join(str(error).split())[:200]})"
+    finally:
+        notice.cancel()
     return None
+
+
+def _say_that_it_takes_long(tile_class: TileClass):
+    warnings.warn(
+        f"{tile_class} is tried for the first time and takes long; should it never end, the next "
+        "start does without it",
+        KernelWarning,
+        2,
+    )
 
 
 def largest_error(kernel: Kernel, tile_class: TileClass, length: int) -> str | None:
@@ -124,5 +170,5 @@ def largest_error(kernel: Kernel, tile_class: TileClass, length: int) -> str | N
         difference = mx.abs(mine.astype(mx.float32) - exact.astype(mx.float32)).max()
         limit = TOLERANCE[tile_class.dtype] * mx.abs(exact).max()
         if not (difference <= limit).item():  # a NaN is not
-            return "gives wrong results"
+            return "gives wrong results here"
     return None

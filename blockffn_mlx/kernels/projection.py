@@ -3,7 +3,7 @@
 from typing import Any
 
 from .kernel import Call, Kernel, prepare
-from .tiles import MAX_THREADS, Sizes, Tile, choose_tiles
+from .tiles import Sizes, Tile, choose_tiles, max_threads
 
 
 def arguments(
@@ -35,7 +35,7 @@ def arguments(
         tile = getattr(tiles, kernel.name)
     groups = rows // (8 * tile.octets)
     if most_threads:
-        groups = min(groups, MAX_THREADS[backend] // (32 * tile.simdgroups))
+        groups = min(groups, max_threads(backend) // (32 * tile.simdgroups))
     settings = {} if packing is None else {"BITS": packing.bits, "GROUP_SIZE": packing.group_size}
     return prepare(
         kernel,

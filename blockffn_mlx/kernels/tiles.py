@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from .. import device
 from ..quantisation import GROUP_SIZES, ExpertWeights, Format
 
 # What the kernels take; anything else is computed in plain operations.
@@ -126,8 +127,24 @@ TILES = {
     ],
 }
 
-# Threads of the up kernel at most: enough to fill the machine. Its threadgroups go round the tiles.
-MAX_THREADS = {"metal": 1 << 18, "cuda": 132 << 10}
+# Threads of the up kernel at most: enough to fill the machine, by the size of an Apple chip. Its
+# threadgroups go round the tiles. Apple's are reckoned from the number of cores, 8 to 80, not
+# measured: a core holds about a thousand threads of this kernel at a time.
+MAX_THREADS = {
+    "base": 8 << 10,
+    "Pro": 20 << 10,
+    "Max": 40 << 10,
+    "Ultra": 80 << 10,
+    "cuda": 132 << 10,
+}
+
+
+def max_threads(backend: str) -> int:
+    """Threads that the up kernel starts at most on this machine."""
+    if backend == "cuda":
+        return MAX_THREADS["cuda"]
+    chip = device.chip()
+    return MAX_THREADS[chip.size if chip else "Max"]
 
 
 def tile_table(backend: str, dtype: mx.Dtype, packed: bool) -> list[Tiles]:

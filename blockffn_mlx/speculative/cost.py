@@ -15,8 +15,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
+from ..device import cache_folder
 from ..device import name as device_name
-from ..model_cache import cache_folder
 from .drafter import Drafter
 from .target import Target
 from .tree import MAX_NODES, Tree
