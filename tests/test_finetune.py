@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 import blockffn_mlx as bf
-from blockffn_mlx.training.build import prepare_finetune, save_model
+from blockffn_mlx.training.build import is_quantized, prepare_finetune, save_model
 from blockffn_mlx.training.config import Lora, load_config
+from blockffn_mlx.training.evaluate import evaluate
 from blockffn_mlx.training.lora import add_lora, merge_lora
 from blockffn_mlx.training.tokenizer import train_tokenizer
 from blockffn_mlx.training.trainer import Trainer
@@ -175,3 +177,84 @@ def test_the_example_of_the_readme(tmp_path):
     unigram = float(re.search(r"unigram counts: ([\d.]+)", done.stderr)[1])
     records = [json.loads(line) for line in (tmp_path / "tiny" / "log.jsonl").open()]
     assert records[-1]["all"]["loss"] < unigram - 0.5
+
+
+def packed_base(folder: Path) -> Path:
+    base = base_model()
+    quantize_model(base, {}, 32, 4, quant_predicate=base.quant_predicate)
+    save_model(folder / "packed", base, train_tokenizer([TEXT], 300), mx.float32)
+    return folder / "packed"
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_merge_into_packed_weights_says_what_it_reaches(folder, dequantize):
+    flags = ["--dequantize"] if dequantize else []
+    flags += ["--set", "lora.rank=4", "--set", "stage.0.lr=0.05", "--set", "stage.0.steps=12"]
+    done = command(f"{folder}/run.toml", "--finetune", str(packed_base(folder)), *flags)
+    assert done.returncode == 0, done.stderr
+    line = next(line for line in done.stderr.splitlines() if "as trained" in line)
+    trained, saved = map(float, re.findall(r"(\d+\.\d+) as", line))
+    tuned, _ = bf.load(folder / "run" / "model")
+    assert is_quantized(tuned) == (not dequantize)
+    # What is said of the saved model is what the saved model reaches.
+    config = load_config(folder / "run.toml", ["lora.rank=4"])
+    _, corpus, _ = prepare_finetune(config, str(folder / "packed"))
+    reached = evaluate(tuned, corpus, context=16, batch_size=2)["all"]["loss"]
+    assert saved == pytest.approx(reached, abs=2e-4)
+    if dequantize:
+        assert saved == pytest.approx(trained, abs=2e-3) and "unpacked" in line
+    else:
+        assert abs(saved - trained) > 1e-3 and "--dequantize" in line
+
+
+@pytest.mark.parametrize("output", ["base", "base/sub", "base/run/model"])
+def test_a_run_does_not_replace_its_source(folder, output):
+    """The result goes to OUTPUT/model: neither that folder nor one inside it is a source."""
+    target = folder / output
+    source = target / "model" if output != "base/run/model" else target / "model" / "deeper"
+    source.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder / "base", source, ignore=shutil.ignore_patterns("sub", "run", "model"))
+    before = {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()}
+    done = command(f"{folder}/run.toml", "--finetune", str(source), "--set", f"output='{target}'")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1, done.stderr
+    assert "source" in done.stderr
+    assert {path.name: path.read_bytes() for path in source.iterdir() if path.is_file()} == before
+
+
+def test_another_base_in_the_folder_is_refused(folder):
+    assert command(f"{folder}/run.toml", "--finetune", f"{folder}/base").returncode == 0
+    save_model(folder / "base2", base_model(), train_tokenizer([TEXT], 300), mx.float32)
+    shutil.rmtree(folder / "base")
+    shutil.copytree(folder / "base2", folder / "base")  # the same weights again: the same run
+    assert command(f"{folder}/run.toml", "--finetune", f"{folder}/base").returncode == 0
+    other = base_model()
+    other.model.norm.weight = other.model.norm.weight * 1.5
+    save_model(folder / "other", other, train_tokenizer([TEXT], 300), mx.float32)
+    done = command(f"{folder}/run.toml", "--finetune", f"{folder}/other")
+    assert done.returncode == 1 and "the base model has changed" in done.stderr
+    # From nothing, in the same folder, is another run too.
+    fresh = [word for k, v in FRESH.items() for word in ("--set", f"model.{k}={v}")]
+    done = command(f"{folder}/run.toml", *fresh)
+    assert done.returncode == 1 and "the base model has changed" in done.stderr
+
+
+FRESH = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["messages", "text"])
+def test_what_messages_teach_is_chat(folder, kind):
+    tokenizer = train_tokenizer([TEXT], 300)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    save_model(folder / "base", base_model(), tokenizer, mx.float32)
+    turns = [{"role": "user", "content": "a tale"}, {"role": "assistant", "content": "two mice"}]
+    record = {"messages": turns} if kind == "messages" else {"text": TEXT}
+    (folder / "chats.jsonl").write_text((json.dumps(record) + "\n") * 8)
+    settings = ["--set", f"data.path='{folder}/chats.jsonl'"]
+    done = command(f"{folder}/run.toml", "--finetune", f"{folder}/base", *settings)
+    assert done.returncode == 0, done.stderr
+    tuned, kept = bf.load(folder / "run" / "model")
+    assert tuned.args.chat_tuned == (kind == "messages")
+    assert kept.chat_template == tokenizer.chat_template

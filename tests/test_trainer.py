@@ -455,3 +455,51 @@ def test_bfloat16_passes_train_float32_masters(folder):
     assert {w.dtype for _, w in tree_flatten(trainer.model.parameters())} == {mx.float32}
     losses = [record["loss"] for record in log_of(trainer) if record["kind"] == "train"]
     assert losses[-1] < losses[0] - 0.5
+
+
+def conversation(*turns: tuple[str, str]) -> str:
+    return json.dumps({"messages": [{"role": role, "content": text} for role, text in turns]})
+
+
+@pytest.mark.parametrize(
+    ("lines", "setting", "reason"),
+    [
+        ([conversation(("user", "the fox"))], "stage.0.assistant_only=true", "no assistant says"),
+        (
+            [conversation(("user", "the fox " * 60), ("assistant", "late"))],
+            "stage.0.assistant_only=true",
+            "within rows of 32 tokens",
+        ),
+        ([conversation(("user", "x"), ("assistant", "y"))], "stage.0.assistant_only=true", None),
+        ([conversation(("user", "the fox"))], "stage.0.assistant_only=false", None),
+        ([json.dumps({"text": "the fox"})], "stage.0.assistant_only=true", None),
+    ],
+)
+def test_a_run_that_learns_nothing_is_refused(folder, lines, setting, reason):
+    _, _, tokenizer = prepare(load_config(folder / "run.toml"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    tokenizer.save_pretrained(folder / "chat")
+    (folder / "chats.jsonl").write_text("\n".join(lines * 4))
+    paths = [f"data.path='{folder}/chats.jsonl'", f"data.tokenizer='{folder}/chat'"]
+    settings = [*paths, setting, "stage.0.packing='documents'", "stage.1.steps=0"]
+    if reason is None:
+        drawn = make_trainer(folder, *settings)._draw()
+        assert any(batch.scored.any().item() for batch, _ in drawn)
+    else:
+        with pytest.raises(ValueError, match=reason):
+            make_trainer(folder, *settings)
+
+
+def test_a_step_without_a_trained_token_is_drawn_again(folder):
+    trainer = make_trainer(folder, "stage.1.steps=0", "stage.0.assistant_only=true")
+    text = trainer.corpus.train["text"]
+    turns = np.zeros(len(text.tokens), bool)
+    turns[40:42] = True
+    trainer.corpus.train = {"text": replace(text, turns=turns)}
+    trainer._start_stage(0, 0)
+    for _ in range(5):
+        (batch, share), *_ = trainer._draw()
+        assert batch.scored.any().item() and share["scored"].item() == 1

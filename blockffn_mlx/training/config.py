@@ -329,7 +329,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
 def _override(table: dict, override: str):
     name, equals, text = override.partition("=")
     if not equals:
-        raise ValueError(f"--set {override!r}: write it as table.key=value.")
+        raise ValueError(f"{override!r}: write it as table.key=value.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -339,11 +339,11 @@ def _override(table: dict, override: str):
         try:
             table = table[int(parent)] if isinstance(table, list) else table.setdefault(parent, {})
         except (IndexError, ValueError):
-            raise ValueError(f"--set {override!r}: there is no stage {parent}.") from None
+            raise ValueError(f"{override!r}: there is no stage {parent}.") from None
         if not isinstance(table, dict | list):
-            raise ValueError(f"--set {override!r}: {parent} is no table.")
+            raise ValueError(f"{override!r}: {parent} is not a table.")
     if isinstance(table, list):
-        raise ValueError(f"--set {override!r}: name a setting of the stage, as stage.0.steps=100.")
+        raise ValueError(f"{override!r}: name a setting of the stage, as stage.0.steps=100.")
     table[key] = value
 
 

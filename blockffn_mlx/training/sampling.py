@@ -70,6 +70,22 @@ class _Sampler:
         self.assistant_only, self.isolate = assistant_only, isolate
         self.random = np.random.default_rng(seed)
 
+    def trained_tokens(self) -> int:
+        """Tokens of the sources that some row can have as scored targets.
+
+        A document's first token has no predecessor of its own, and what lies beyond a row is cut.
+        """
+        total = 0
+        for source, ends in zip(self.sources, self._reach(), strict=True):
+            scored = source.assistant if self.assistant_only else np.ones(len(source.tokens), bool)
+            upto = np.concatenate([[0], np.cumsum(scored)])
+            total += int((upto[ends] - upto[np.minimum(source.starts + 1, ends)]).sum())
+        return total
+
+    def _reach(self) -> list[np.ndarray]:
+        """For each source, where each document ends as far as a row can hold it [D]."""
+        return [np.append(source.starts[1:], len(source.tokens)) for source in self.sources]
+
     def state_dict(self) -> dict:
         """The random state as JSON-ready values."""
         return self.random.bit_generator.state
@@ -128,7 +144,7 @@ class DocumentPacker(_Sampler):
         """Arguments of `WindowSampler`, and ``multiple``: each document is padded to a multiple."""
         super().__init__(*args, **kwargs)
         self.multiple = multiple
-        self.ends = [np.append(s.starts[1:], len(s.tokens)) for s in self.sources]
+        self.ends = super()._reach()
         lengths = [len(s.tokens) / len(s.starts) for s in self.sources]
         self.share = self.share / lengths
         self.share /= self.share.sum()
@@ -136,6 +152,13 @@ class DocumentPacker(_Sampler):
     def batch(self, batch_size: int) -> Batch:
         """Packs ``batch_size`` rows of ``context`` inputs and their targets."""
         return self._batch([self._row() for _ in range(batch_size)], self.multiple)
+
+    def _reach(self) -> list[np.ndarray]:
+        longest = self.context + 1
+        return [
+            np.minimum(ends, source.starts + longest)
+            for source, ends in zip(self.sources, self.ends, strict=True)
+        ]
 
     def _row(self) -> list[tuple[Source, int, int]]:
         spans, room = [], self.context + 1

@@ -38,7 +38,7 @@ class Trainer:
         metrics: Names of the numbers that a step reports.
 
     Raises:
-        ValueError: The processes do not divide a micro-batch.
+        ValueError: The processes do not divide a micro-batch, or a stage learns no token.
     """
 
     metrics = METRICS
@@ -62,6 +62,13 @@ class Trainer:
             if rows % self.group.size():
                 raise ValueError(
                     f"{self.group.size()} processes cannot share a micro-batch of {rows} rows."
+                )
+            if not self._make_sampler(stage, seed=[0]).trained_tokens():
+                what = (
+                    "assistant says anything" if stage.assistant_only else "token has a successor"
+                )
+                raise ValueError(
+                    f"there is nothing to learn: no {what} within rows of {stage.context} tokens."
                 )
         self.output = Path(config.output)
         self.log = RunLog(self.output / LOG_FILE)
@@ -104,11 +111,11 @@ class Trainer:
         return evaluate(
             self.model,
             self.corpus,
-            stage.context,
-            stage.batch_size // stage.accumulate,
-            data.validation_tokens,
-            data.template,
-            self.config.optimizer.use_compile,
+            context=stage.context,
+            batch_size=stage.batch_size // stage.accumulate,
+            limit=data.validation_tokens,
+            template=data.template,
+            compiled=self.config.optimizer.use_compile,
         )
 
     @property
@@ -213,7 +220,10 @@ class Trainer:
         self.sampler_state = self.sampler.state_dict()
         stage = self.stage
         rows = stage.batch_size // stage.accumulate
-        wholes = [self.sampler.batch(rows) for _ in range(stage.accumulate)]
+        wholes: list[Batch] = []
+        # A step of which nothing is scored would train the sparsity alone: it is drawn again.
+        while not any(whole.scored.any() for whole in wholes):
+            wholes = [self.sampler.batch(rows) for _ in range(stage.accumulate)]
         parts = [whole.rows(self.group.rank(), self.group.size()) for whole in wholes]
         shares = self._shares(parts, wholes)
         return [(part.arrays(), share) for part, share in zip(parts, shares, strict=True)]
@@ -230,12 +240,12 @@ class Trainer:
         """Queues one optimiser step; returns its metrics and gradient norm, not yet computed."""
         self.learning_rate = warmup_stable_decay(
             self.step - self.stage_first_step,
-            self.stage.lr,
-            self.stage.steps,
-            self.stage.warmup,
-            self.stage.decay,
-            self.stage.final_lr,
-            self.stage.shape,
+            peak=self.stage.lr,
+            steps=self.stage.steps,
+            warmup=self.stage.warmup,
+            decay=self.stage.decay,
+            final=self.stage.final_lr,
+            shape=self.stage.shape,
         )
         self.optimizer.set_learning_rate(self.learning_rate)
         self.cs_factor = self.adaptive.factor
