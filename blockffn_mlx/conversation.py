@@ -51,7 +51,8 @@ class Conversation:
         template_options: More arguments of the chat template.
 
     Attributes:
-        messages: All messages, a system prompt first.
+        messages: All messages that count, a system prompt first.
+        dropped: Older ones, for which the context had no more room.
         held: What the cache holds.
         prompt_tokens: Tokens of the whole text at the last answer's start.
         prefilled: Those of them that the cache did not hold.
@@ -75,6 +76,7 @@ class Conversation:
         self.stop = tuple(filter(None, stop))
         self.max_context = max_context or model.args.max_position_embeddings
         self.messages: list[Message] = []
+        self.dropped: list[Message] = []
         self.prompt_tokens = self.prefilled = 0
         self.set_system(system)
         self.clear_cache()
@@ -94,6 +96,7 @@ class Conversation:
         if not any(role == "system" for role, _ in messages):
             messages = [(m.role, m.content) for m in self.messages if m.role == "system"] + messages
         self.messages = [Message(role, clean(text), clean(text)) for role, text in messages]
+        self.dropped = []
         self.answer_span = None
 
     def clear_cache(self):
@@ -224,6 +227,7 @@ class Conversation:
                 f"{self.max_context:,} and needs room for an answer; shorten it"
             )
         if dropped:
+            self.dropped += self.messages[turns[0] : turns[dropped]]
             del self.messages[turns[0] : turns[dropped]]
         return dropped
 

@@ -2,28 +2,44 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from .paths import plain_file
 from .prompt import ROLES
 
+MAX_BYTES = 64 << 20  # of a transcript that is read
 
-def save_transcript(path: str | Path, messages: Iterable[tuple[str, str]]):
+
+def save_transcript(
+    path: str | Path,
+    messages: Iterable[tuple[str, str]],
+    dropped: Iterable[tuple[str, str]] = (),
+):
     """Writes (role, content) pairs. A file that was there is replaced once the new one is whole.
 
+    Args:
+        path: A plain file, there or not, or a link to one.
+        messages: What counts for the next answer; a system message comes first.
+        dropped: Older turns, which the context had no room for; they are marked.
+
     Raises:
+        ValueError: If something other than a plain file is there.
         OSError: If the file cannot be written.
     """
-    path = Path(path).expanduser()
-    lines = [
-        json.dumps({"role": role, "content": content}, ensure_ascii=False) + "\n"
-        for role, content in messages
-    ]
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    path = plain_file(path)
+    kept = [{"role": role, "content": content} for role, content in messages]
+    old = [{"role": role, "content": content, "dropped": True} for role, content in dropped]
+    first = sum(message["role"] == "system" for message in kept[:1])
+    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".saving", dir=path.parent)
     try:
         with open(handle, "w", encoding="utf-8") as file:
-            file.writelines(lines)
+            for message in (*kept[:first], *old, *kept[first:]):
+                file.write(json.dumps(message, ensure_ascii=False) + "\n")
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
@@ -37,9 +53,11 @@ def load_transcript(path: str | Path) -> list[tuple[str, str]]:
         ValueError: If the file holds something else; the sentence names the line.
         OSError: If it cannot be read.
     """
-    path = Path(path).expanduser()
+    file = plain_file(path)
+    if file.exists() and file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} is larger than {MAX_BYTES >> 20} MB: no chat is")
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8") from error
     messages: list[tuple[str, str]] = []
@@ -68,6 +86,4 @@ def _parse(line: str, where: str, before: list[tuple[str, str]]) -> tuple[str, s
     previous = before[-1][0] if before else "system"
     if role == "assistant" and previous != "user":
         raise ValueError(f"{where}: an answer without a question before it")
-    if role == "user" and previous == "user":
-        raise ValueError(f"{where}: a question after an unanswered one")
     return role, content

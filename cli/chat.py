@@ -158,8 +158,9 @@ class Chat:
 
     def talk(self):
         """Reads messages and commands until the end."""
-        history = Path(self.settings.history).expanduser()
-        self.input = make_input(history, COMMANDS, self.settings.no_color, self.view.is_live)
+        self.input = make_input(
+            self.settings.history, COMMANDS, self.settings.no_color, self.view.is_live
+        )
         if self.can_edit:
             self.view.note("/help lists commands, Ctrl-D leaves")
             if self.input.problem:
@@ -278,9 +279,10 @@ class Chat:
     def open_model(self, name: str):
         """Changes the model; the messages stay, the cache is computed anew."""
         changed = {"model": name, "revision": None, "draft": "none"}
-        messages = [(m.role, m.content) for m in self.conversation.messages]
+        before = self.conversation
         self._take_model(argparse.Namespace(**{**vars(self.settings), **changed}))
-        self.conversation.replace(messages)
+        self.conversation.replace([(m.role, m.content) for m in before.messages])
+        self.conversation.dropped = before.dropped
         self.introduce()
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -12,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..analysis.sparsity import router_scores, sparsity_of_scores
+from ..paths import plain_file
 from ..transcript import load_transcript, save_transcript
 from .sparsity_view import heat_map_for, save_svg
 
@@ -163,11 +163,11 @@ def sparsity(chat: "Chat", argument: str):
     active = np.stack([np.array(layer[0] != 0) for layer in scores])  # [L, T, E]
     result = sparsity_of_scores(scores, min(8, end - first))
     if argument:
-        path = Path(argument).expanduser()
+        path = plain_file(argument)
         if path.suffix != ".svg":
             raise ValueError("a picture's name ends in .svg")
         save_svg(str(path), active, result)
-        chat.view.note(f"saved {path}")
+        chat.view.note(f"saved {argument}")
         return
     chat.view.show(heat_map_for(chat.view.console, active))
     no_pairs = all(math.isnan(ratio) for ratio in result.reuse_per_layer)
@@ -182,9 +182,14 @@ def sparsity(chat: "Chat", argument: str):
 def save(chat: "Chat", argument: str):
     if not argument:
         raise ValueError("give a file: /save FILE")
-    messages = [(m.role, m.content) for m in chat.conversation.messages]
-    save_transcript(argument, messages)
-    chat.view.note(f"saved {len(messages)} messages to {argument}")
+    kept, dropped = (
+        [(m.role, m.content) for m in messages]
+        for messages in (chat.conversation.messages, chat.conversation.dropped)
+    )
+    if not kept and not dropped:
+        raise ValueError("there is nothing to save yet")
+    save_transcript(argument, kept, dropped)
+    chat.view.note(f"saved {len(kept) + len(dropped)} messages to {argument}")
 
 
 def load(chat: "Chat", argument: str):

@@ -1,17 +1,20 @@
 """Where messages come from: an edited line with history on a terminal, plain lines elsewhere."""
 
 import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
 from prompt_toolkit.document import Document
-from prompt_toolkit.history import FileHistory, InMemoryHistory
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import ColorDepth
+
+from ..paths import expand
+from ..prompt import clean
 
 if TYPE_CHECKING:
     from .chat_commands import Command
@@ -86,14 +89,13 @@ class TerminalInput:
 
     def __init__(
         self,
-        history: Path | None,
+        history: str | None,
         commands: Mapping[str, "Command"],
         no_color: bool = False,
     ):
-        self.problem = history_problem(history) if history else None
-        kept = history if history and not self.problem else None
+        kept, self.problem = open_history(history)
         self.session: PromptSession = PromptSession(
-            history=ChatHistory(kept) if kept else InMemoryHistory(),
+            history=kept,
             completer=CommandCompleter(commands),
             complete_while_typing=True,
             multiline=True,
@@ -145,7 +147,7 @@ def key_bindings() -> KeyBindings:
 
 
 class ChatHistory(FileHistory):
-    """History that survives a disk that fills up or a file that vanishes."""
+    """History that survives odd characters, a disk that fills up and a file that vanishes."""
 
     def load_history_strings(self) -> Iterable[str]:
         try:
@@ -157,19 +159,33 @@ class ChatHistory(FileHistory):
         if len(string) > LONGEST_REMEMBERED:
             return
         try:
-            super().store_string(string)
+            super().store_string(clean(string))
         except OSError:
             pass  # what was typed still counts; only its memory is lost
 
 
-def history_problem(path: Path) -> str | None:
-    """Why a history file cannot be kept, or None. Makes the file, for its owner alone."""
+def open_history(name: str | None) -> tuple[History, str | None]:
+    """The history in a file, or one of this chat alone and why.
+
+    The file is made if need be, and readable for its owner alone.
+    """
+    if not name or name == os.devnull:
+        return InMemoryHistory(), None
     try:
+        path = expand(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK, 0o600)
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise ValueError(f"{name} is not a plain file")
+            os.fchmod(handle, 0o600)
+        finally:
+            os.close(handle)
+    except ValueError as error:
+        return InMemoryHistory(), f"the history is not kept: {error}"
     except OSError as error:
-        return f"the history is not kept: {path}: {error.strerror}"
-    return None
+        return InMemoryHistory(), f"the history is not kept: {name}: {error.strerror}"
+    return ChatHistory(path), None
 
 
 class CommandCompleter(Completer):
@@ -199,7 +215,7 @@ class CommandCompleter(Completer):
 
 
 def make_input(
-    history: Path | None,
+    history: str | None,
     commands: Mapping[str, "Command"],
     no_color: bool,
     can_edit: bool,

@@ -1,0 +1,31 @@
+"""Files that a user names: home folders, and what is a plain file."""
+
+from pathlib import Path
+
+
+def expand(path: str | Path) -> Path:
+    """A path with `~` and `~user` filled in.
+
+    Raises:
+        ValueError: If there is no such user, or no home folder is known.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: no such home folder is known") from error
+
+
+def plain_file(path: str | Path) -> Path:
+    """Where a file lies or will lie, links followed, so that replacing it leaves a link in place.
+
+    Raises:
+        ValueError: If something else is there: a folder, a device, a pipe.
+        OSError: If a link leads round in a circle.
+    """
+    try:
+        file = expand(path).resolve()
+    except RuntimeError as error:  # Python 3.11 and 3.12 for a circle of links
+        raise OSError(f"{path}: links lead round in a circle") from error
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{path} is not a plain file")
+    return file
