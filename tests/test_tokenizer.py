@@ -110,7 +110,7 @@ def written_ids(found):
 
 
 def test_vocabulary_is_held_against_the_embedding():
-    with pytest.raises(ValueError, match="up to 383, but only 383 embedding rows"):
+    with pytest.raises(ValueError, match="384 tokens but only 383 embedding rows"):
         read_tokenizer(SOURCE, VOCAB_SIZE - 1)
     assert read_tokenizer(SOURCE, VOCAB_SIZE).warnings == []
     assert "may belong to another model" in read_tokenizer(SOURCE, 1000).warnings[0]
@@ -333,7 +333,7 @@ def test_ids_of_tokens_that_only_the_settings_add(tmp_path):
     config["eos_token"] = "<of no vocabulary>"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     loaded = load_tokenizer(tmp_path, {"config": PreTrainedConfig()})
-    with pytest.raises(ValueError, match="up to 384, but only 384"):
+    with pytest.raises(ValueError, match="385 tokens but only 384"):
         check_ids(loaded, VOCAB_SIZE, tmp_path)
 
 

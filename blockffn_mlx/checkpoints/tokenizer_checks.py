@@ -116,8 +116,8 @@ def _check_ids(ids: list[Any], vocab_size: int, source: str | Path):
     largest = max((value for value in ids if type(value) is int), default=-1)
     if largest >= vocab_size:
         raise ValueError(
-            f"{source} has a tokenizer whose ids go up to {largest}, but only {vocab_size} "
-            "embedding rows: the tokenizer belongs to another model."
+            f"{source} has a tokenizer of {largest + 1} tokens but only {vocab_size} embedding "
+            "rows: the tokenizer belongs to another model."
         )
 
 
