@@ -15,6 +15,7 @@ from mlx_lm.models.mla import MultiLinear
 from .ffn import ACTIVATIONS, MAX_CHUNK, BlockFFN
 from .models.activation import record_router_scores, union_share
 from .models.attend import scaled_dot_product_attention
+from .models.compiled import CompiledPasses
 
 # MLA's inner norms keep the default of the original code whatever the config says.
 MLA_NORM_EPS = 1e-6
@@ -293,6 +294,7 @@ class BlockFFNModel(nn.Module):
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [DecoderLayer(args) for _ in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.compiled = CompiledPasses()
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Token ids [B, T] -> scaled embeddings [B, T, H]."""
@@ -324,6 +326,9 @@ class BlockFFNModel(nn.Module):
             mask = create_attention_mask(h, cache[0], return_array=self.masks_are_arrays)
         offset = 0 if cache[0] is None else cache[0].offset
         where = Positions(offset, positions, inputs.shape[1])
+        compiled = self.compiled.run(self, h, cache, mask, where)
+        if compiled is not None:
+            return compiled
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             h = layer(h, mask, layer_cache, where)
         return self.norm(h)

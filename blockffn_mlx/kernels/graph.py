@@ -17,6 +17,10 @@ VIEWS = {
 ACTIVATION_CORES = {"Sigmoid", "Erf", "Tanh"}
 PRODUCTS_OF_AN_ACTIVATION = 2  # x * sigmoid(x), and the gate's other half
 STAND_IN = "stand_in_"
+SMALL_STAND_INS = ("rms_norm", "layer_norm", "rope", "dequantize", "contiguous", "compiled")
+
+
+_tracing = False
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,49 @@ def trace(function: Callable[..., Any], *arguments: mx.array) -> Graph:
     Raises:
         ValueError: If MLX cannot export an operation, or the function reads a value.
     """
+    global _tracing
     walk = _Walk()
     with stand_ins():
-        mx.export_function(walk, function, *arguments)
+        _tracing = True
+        try:
+            mx.export_function(walk, function, *arguments)
+        finally:
+            _tracing = False
     return Graph(list(walk.launches.values()), walk.num_primitives)
+
+
+def one_launch(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Compiles element-wise work, which `trace` then counts as the one launch that it is.
+
+    Args:
+        function: Of arrays, and of numbers that stay the same; the result is like the first one.
+    """
+    compiled = mx.compile(function)
+
+    def call(x: mx.array, *others: Any) -> mx.array:
+        if _tracing:
+            arrays = [other for other in others if isinstance(other, mx.array)]
+            return _stand_in("compiled", [x, *arrays], x.shape, x.dtype)
+        return compiled(x, *others)
+
+    return call
+
+
+def _stand_in(
+    name: str, arrays: list[mx.array], shape: tuple[int, ...], dtype: mx.Dtype
+) -> mx.array:
+    """A node of the graph with a name of ours."""
+    kernel = mx.fast.metal_kernel(
+        name=STAND_IN + name,
+        input_names=[f"in{i}" for i in range(len(arrays))],
+        output_names=["out"],
+        source="",
+    )
+    (out,) = kernel(
+        inputs=arrays, template=[], grid=(1, 1, 1), threadgroup=(1, 1, 1), output_shapes=[shape],
+        output_dtypes=[dtype],
+    )  # fmt: skip
+    return out
 
 
 @contextmanager
@@ -108,15 +151,7 @@ def stand_ins() -> Iterator[None]:
             arrays = [x for x in (*inputs, settings.get("mask")) if isinstance(x, mx.array)]
             shape, dtype = result(*inputs, **settings)
             causal = "_causal" if settings.get("mask") == "causal" else ""
-            names = [f"in{i}" for i in range(len(arrays))]
-            kernel = mx.fast.metal_kernel(
-                name=STAND_IN + name + causal, input_names=names, output_names=["out"], source=""
-            )
-            (out,) = kernel(
-                inputs=arrays, template=[], grid=(1, 1, 1), threadgroup=(1, 1, 1),
-                output_shapes=[shape], output_dtypes=[dtype],
-            )  # fmt: skip
-            return out
+            return _stand_in(name + causal, arrays, shape, dtype)
 
         return call
 
@@ -310,8 +345,7 @@ class _Walk:
                     flops //= 2
                 self.add(name, "Attention", "attention", inputs, outputs, flops=flops)
             else:
-                short = next(n for n in ("rms_norm", "layer_norm", "rope", "dequantize",
-                                         "contiguous") if kernel.startswith(n))  # fmt: skip
+                short = next(known for known in SMALL_STAND_INS if kernel.startswith(known))
                 self.add(name, short, "small", inputs, outputs)
             return
         # only this package's arrays with an axis of experts have three axes
