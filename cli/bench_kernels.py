@@ -16,7 +16,9 @@ from ..ffn import make_plan
 from ..kernels import MAX_TOKENS, Sizes, random_layer
 from ..kernels.graph import Graph
 from ..kernels.predict import CHIPS, find_chip, launch_seconds
+from ..kernels.tune import tune
 from ..load import model_folder
+from ..quantisation import Quantization
 from .common import print_json
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -42,18 +44,32 @@ def add_parser(commands: Any):
     )
     parser.add_argument("--q-bits", type=int, choices=(4, 8), help="quantised experts")
     parser.add_argument("--q-group-size", type=int, default=64)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 32], help="chunk lengths")
+    parser.add_argument(
+        "--tokens", type=int, nargs="+", help="chunk lengths (1 8 32; with --tune every tile's)"
+    )
     parser.add_argument(
         "--active", type=float, nargs="+", default=[0.125, 0.3125, 1.0], metavar="SHARE",
         help="shares of the experts that the chunk needs",
     )  # fmt: skip
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="measure which of the competing tiles are fastest on this GPU, and use them from now "
+        "on: for this dtype and kind of weights, kept in the cache folder",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Predicts or measures, and prints."""
+    if args.tune and args.model_chip:
+        raise ValueError("--tune measures this machine: leave --model-chip out")
+    lengths = args.tokens
+    args.tokens = lengths or [1, 8, 32]
     check_sizes(args)
+    if args.tune:
+        return tune_tiles(args, lengths)
     if args.model_chip:
         document = prediction(find_chip(args.model_chip), args)
     else:
@@ -163,6 +179,51 @@ def measurement(args: argparse.Namespace) -> dict[str, Any]:
         "layer each time, so a large cache helps",
         "rows": rows,
     }
+
+
+def tune_tiles(args: argparse.Namespace, lengths: list[int] | None) -> int:
+    """Measures tiles, a line for each chunk length as it is done."""
+    backend = device.gpu_backend()
+    if backend is None:
+        raise ValueError("there is no GPU here whose tiles could be measured")
+    packing = Quantization(args.q_group_size, args.q_bits, "affine") if args.q_bits else None
+    console, rows = Console(highlight=False, quiet=args.json), []
+    kind = f"{args.q_bits}-bit" if args.q_bits else args.dtype
+    console.print(
+        f"{device.name()}: tiles of {kind} weights, {args.hidden_size} wide, "
+        f"{args.num_experts} experts of {args.expert_size}; a tile is (tokens, matrix unit, octets "
+        "of rows, simdgroups, depth, tokens ahead)"
+    )
+    sizes = (args.hidden_size, args.num_experts, args.expert_size)
+    for tuned in tune(
+        *sizes, backend=backend, dtype=DTYPES[args.dtype], packing=packing, tokens=lengths
+    ):
+        before, after = tuned.seconds_before * 1e6, tuned.seconds_after * 1e6
+        rows.append(
+            {
+                "tokens": tuned.tokens,
+                "before": tuned.before._asdict(),
+                "after": tuned.after._asdict(),
+                "before_us": before,
+                "after_us": after,
+                "tried": tuned.tried,
+                "wrong": tuned.wrong,
+            }
+        )
+        console.print(
+            f"{tuned.tokens:3} tokens: {digits(before)} us a layer before, {digits(after)} now, "
+            f"{tuned.tried} tiles tried"
+        )
+        for name in ("up", "down"):
+            old, new = (tuple(getattr(tiles, name)) for tiles in (tuned.before, tuned.after))
+            if old != new:
+                console.print(f"    {name:4} {old} -> {new}")
+        for line in tuned.wrong:
+            console.print(f"    left out: {line}", markup=False)
+    if args.json:
+        facts = {"chip": device.name(), "backend": backend, "dtype": args.dtype}
+        print_json({"kind": "tuning", **facts, "q_bits": args.q_bits, "rows": rows})
+    return 0
 
 
 def draw(document: dict[str, Any]):

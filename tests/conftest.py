@@ -1,5 +1,6 @@
 """Shared fixtures: golden checkpoints, converted once a session, and small random models."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,8 +60,7 @@ def nothing_of_another_test(monkeypatch, tmp_path_factory):
     monkeypatch.setattr(verdicts, "folder", lambda: folder)
     yield
     plan.forget()
-    if folder.exists():
-        verdicts.forget()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import mlx.core as mx
 from .. import device
 from ..kernels import MAX_EXPERTS, MAX_TOKENS, Call, Sizes, covers, down, probe, route, up
 from ..kernels.registry import KERNELS
+from ..kernels.tiles import tuned_tables
 from ..quantisation import ExpertWeights
 from .dense import dense_ffn
 from .grouped import grouped_ffn
@@ -160,5 +161,6 @@ def combines(sizes: Sizes, backend: str) -> bool:
 def forget():
     """Drops every plan: for tests, and when tiles or verdicts have changed."""
     _make_plan.cache_clear()
+    tuned_tables.cache_clear()
     for module in (route, up, down):
         module.arguments.cache_clear()

@@ -31,7 +31,7 @@ def arguments(
     """
     packing = getattr(sizes, kernel.name).packing
     if tile is None:
-        tiles = choose_tiles(sizes.num_tokens, backend, sizes.dtype, packing is not None)
+        tiles = choose_tiles(sizes.num_tokens, backend, sizes.dtype, packing)
         tile = getattr(tiles, kernel.name)
     groups = rows // (8 * tile.octets)
     if most_threads:

@@ -1,11 +1,16 @@
 """What the kernels take, and how a projection is cut into tiles, by backend and chunk length."""
 
+import json
+import os
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from .. import device
-from ..quantisation import GROUP_SIZES, ExpertWeights, Format
+from ..quantisation import GROUP_SIZES, ExpertWeights, Format, Quantization
+from . import verdicts
 
 # What the kernels take; anything else is computed in plain operations.
 MAX_TOKENS = 64
@@ -147,16 +152,68 @@ def max_threads(backend: str) -> int:
     return MAX_THREADS[chip.size if chip else "Max"]
 
 
-def tile_table(backend: str, dtype: mx.Dtype, packed: bool) -> list[Tiles]:
-    """The tiles of the chunk lengths, ascending."""
+def tile_table(backend: str, dtype: mx.Dtype, packing: Quantization | None) -> list[Tiles]:
+    """The tiles of the chunk lengths, ascending: those tuned on this machine, else TILES."""
+    if kept := tuned_tables().get(table_name(backend, dtype, packing)):
+        return kept
     if backend == "cuda" and dtype == mx.float32:
         return TILES["cuda float32"]
-    if backend == "cuda" and packed:
+    if backend == "cuda" and packing is not None:
         return TILES["cuda packed"]
     return TILES[backend]
 
 
-def choose_tiles(num_tokens: int, backend: str, dtype: mx.Dtype, packed: bool) -> Tiles:
+def choose_tiles(
+    num_tokens: int, backend: str, dtype: mx.Dtype, packing: Quantization | None
+) -> Tiles:
     """The tiles of the up and the down kernel for a chunk."""
-    table = tile_table(backend, dtype, packed)
+    table = tile_table(backend, dtype, packing)
     return next(tiles for tiles in table if num_tokens <= tiles.up.tokens)
+
+
+def table_name(backend: str, dtype: mx.Dtype, packing: Quantization | None) -> str:
+    """What a tuned table is kept under."""
+    name = str(dtype).removeprefix("mlx.core.")
+    return f"{backend} {name} {packing.bits if packing else 'plain'}"
+
+
+@cache
+def tuned_tables() -> dict[str, list[Tiles]]:
+    """The tables that `tune.tune` left on this machine, read once; none if they are damaged."""
+    try:
+        kept = json.loads(_tuned_file().read_text())
+        tables = {
+            name: [Tiles(Tile(*up), Tile(*down)) for up, down in table]
+            for name, table in kept.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+    return {name: table for name, table in tables.items() if _is_whole(table)}
+
+
+def _is_whole(table: list[Tiles]) -> bool:
+    lengths = [tiles.up.tokens for tiles in table]
+    return (
+        lengths == sorted(set(lengths))
+        and lengths[-1:] == [MAX_TOKENS]
+        and all(tiles.down.tokens == tiles.up.tokens for tiles in table)
+    )
+
+
+def keep_table(backend: str, dtype: mx.Dtype, packing: Quantization | None, table: list[Tiles]):
+    """Keeps a tuned table for this machine, from now on.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    tables = {**tuned_tables(), table_name(backend, dtype, packing): table}
+    file = _tuned_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(tables, indent=1))
+    part.replace(file)
+    tuned_tables.cache_clear()
+
+
+def _tuned_file() -> Path:
+    return verdicts.folder() / f"{verdicts.fingerprint()}.tiles"

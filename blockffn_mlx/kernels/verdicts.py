@@ -77,8 +77,9 @@ def trying(name: str) -> Iterator[None]:
 def forget():
     """Drops what is kept about this machine, so that every kernel is tried again."""
     with suppress(OSError):
-        for file in folder().glob(f"{fingerprint()}*"):
-            file.unlink(missing_ok=True)
+        (folder() / f"{fingerprint()}.json").unlink(missing_ok=True)
+        for note in folder().glob(f"{fingerprint()}-*"):
+            note.unlink(missing_ok=True)
 
 
 def _read() -> dict[str, str]:
