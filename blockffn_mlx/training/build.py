@@ -12,6 +12,7 @@ from mlx_lm.utils import get_total_parameters
 from ..atomic_folder import check_target
 from ..checkpoint import read_json
 from ..checkpoints.folder import special_ids, write_folder
+from ..device import physical_memory
 from ..model import Model, ModelArgs
 from .config import Data, Initialisation, TrainingConfig
 from .data import Corpus, read_files
@@ -27,6 +28,9 @@ def build_model(args: ModelArgs, settings: Initialisation, seed: int) -> Model:
     Raises:
         ValueError: Its sizes are more than this machine can hold.
     """
+    layer = 2 * args.num_experts * args.expert_size + 2 * args.hidden_size
+    layer += args.num_experts + args.num_attention_heads * args.head_dim
+    check_memory(args.hidden_size * (args.vocab_size + layer * args.num_hidden_layers))
     try:
         model = Model(args)
         initialise(model, settings, seed)
@@ -34,6 +38,16 @@ def build_model(args: ModelArgs, settings: Initialisation, seed: int) -> Model:
         reason = " ".join(str(error).split())[:120]
         raise ValueError(f"a model of these sizes cannot be made here ({reason}).") from error
     return model
+
+
+def check_memory(parameters: int):
+    """Refuses sizes whose float32 weights alone are more than the machine's memory."""
+    memory = physical_memory()
+    if memory and 4 * parameters > memory:
+        raise ValueError(
+            f"a model of these sizes has about {parameters / 1e9:,.0f} billion parameters, more than "
+            f"this machine's memory of {memory / 1e9:.0f} GB holds."
+        )
 
 
 def initialise(model: nn.Module, settings: Initialisation, seed: int):

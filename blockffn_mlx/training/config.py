@@ -13,6 +13,7 @@ import mlx.core as mx
 from ..model import ModelArgs
 from .text import read_text
 
+MOST_TOKENS, MOST_LAYERS, MOST_TOKEN_KINDS = 1 << 28, 10_000, 1 << 20
 MODEL_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -53,6 +54,8 @@ class Data:
 
     def __post_init__(self):
         _check_ranges(self, at_least={"vocab_size": 259, "validation_tokens": 2})
+        if self.vocab_size > MOST_TOKEN_KINDS:
+            raise ValueError(f"vocab_size is {self.vocab_size}, above {MOST_TOKEN_KINDS:,}.")
         if not 0 <= self.held_out < 1:
             raise ValueError(f"held_out is {self.held_out}, but must be from 0 to below 1.")
 
@@ -172,6 +175,8 @@ class Stage:
         _check_ranges(self, at_least={"lr": 0, "warmup": 0, "decay": 0, "final_lr": 0})
         if any(weight < 0 for weight in (self.weights or {}).values()):
             raise ValueError("the weights of the sources must not be negative.")
+        if self.batch_size // self.accumulate * self.context > MOST_TOKENS:
+            raise ValueError(f"a micro-batch holds at most {MOST_TOKENS:,} tokens.")
         if self.batch_size % self.accumulate:
             raise ValueError("accumulate must divide batch_size.")
         if self.shape not in ("exponential", "linear"):
@@ -191,6 +196,9 @@ class Initialisation:
 
     std: float = 0.02
     residual: bool = True
+
+    def __post_init__(self):
+        _check_ranges(self, at_least={"std": 0})
 
 
 @dataclass
@@ -291,8 +299,11 @@ class TrainingConfig:
             if getattr(args, name) < 1:
                 raise ValueError(f"[model]: {name} is {getattr(args, name)}, but must be positive.")
         _check_ranges(args, at_least={"rms_norm_eps": 0})
-        if args.rope_theta <= 0 or args.norm_scale <= 0:
-            raise ValueError("[model]: rope_theta and norm_scale must be above 0.")
+        for name in ("rope_theta", "norm_scale", "dim_model_base"):
+            if getattr(args, name) <= 0:
+                raise ValueError(f"[model]: {name} is {getattr(args, name)}, but must be above 0.")
+        if args.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"[model]: num_hidden_layers is more than {MOST_LAYERS:,}.")
         if args.hidden_size % args.num_attention_heads or args.head_dim % 2:
             raise ValueError(
                 f"[model]: hidden_size {args.hidden_size} does not split into "
@@ -302,6 +313,11 @@ class TrainingConfig:
             raise ValueError(
                 "[model]: num_key_value_heads must divide num_attention_heads, and "
                 "qk_rope_head_dim must be even."
+            )
+        rotated = args.qk_rope_head_dim if args.attention_type == "mla" else args.head_dim
+        if rotated == 2 and (args.rope_scaling or {}).get("type") == "dynamic":
+            raise ValueError(
+                "[model]: dynamic rope_scaling needs more than two rotated dimensions."
             )
         return args
 
@@ -388,7 +404,7 @@ def _check_ranges(settings: Any, at_least: dict[str, float]):
         value = getattr(settings, name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}, but must be a finite number.")
-        if isinstance(value, int) and abs(value) >= 2**63:
+        if isinstance(value, int) and abs(value) >= 2**53:
             raise ValueError(f"{name} is larger than any count can be.")
         if value is not None and name in at_least and value < at_least[name]:
             raise ValueError(f"{name} is {value}, but must be at least {at_least[name]}.")

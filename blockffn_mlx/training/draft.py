@@ -12,7 +12,7 @@ from ..checkpoints.folder import write_head
 from ..load import load
 from ..model import Model
 from ..models.eagle import EagleHead, HeadArgs
-from .build import build_corpus, check_vocabulary, initialise
+from .build import build_corpus, check_memory, check_vocabulary, initialise
 from .config import Head, TrainingConfig
 from .data import Corpus
 from .objective import document_mask, masked_mean
@@ -36,7 +36,9 @@ def prepare_head(config: TrainingConfig, path_or_repo: str) -> tuple[EagleHead, 
     target.set_dtype(getattr(mx, config.optimizer.dtype))
     target.freeze()
     target.eval()
-    head = EagleHead(head_args(config.head, target))
+    sizes = config.head
+    check_memory(3 * sizes.intermediate_size * target.args.hidden_size * sizes.num_hidden_layers)
+    head = EagleHead(head_args(sizes, target))
     initialise(head, config.initialisation, config.seed)
     return head, target, corpus
 
