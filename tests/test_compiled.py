@@ -102,7 +102,6 @@ def test_every_cache(monkeypatch, compiled, name):
 def test_batches_with_left_padding(monkeypatch, compiled, batch_size):
     model = tiny_model(**SIZES)
     padding = [0, 2, 1][:batch_size]
-    monkeypatch.setattr(plan, "choose", lambda *arguments: ("union", "metal"))
     agree(
         monkeypatch, compiled, model, caches(lambda: BatchKVCache(padding)), batch_size=batch_size
     )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
+from .. import device
 from ..ffn import BlockFFN, Plan, make_plan
 from ..kernels import MAX_TOKENS, Sizes, route
 from ..kernels.graph import one_launch
@@ -87,7 +88,7 @@ class Exit(NamedTuple):
     def plan(self, shape: Shape) -> Plan:
         """How the experts are computed."""
         sizes = self.sizes._replace(num_tokens=shape.batch_size * shape.num_tokens)
-        return make_plan(sizes, self.act, shape.backend, batch_size=shape.batch_size)
+        return make_plan(sizes, self.act, shape.backend)
 
     def __call__(
         self,
@@ -178,12 +179,15 @@ class CompiledPasses:
         batch_size, num_tokens, _ = h.shape
         if batch_size * num_tokens > MAX_TOKENS or model.training or cache[0] is None:
             return None
+        backend = model.layers[0].mlp.backend
+        if (device.kernel_backend() if backend == "auto" else backend) not in ("metal", "cuda"):
+            return None
         parts = self.current_parts(model)
         if parts is None or h.dtype != parts[0].exit.sizes.dtype:
             return None
         per_token = positions.per_token is not None
         watched = tuple(part.mlp.observer is not None for part in parts)
-        shape = Shape(batch_size, num_tokens, per_token, watched, parts[0].mlp.backend)
+        shape = Shape(batch_size, num_tokens, per_token, watched, backend)
         pieces = self.pieces(shape, parts, model.norm.eps)
         if pieces is None:
             return None
