@@ -45,7 +45,7 @@ def check_memory(parameters: int):
     memory = physical_memory()
     if memory and 4 * parameters > memory:
         raise ValueError(
-            f"a model of these sizes has about {parameters / 1e9:,.0f} billion parameters, more than "
+            f"a model of these sizes has {parameters / 1e9:,.0f} billion parameters, more than "
             f"this machine's memory of {memory / 1e9:.0f} GB holds."
         )
 

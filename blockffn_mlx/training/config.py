@@ -316,9 +316,7 @@ class TrainingConfig:
             )
         rotated = args.qk_rope_head_dim if args.attention_type == "mla" else args.head_dim
         if rotated == 2 and (args.rope_scaling or {}).get("type") == "dynamic":
-            raise ValueError(
-                "[model]: dynamic rope_scaling needs more than two rotated dimensions."
-            )
+            raise ValueError("[model]: dynamic rope_scaling turns more than two dimensions.")
         return args
 
 
