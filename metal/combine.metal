@@ -18,6 +18,7 @@ void combine_rows(
       mine, 1, masks, list, simdgroup, lane);
   for (uint i = simdgroup * 32 + lane; i < HIDDEN / PIECE; i += SIMDGROUPS * 32) {
     float sums[PIECE];
+#pragma unroll
     for (int j = 0; j < PIECE; ++j) {
       sums[j] = 0.0f;
     }
@@ -31,6 +32,7 @@ void combine_rows(
         sums[j] += element(words, j, T(0));
       }
     }
+#pragma unroll
     for (int j = 0; j < PIECE; ++j) {
       y[ulong(token) * HIDDEN + i * PIECE + j] = T(sums[j]);
     }

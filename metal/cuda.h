@@ -84,9 +84,14 @@ inline uint4 load_once(const uint4* source) {
   return out;
 }
 
-// Exact below 2^23, and cheaper here than a conversion.
-inline float to_float(uint value) {
-  return as_type<float>(0x4b000000u | value) - 8388608.0f;
+// Weight j of packed words. Bits stay where they lie as long as that is below 2^23, and the scale
+// makes up for it; 2^23 + value is cheaper here than a conversion.
+template <int BITS, typename T>
+inline float affine_value(const uint* words, int j, T scale, T bias) {
+  const int bit = j * BITS % 32, shift = bit + BITS <= 23 ? 0 : 16;
+  const uint packed = words[j * BITS / 32] >> shift & (((1u << BITS) - 1) << (bit - shift));
+  const float value = as_type<float>(0x4b000000u | packed) - 8388608.0f;
+  return value * (float(scale) / float(1u << (bit - shift))) + float(bias);
 }
 
 // ---- Affine weights as pairs of 16 bits, which is what the matrix unit takes. Four bits: elements
@@ -154,10 +159,10 @@ inline void multiply_16x8x16(
 // The operands want pairs of neighbours, which is what memory holds.
 template <typename T, typename Weights, int OCTETS>
 struct MatrixRows {
-  enum { SPAN = Weights::span };
+  enum { SPAN = Weights::span, PARTS = 1, STEPS = SPAN / 2 };
   uint pairs[OCTETS][SPAN / 2];
 
-  inline MatrixRows(const typename Weights::Span* spans) {
+  inline MatrixRows(const typename Weights::Span* spans, int) {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll

@@ -19,10 +19,10 @@ struct DownOperands {
     const uint expert = list[min(k / EXPERT_SIZE, uint(EXPERTS - 1))];
     if (k < length) {
       // down as [EXPERTS * HIDDEN, EXPERT_SIZE]
-      const ulong expert_row = ulong(expert) * HIDDEN + first_row + row;
+      const Weights rows = down.from_row(ulong(expert) * HIDDEN + first_row + row, EXPERT_SIZE);
 #pragma unroll
       for (int i = 0; i < OCTETS; ++i) {
-        down.load(out[i], expert_row + 8 * i, k % EXPERT_SIZE, EXPERT_SIZE);
+        rows.load(out[i], 8 * i, k % EXPERT_SIZE, EXPERT_SIZE);
       }
     } else {
 #pragma unroll
@@ -39,6 +39,7 @@ struct DownOperands {
       const uint row = k / EXPERT_SIZE * tokens + min(token, tokens - 1);
       copy_words<WORDS>(out, (const device uint*)(h + (row * EXPERT_SIZE + k % EXPERT_SIZE)));
     } else {
+#pragma unroll
       for (int i = 0; i < WORDS; ++i) {
         out[i] = 0;
       }

@@ -14,7 +14,8 @@ void route_token(
 #pragma unroll
   for (int i = 0; i < EACH; ++i) {
     const uint expert = i * 32 + lane;
-    active[i] = expert < EXPERTS ? max(float(logits[token * EXPERTS + expert]), 0.0f) : 0.0f;
+    const float logit = expert < EXPERTS ? float(logits[token * EXPERTS + expert]) : 0.0f;
+    active[i] = logit <= 0.0f ? 0.0f : logit;  // not max, which would drop a NaN
     squares += active[i] * active[i];
   }
   const float scale = rsqrt(simd_sum(squares) / EXPERTS + eps[0]);

@@ -1,4 +1,4 @@
-// What a simdgroup's matrix unit wants from each lane. The CUDA build has its own version of this
+// What a simdgroup's matrix unit wants from each lane, and how lanes unpack weights. The CUDA build has its own version of this
 // file's names (cuda.h), because there the lanes lie otherwise; the kernels are the same.
 #pragma once
 #include <metal_simdgroup_matrix>
@@ -25,8 +25,26 @@ inline uint4 load_once(const device uint4* source) {
   return *source;
 }
 
-inline float to_float(uint value) {
-  return float(value);
+// Weight j of packed words. A byte or, shifted to bits 4 to 7, a nibble is put into the mantissa of
+// the half-precision number 1024: two weights at once and without a conversion, which runs at a
+// quarter of the rate. The scale and the bias take the 1024 away again.
+template <int BITS, typename T>
+inline float affine_value(const thread uint* words, int j, T scale, T bias) {
+  const uint word = words[j * BITS / 32];
+  const int n = j % 4;
+  uint pair;
+  if (BITS == 4) {  // nibbles n and n + 4, as 1024 + 16 * weight
+    pair = (n == 0 ? word << 4 : word >> (4 * n - 4)) & 0x00f000f0u;
+  } else {  // bytes n and n + 2, as 1024 + weight
+    pair = word >> (n % 2 * 8) & 0x00ff00ffu;
+  }
+  const bool high = BITS == 4 ? j % 8 >= 4 : n >= 2;
+  const float value = float(as_type<half>(ushort((pair | 0x64006400u) >> (high ? 16 : 0))));
+  const float unit = BITS == 4 ? 16.0f : 1.0f, offset = 1024.0f / unit;
+  if (sizeof(T) == 4) {  // as exact as its scale: one operation more
+    return (value / unit - offset) * float(scale) + float(bias);
+  }
+  return value * (float(scale) / unit) + (float(bias) - offset * float(scale));
 }
 
 // Octets of rows that one multiplication takes.
@@ -40,24 +58,26 @@ struct TokenHalves {
       : token0(2 * quarter), token1(2 * quarter + 1), k0(row * span / 2), k1(row * span / 2) {}
 };
 
-// A lane's spans of the weight operand. In step j it brings elements j and span / 2 + j, which
-// are columns 2 * quarter and 2 * quarter + 1 of the operand, the same k as above.
+// A part of a lane's spans of the weight operand, which takes that many registers less than the
+// whole. In step j it brings elements j and span / 2 + j, which are columns 2 * quarter and
+// 2 * quarter + 1 of the operand, the same k as above.
 template <typename T, typename Weights, int OCTETS>
 struct MatrixRows {
-  enum { SPAN = Weights::span };
-  float values[OCTETS][SPAN];
+  enum { SPAN = Weights::span, PARTS = SPAN > 16 ? SPAN / 16 : 1, STEPS = SPAN / 2 / PARTS };
+  float values[OCTETS][2][STEPS];
 
-  MatrixRows(const thread typename Weights::Span* spans) thread {
+  MatrixRows(const thread typename Weights::Span* spans, int part) thread {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
-      for (int j = 0; j < SPAN; ++j) {
-        values[i][j] = spans[i].value(j);
+      for (int j = 0; j < STEPS; ++j) {
+        values[i][0][j] = spans[i].value(part * STEPS + j);
+        values[i][1][j] = spans[i].value(SPAN / 2 + part * STEPS + j);
       }
     }
   }
 
-  // sums += rows of octet i by 8 tokens, whose half spans are x0 and x1.
+  // sums += rows of octet i by 8 tokens, whose half spans (their part) are x0 and x1.
   void multiply(
       int i, const thread uint* x0, const thread uint* x1, thread float* sums,
       thread float*) const thread {
@@ -65,9 +85,9 @@ struct MatrixRows {
     c.thread_elements()[0] = sums[0];
     c.thread_elements()[1] = sums[1];
 #pragma unroll
-    for (int j = 0; j < SPAN / 2; ++j) {
-      a.thread_elements()[0] = values[i][j];
-      a.thread_elements()[1] = values[i][SPAN / 2 + j];
+    for (int j = 0; j < STEPS; ++j) {
+      a.thread_elements()[0] = values[i][0][j];
+      a.thread_elements()[1] = values[i][1][j];
       b.thread_elements()[0] = element(x0, j, T(0));
       b.thread_elements()[1] = element(x1, j, T(0));
       simdgroup_multiply_accumulate(c, a, b, c);

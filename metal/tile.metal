@@ -16,27 +16,30 @@ struct Tile;
 // Few tokens: each lane multiplies its spans itself, then the four lanes of a row add up.
 template <typename T, typename Weights, int OCTETS, int TOKENS>
 struct Tile<false, T, Weights, OCTETS, TOKENS> {
-  enum { span = Weights::span, words = span * sizeof(T) / 4, columns = TOKENS };
-  // A lane's part of a window: of the weights, and of one token.
+  // A lane unpacks its spans in parts, so that it need not hold all of them as floats.
+  enum { parts = Weights::span > 16 ? Weights::span / 16 : 1, steps = Weights::span / parts };
+  enum { columns = TOKENS };
   struct Rows {
-    float values[OCTETS][span];
-    Rows(const thread typename Weights::Span* spans) thread {
+    float values[OCTETS][steps];
+    Rows(const thread typename Weights::Span* spans, int part) thread {
 #pragma unroll
       for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
-        for (int j = 0; j < span; ++j) {
-          values[i][j] = spans[i].value(j);
+        for (int j = 0; j < steps; ++j) {
+          values[i][j] = spans[i].value(part * steps + j);
         }
       }
     }
   };
   struct Column {
-    uint x[words];
+    uint x[steps * sizeof(T) / 4];
   };
   float sums[OCTETS][TOKENS];
 
   void clear() thread {
+#pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
+#pragma unroll
       for (int t = 0; t < TOKENS; ++t) {
         sums[i][t] = 0.0f;
       }
@@ -45,15 +48,16 @@ struct Tile<false, T, Weights, OCTETS, TOKENS> {
 
   template <typename Operands>
   static void load(
-      thread Column& out, int t, Operands operands, uint start, uint, uint quarter) {
-    operands.template load_token<words>(out.x, t, start + quarter * span);
+      thread Column& out, int t, int part, Operands operands, uint start, uint, uint quarter) {
+    const uint k = start + quarter * Weights::span + part * steps;
+    operands.template load_token<steps * sizeof(T) / 4>(out.x, t, k);
   }
 
   void add(int t, const thread Rows& rows, const thread Column& column) thread {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
 #pragma unroll
-      for (int j = 0; j < span; ++j) {
+      for (int j = 0; j < steps; ++j) {
         sums[i][t] += rows.values[i][j] * element(column.x, j, T(0));
       }
     }
@@ -77,8 +81,8 @@ struct Tile<false, T, Weights, OCTETS, TOKENS> {
 // Many tokens: products of small matrices, with weights as the rows and eight tokens as a column.
 template <typename T, typename Weights, int OCTETS, int TOKENS>
 struct Tile<true, T, Weights, OCTETS, TOKENS> {
-  enum { span = Weights::span, half_words = span * sizeof(T) / 8, columns = TOKENS / 8 };
   typedef MatrixRows<T, Weights, OCTETS> Rows;
+  enum { parts = Rows::PARTS, columns = TOKENS / 8, half_words = Rows::STEPS * sizeof(T) / 4 };
   // Each lane brings two half spans of the eight tokens; which, is the matrix unit's choice.
   struct Column {
     uint x[2][half_words];
@@ -86,7 +90,9 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
   float sums[OCTETS][columns][2];  // rows 8 * i + row, tokens 8 * n + 2 * quarter + {0, 1}
 
   void clear() thread {
+#pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
+#pragma unroll
       for (int n = 0; n < columns; ++n) {
         sums[i][n][0] = sums[i][n][1] = 0.0f;
       }
@@ -95,10 +101,11 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
 
   template <typename Operands>
   static void load(
-      thread Column& out, int n, Operands operands, uint start, uint row, uint quarter) {
-    const TokenHalves halves(row, quarter, span);
-    operands.template load_token<half_words>(out.x[0], 8 * n + halves.token0, start + halves.k0);
-    operands.template load_token<half_words>(out.x[1], 8 * n + halves.token1, start + halves.k1);
+      thread Column& out, int n, int part, Operands operands, uint start, uint row, uint quarter) {
+    const TokenHalves halves(row, quarter, Weights::span);
+    const uint k = start + part * Rows::STEPS;
+    operands.template load_token<half_words>(out.x[0], 8 * n + halves.token0, k + halves.k0);
+    operands.template load_token<half_words>(out.x[1], 8 * n + halves.token1, k + halves.k1);
   }
 
   void add(int n, const thread Rows& rows, const thread Column& column) thread {
@@ -132,15 +139,16 @@ inline void stream_rows(
   const uint window = 4 * Weights::span, step = SIMDGROUPS * window;
   const uint row = lane_row(lane), quarter = lane_quarter(lane);
   typename Weights::Span spans[DEPTH][OCTETS];
-  typename TileType::Column columns[AHEAD ? DEPTH : 1][AHEAD ? TileType::columns : 1];
+  const int parts = TileType::parts, ahead = AHEAD ? parts * TileType::columns : 0;
+  typename TileType::Column columns[AHEAD ? DEPTH : 1][AHEAD ? ahead : 1];
   tile.clear();
 #pragma unroll
   for (int i = 0; i < DEPTH; ++i) {
     const uint start = simdgroup * window + i * step;
     operands.template load_rows<OCTETS>(spans[i], weights, row, start + quarter * Weights::span);
 #pragma unroll
-    for (int n = 0; AHEAD && n < TileType::columns; ++n) {
-      TileType::load(columns[AHEAD ? i : 0][AHEAD ? n : 0], n, operands, start, row, quarter);
+    for (int n = 0; n < ahead; ++n) {
+      TileType::load(columns[i][n], n / parts, n % parts, operands, start, row, quarter);
     }
   }
   for (uint first = simdgroup * window; first < operands.length; first += DEPTH * step) {
@@ -148,19 +156,23 @@ inline void stream_rows(
     for (int i = 0; i < DEPTH; ++i) {
       const uint start = first + i * step, next = start + DEPTH * step;
       if (start < operands.length) {
-        const typename TileType::Rows rows(spans[i]);
 #pragma unroll
-        for (int n = 0; n < TileType::columns; ++n) {
-          thread typename TileType::Column& column = columns[AHEAD ? i : 0][AHEAD ? n : 0];
-          if (!AHEAD) {
-            TileType::load(column, n, operands, start, row, quarter);
+        for (int part = 0; part < parts; ++part) {
+          const typename TileType::Rows rows(spans[i], part);
+#pragma unroll
+          for (int n = 0; n < TileType::columns; ++n) {
+            thread typename TileType::Column& column =
+                columns[AHEAD ? i : 0][AHEAD ? n * parts + part : 0];
+            if (!AHEAD) {
+              TileType::load(column, n, part, operands, start, row, quarter);
+            }
+            tile.add(n, rows, column);
           }
-          tile.add(n, rows, column);
         }
         operands.template load_rows<OCTETS>(spans[i], weights, row, next + quarter * Weights::span);
 #pragma unroll
-        for (int n = 0; AHEAD && n < TileType::columns; ++n) {
-          TileType::load(columns[AHEAD ? i : 0][AHEAD ? n : 0], n, operands, next, row, quarter);
+        for (int n = 0; n < ahead; ++n) {
+          TileType::load(columns[i][n], n / parts, n % parts, operands, next, row, quarter);
         }
       }
     }

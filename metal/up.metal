@@ -9,15 +9,16 @@ template <typename T, int HIDDEN>
 struct UpOperands {
   const device T* x;  // [tokens, HIDDEN]
   uint tokens;
-  uint first_row;  // of up as [experts * EXPERT_SIZE, HIDDEN]
-  uint length;     // HIDDEN
+  ulong first_row;  // of up as [experts * EXPERT_SIZE, HIDDEN]
+  uint length;      // HIDDEN
 
   template <int OCTETS, typename Weights>
   void load_rows(thread typename Weights::Span* out, Weights up, uint row, uint k) const thread {
     if (k < uint(HIDDEN)) {
+      const Weights rows = up.from_row(first_row + row, HIDDEN);
 #pragma unroll
       for (int i = 0; i < OCTETS; ++i) {
-        up.load(out[i], first_row + 8 * i + row, k, HIDDEN);
+        rows.load(out[i], 8 * i, k, HIDDEN);
       }
     } else {
 #pragma unroll
@@ -33,6 +34,7 @@ struct UpOperands {
     if (k < uint(HIDDEN)) {
       copy_words<WORDS>(out, (const device uint*)(x + (min(token, tokens - 1) * HIDDEN + k)));
     } else {
+#pragma unroll
       for (int i = 0; i < WORDS; ++i) {
         out[i] = 0;
       }
@@ -40,8 +42,9 @@ struct UpOperands {
   }
 };
 
+// Of NaN it makes NaN.
 inline float activate(float z, bool silu) {
-  return silu ? z / (1.0f + exp(-z)) : max(z, 0.0f);
+  return silu ? z / (1.0f + exp(-z)) : z <= 0.0f ? 0.0f : z;
 }
 
 // The threadgroups go round the tiles of 8 * OCTETS rows of the union's experts; `group` of
@@ -68,7 +71,8 @@ void up_projection(
   for (uint i = group; i < count * TILES; i += groups) {
     const uint slot = i / TILES, first_row = i % TILES * ROWS, expert = list[slot];
     typedef UpOperands<T, HIDDEN> Operands;
-    const Operands operands = {x, tokens, expert * EXPERT_SIZE + first_row, HIDDEN};
+    const ulong expert_row = ulong(expert) * EXPERT_SIZE + first_row;
+    const Operands operands = {x, tokens, expert_row, HIDDEN};
     Tile<MATRIX, T, Weights, OCTETS, TOKENS> tile;
     stream_rows<OCTETS, SIMDGROUPS, DEPTH, AHEAD>(tile, up, operands, simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile's partials have been read

@@ -18,21 +18,24 @@ inline void stream_words(thread uint* words, const device uint* source) {
   }
 }
 
-// A plain matrix [rows, columns].
+// A plain matrix [rows, columns], at a multiple of 16 bytes.
 template <typename T>
 struct PlainWeights {
   enum { span = 32 / sizeof(T), interleaved = false };  // span: neighbours that one lane takes
   struct Span {
     uint words[8];
     float value(int j) const thread { return element(words, j, T(0)); }
-    uint pair(int j) const thread { return words[j]; }  // for cuda.h: the 16-bit elements 2 * j, 2 * j + 1
+    uint pair(int j) const thread { return words[j]; }  // for cuda.h: elements 2 * j and 2 * j + 1
   };
   const device T* data;
 
-  void load(thread Span& out, ulong row, uint column, uint columns) const thread {
+  // From a row on. One product in 64 bits; within an expert 32 bits are enough.
+  PlainWeights from_row(ulong row, uint columns) const thread { return {data + row * columns}; }
+  void load(thread Span& out, uint row, uint column, uint columns) const thread {
     stream_words<8>(out.words, (const device uint*)(data + (row * columns + column)));
   }
   static void clear(thread Span& out) {
+#pragma unroll
     for (int i = 0; i < 8; ++i) {
       out.words[i] = 0;
     }
@@ -47,25 +50,25 @@ struct AffineWeights {
   struct Span {
     uint words[4];
     T scale, bias;
-    // Bits stay where they lie as long as that is below 2^23, and the scale makes up for it.
-    float value(int j) const thread {
-      const int bit = j * BITS % 32, shift = bit + BITS <= 23 ? 0 : 16;
-      const uint packed = words[j * BITS / 32] >> shift & (((1u << BITS) - 1) << (bit - shift));
-      return to_float(packed) * (float(scale) / float(1u << (bit - shift))) + float(bias);
-    }
+    float value(int j) const thread { return affine_value<BITS>(words, j, scale, bias); }
     uint pair(int j) const thread { return affine_pair(words, BITS, j, scale, bias); }
   };
-  const device uint* data;
+  const device uint* data;  // at a multiple of 16 bytes
   const device T* scales;
   const device T* biases;
 
-  void load(thread Span& out, ulong row, uint column, uint columns) const thread {
-    stream_words<4>(out.words, data + (row * columns + column) / (32 / BITS));
-    const ulong group = (row * columns + column) / GROUP;
-    out.scale = scales[group];
-    out.bias = biases[group];
+  AffineWeights from_row(ulong row, uint columns) const thread {
+    const ulong groups = row * (columns / GROUP);
+    return {data + row * (columns * BITS / 32), scales + groups, biases + groups};
+  }
+  void load(thread Span& out, uint row, uint column, uint columns) const thread {
+    const uint element = row * columns + column;
+    stream_words<4>(out.words, data + element / (32 / BITS));
+    out.scale = scales[element / GROUP];
+    out.bias = biases[element / GROUP];
   }
   static void clear(thread Span& out) {
+#pragma unroll
     for (int i = 0; i < 4; ++i) {
       out.words[i] = 0;
     }

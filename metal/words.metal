@@ -14,7 +14,7 @@ inline float element(const thread uint* words, int j, bfloat) {
   return as_type<float>(j % 2 ? words[j / 2] & 0xffff0000u : words[j / 2] << 16);
 }
 
-// Copies words in 16-byte pieces.
+// Copies words in 16-byte pieces, from a multiple of 16 bytes.
 template <int COUNT>
 inline void copy_words(thread uint* words, const device uint* source) {
 #pragma unroll

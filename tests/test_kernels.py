@@ -122,6 +122,22 @@ def test_large_sizes(size):
     check(Case(9, 4, *size, mx.float32, "full", act="relu"))
 
 
+@pytest.mark.parametrize("where", ["x", "scores", "up", "down"])
+@pytest.mark.parametrize("case", [Case(3, 9, 32, 64), Case(9, 9, 32, 64, act="relu")], ids=str)
+def test_nan_makes_nan(case, where):
+    """Where the dense path has NaN, and nowhere else."""
+    operands = dict(zip(("x", "scores", "up", "down"), case.operands()[:4], strict=True))
+    token, expert = 1, 4
+    operands["scores"][token, expert] = 1
+    place = (token, 5 if where == "x" else expert) if where in ("x", "scores") else (expert, 3, 7)
+    operands[where][place] = mx.nan
+    expected = bf.ffn.chunk_union_ffn(*operands.values(), act=case.act, backend="dense")
+    with running():
+        out = result(case, operands.values())
+    assert mx.isnan(expected).any()
+    assert mx.array_equal(mx.isnan(out), mx.isnan(expected))
+
+
 @pytest.mark.parametrize("packing", doctor.PACKINGS.values(), ids=doctor.PACKINGS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", kernels.KERNELS)

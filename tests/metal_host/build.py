@@ -23,6 +23,8 @@ MODES = {
         *"-mllvm -tsan-instrument-read-before-write".split(),
         "-fsanitize=bounds,integer-divide-by-zero,signed-integer-overflow"
         ",unsigned-integer-overflow,alignment",
+        # a vector load stays one load
+        *"-mllvm -disable-vector-combine".split(),
         # -Xclang: the driver does not offer it beside the thread sanitizer
         *"-fno-sanitize-recover=all -Xclang -fsanitize-minimal-runtime".split(),
     ],
