@@ -41,8 +41,9 @@ class Variant:
         """What MLX would be asked to run."""
         kernel = KERNELS[self.kernel]
         sample = kernel.sample(layer(self.dtype, self.packing or (0, 0)))
+        mx.eval([o if isinstance(o, mx.array) else o.arrays for o in sample.operands])
         if self.tile:
-            sample.settings["tile"] = self.tile
+            sample = sample._replace(settings={**sample.settings, "tile": self.tile})
         (found,) = metal_host.launches(lambda: kernel.run(sample, "metal"))
         return found
 
