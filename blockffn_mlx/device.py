@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import mlx.core as mx
 
+MLX_VERSION = version("mlx")
 # The figure in an Apple GPU's architecture ("applegpu_g16s") by generation of the chip.
 GENERATIONS = {13: "M1", 14: "M2", 15: "M3", 16: "M4", 17: "M5"}
 CPU = mx.Device(mx.cpu)

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 from rich.console import Console
 from rich.progress import MofNCompleteColumn
 from rich.table import Table
@@ -21,9 +20,11 @@ from ..analysis.spec_bench import (
     compiling_modes,
     read_questions,
 )
+from ..device import MLX_VERSION
+from ..device import name as device_name
 from ..prompt import choose_format, is_chat_model
 from ..speculative import make_drafter
-from ..speculative.cost import PassCost, device_name, pass_cost
+from ..speculative.cost import PassCost, pass_cost
 from .common import add_model_flags, load_for_text, loading_progress, print_json
 from .draft import add_draft_flags
 
@@ -70,7 +71,7 @@ def run_widths(args: argparse.Namespace) -> int:
     with loading_progress(MofNCompleteColumn()) as progress:
         cost = pass_cost(model, args.refresh, partial(progress, "measure passes"))
     if args.json:
-        print_json({"device": device_name(), "mlx": mx.__version__, **asdict(cost)})
+        print_json({"device": device_name(), "mlx": MLX_VERSION, **asdict(cost)})
     else:
         show_widths(cost)
     return 0
@@ -80,7 +81,7 @@ def show_widths(cost: PassCost):
     """The cost table, with each pass relative to one token's."""
     table = Table(
         "tokens", "shared ms", "x", "union", "distinct ms", "x", "union", "context ms",
-        caption=f"{device_name()}, MLX {mx.__version__}; shared: one token repeated, distinct: "
+        caption=f"{device_name()}, MLX {MLX_VERSION}; shared: one token repeated, distinct: "
         "random tokens; x: relative to one token; union: share of the experts; context: what 1,000 "
         "tokens before the pass add",
     )  # fmt: skip

@@ -46,7 +46,7 @@ class UnionMeter:
         shares = [union_share(layers) for layers in zip(*self.recorded, strict=True)]
         if not shares:
             return
-        self.total += mx.stack(shares).sum().item()
+        self.total += float(mx.stack(shares).sum())
         self.passes += len(shares)
         for passes in self.recorded:
             passes.clear()

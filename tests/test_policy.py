@@ -278,7 +278,7 @@ def test_costs_are_measured_once_and_kept(tmp_path):
     assert priced() == first and len(seen) == 7  # read, not measured again
     (file,) = tmp_path.iterdir()
     kept = json.loads(file.read_text())
-    assert kept["device"] == cost.device_name() and kept["mlx"] == cost.mx.__version__
+    assert kept["device"] == cost.device_name() and kept["mlx"] == cost.MLX_VERSION
 
     for damaged in ("", "{", "[]", '{"widths": []}', file.read_text().replace("[1, 2, 4]", "[1]")):
         file.write_text(damaged)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from ..arrays import named_arrays
 from ..device import machine_memory
 from ..model import ModelArgs
 from ..quantisation import BITS
@@ -56,7 +56,7 @@ class MemoryNeed:
 
 def memory_need(model: nn.Module, context: int) -> MemoryNeed:
     """What a model needs with a context of so many tokens; lazily loaded weights stay unread."""
-    arrays = [array for _, array in tree_flatten(model.parameters())]
+    arrays = [array for _, array in named_arrays(model.parameters())]
     float_sizes = [a.dtype.size for a in arrays if mx.issubdtype(a.dtype, mx.floating)]
     quantized = [module.bits for _, module in model.named_modules() if hasattr(module, "bits")]
     return MemoryNeed(

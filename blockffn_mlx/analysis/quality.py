@@ -27,7 +27,7 @@ def text_loss(model: nn.Module, ids: Sequence[int], window: int = 512) -> dict[s
     for start in range(0, len(ids) - 1, window):
         row = mx.array([ids[start : start + window + 1]])
         logits = model(row[:, :-1]).astype(mx.float32)
-        total += nn.losses.cross_entropy(logits, row[:, 1:], reduction="sum").item()
+        total += float(nn.losses.cross_entropy(logits, row[:, 1:], reduction="sum"))
         count += row.shape[1] - 1
     nats = total / count
     return {"tokens": count, "nats_per_token": nats, "bits_per_token": nats / math.log(2)}

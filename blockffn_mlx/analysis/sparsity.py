@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from ..arrays import ints
 from ..models.activation import activation_sums, record_router_scores
 from ..prompt import check_ids
 
@@ -26,7 +27,7 @@ def router_scores(model: Any, ids: mx.array, pass_length: int = PASS_LENGTH) -> 
         One array [B, T, E] per layer; 0 means inactive.
     """
     ids = as_batch(ids)
-    check_ids(ids.flatten().tolist(), model.args.vocab_size)
+    check_ids(ints(ids.flatten()), model.args.vocab_size)
     cache = model.make_cache() if ids.shape[1] > pass_length else None
     with record_router_scores(model) as recorded:
         for start in range(0, ids.shape[1], pass_length):
@@ -90,7 +91,7 @@ def sparsity_of_scores(scores: list[mx.array], chunk: int = 8) -> SparsityReport
     report = SparsityReport(chunk, [], [], [])
     for layer_scores in scores:
         sums = activation_sums(layer_scores, chunk)
-        active, tokens, chunk_active, chunks, reuse, pairs = (x.sum().item() for x in sums)
+        active, tokens, chunk_active, chunks, reuse, pairs = (float(x.sum()) for x in sums)
         report.tls_per_layer.append(1 - active / tokens)
         report.cls_per_layer.append(1 - chunk_active / chunks)
         report.reuse_per_layer.append(reuse / pairs if pairs else math.nan)

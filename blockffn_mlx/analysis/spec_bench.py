@@ -12,10 +12,11 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
+from ..device import MLX_VERSION
+from ..device import name as device_name
 from ..generate import stream_generate
 from ..prompt import Format
 from ..speculative import Drafter, Policy, SpeculationStats, make_policy
-from ..speculative.cost import device_name
 
 PROMPTS = Path(str(resources.files("blockffn_mlx"))) / "data" / "prompts.jsonl"
 # Spec-Bench counts MT-bench's eight categories as one task.
@@ -183,7 +184,7 @@ class SpecBench:
         backend, speculates = MODES[mode]
         self.set_backend(backend)
         result = self.result(question.group, mode)
-        options = {
+        options: dict[str, Any] = {
             "max_tokens": self.settings.max_tokens,
             "sampler": make_sampler(self.settings.temp),
         }
@@ -214,7 +215,7 @@ class SpecBench:
         overall = {mode: total([self.results[g, mode] for g in groups]).row() for mode in MODES}
         return {
             "device": device_name(),
-            "mlx": mx.__version__,
+            "mlx": MLX_VERSION,
             **asdict(self.settings),
             "method": METHOD,
             "repeated": {mode: list(seconds) for mode, seconds in self.repeated.items()},
@@ -256,7 +257,7 @@ def read_questions(path: Path) -> list[Question]:
             category, turns = entry["category"], entry["turns"]
         except (ValueError, TypeError, KeyError):
             category = turns = None
-        texts = turns if isinstance(turns, list) and turns else [None]
+        texts: list[Any] = turns if isinstance(turns, list) and turns else [None]
         if not isinstance(category, str) or not all(isinstance(t, str) and t for t in texts):
             raise ValueError(
                 f'{path}, line {number} is no question: {{"category": "qa", "turns": ["..."]}}'
@@ -269,7 +270,8 @@ def read_questions(path: Path) -> list[Question]:
 
 def chosen_questions(questions: list[Question], limit: int | None) -> list[Question]:
     """The first `limit` questions of each group; all if None."""
-    seen, chosen = Counter(), []
+    seen: Counter[str] = Counter()
+    chosen = []
     for question in questions:
         seen[question.group] += 1
         if limit is None or seen[question.group] <= limit:

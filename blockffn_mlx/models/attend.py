@@ -37,7 +37,9 @@ def scaled_dot_product_attention(
     chunk = 1 < queries.shape[2] <= MAX_CHUNK
     if chunk and not hasattr(cache, "bits") and device.compute_backend() == "cuda":
         return attention_ops(queries, keys, values, scale, mask)
-    return mlx_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
+    # Its stub leaves out that the mask may be a word.
+    words: Any = mask
+    return mlx_attention(queries, keys, values, cache=cache, scale=scale, mask=words)
 
 
 def attention_ops(

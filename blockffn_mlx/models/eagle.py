@@ -46,7 +46,7 @@ class HeadArgs(BaseModelArgs):
 class EagleLayer(nn.Module):
     """A decoder layer without muP factors; the first one has no norm before its attention."""
 
-    def __init__(self, args: HeadArgs, index: int):
+    def __init__(self, args: Any, index: int):
         super().__init__()
         self.self_attn = Attention(args)
         self.mlp = MLP(args)

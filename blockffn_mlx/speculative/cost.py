@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
-from ..device import cache_folder
+from ..arrays import named_arrays
+from ..device import MLX_VERSION, cache_folder
 from ..device import name as device_name
 from .drafter import Drafter
 from .target import Target
@@ -148,7 +148,7 @@ def keep(file: Path, figures: dict[str, Any]):
     """Writes what was measured, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({"device": device_name(), "mlx": mx.__version__, **figures}))
+    part.write_text(json.dumps({"device": device_name(), "mlx": MLX_VERSION, **figures}))
     part.replace(file)
 
 
@@ -199,7 +199,7 @@ def measure(
         seconds = time.perf_counter() - start
         for layer_cache in cache:
             layer_cache.trim(len(tokens))
-        return seconds, union.item()
+        return seconds, float(union)
 
     # Widths take turns, so that whatever else the machine does falls on all of them alike.
     passes = np.zeros((repeats + 1, len(widths), 3, 2))
@@ -261,9 +261,9 @@ def measure_draft(drafter: Drafter, target: Target, repeats: int = 3) -> dict[in
 def fingerprint(model: Any) -> str:
     """Names a network on this machine: device, MLX version, configuration, tensors, backend."""
     parameters = [
-        (name, array.shape, str(array.dtype)) for name, array in tree_flatten(model.parameters())
+        (name, array.shape, str(array.dtype)) for name, array in named_arrays(model.parameters())
     ]
     backends = [getattr(layer.mlp, "backend", None) for layer in model.layers]
-    facts = (device_name(), mx.__version__, vars(model.args), backends, sorted(parameters))
+    facts = (device_name(), MLX_VERSION, vars(model.args), backends, sorted(parameters))
     described = repr(facts)
     return hashlib.sha256(described.encode()).hexdigest()[:16]

@@ -15,7 +15,8 @@ class Drafter(Protocol):
         network: What it runs to draft, whose time is measured; None or left out if nothing.
     """
 
-    length: int
+    @property
+    def length(self) -> int: ...
 
     def reset(self, offset: int = 0) -> None:
         """Starts a new sequence, of which the first `offset` tokens were never seen."""

@@ -84,10 +84,11 @@ def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDrafter:
     config = checkpoint.read_json(path / "config.json")
     if "model_type" not in config:
         raise ValueError(f"{path} is no draft of a known kind: neither EAGLE head nor model")
+    draft: nn.Module
     if "expert_size" in config:
         draft, draft_tokenizer = load(str(path))
     else:
-        draft, draft_tokenizer = load_mlx_lm(str(path))
+        draft, draft_tokenizer = load_mlx_lm(str(path))[:2]
     if tokenizer is None or draft_tokenizer is None:
         same = draft.args.vocab_size == model.args.vocab_size
     else:

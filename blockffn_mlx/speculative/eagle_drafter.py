@@ -5,6 +5,7 @@ from bisect import bisect_left
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from ..arrays import ints
 from ..models.eagle import EagleHead
 from .target import Target
 from .tree import Tree, best_first, check_size
@@ -104,7 +105,7 @@ class EagleDrafter:
         check_size(total_tokens)
         if hidden.shape[0] != 1 or token_ids.shape[0] != 1:
             raise ValueError("a draft head takes one sequence at a time, not a batch")
-        tokens = token_ids[0].tolist()
+        tokens = ints(token_ids[0])
         known = self.length + hidden.shape[1]
         if hidden.shape[1] == 0 or len(tokens) != known + 1:
             raise ValueError(
@@ -159,7 +160,8 @@ class EagleDrafter:
             beam_tokens, scores = children[best], child_scores[best]
             hidden, ancestors = out[:, parent], ancestors[parent]
         self.drop_scratch_rows()
-        tokens, scores, parents = (mx.concatenate(column) for column in zip(*levels, strict=True))
+        columns = zip(*levels, strict=True)
+        tokens, scores, parents = (mx.concatenate(list(column)) for column in columns)
         return Tree.best(mx.array([root]), tokens, scores, parents, total_tokens)
 
     def embed(self, tokens: mx.array) -> mx.array:

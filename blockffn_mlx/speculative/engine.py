@@ -1,7 +1,7 @@
 """The speculative decoder: draft, one target pass, accept, compact; plain steps in between."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from typing import Any
 
@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_lm.generate import generation_stream
 from mlx_lm.sample_utils import greedy_sampler
 
+from ..arrays import ints
 from .drafter import Drafter
 from .policy import FixedWidth, Policy
 from .stats import SpeculationStats
@@ -43,7 +44,7 @@ def stream(
     prompt_cache: list[Any] | None = None,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Decodes one sequence with a draft, in the manner of mlx-lm's speculative_generate_step.
 
     Every token is the target's own sample in the pass that verified it, whatever the sampler.
@@ -88,7 +89,7 @@ def stream(
     with mx.stream(generation_stream):
         try:
             progress = prompt_progress_callback or (lambda done, total: None)
-            decoder.prefill(prompt.tolist(), prefill_step_size, progress)
+            decoder.prefill(ints(prompt), prefill_step_size, progress)
             with closing(decoder.decode(max_tokens)) as steps:
                 for count, step in enumerate(steps, start=1):
                     if count == 1:
@@ -143,26 +144,27 @@ class Decoder:
             mx.clear_cache()
         self.root = prompt[-1]
 
-    def decode(self, max_tokens: int) -> Iterator[Step]:
+    def decode(self, max_tokens: int) -> Generator[Step, None, None]:
         """Rounds where the policy and the drafter see a chance, plain steps elsewhere."""
         count = 0
         while count != max_tokens:
             remaining = max_tokens - count if max_tokens > 0 else None
-            width = self.policy.width(self.cached)
-            if width > 1 and remaining != 1 and self.drafter.ready(self.root):
-                steps = self.round(width, remaining)
+            root, width = self.root, self.policy.width(self.cached)
+            assert root is not None, "a step or a round leaves the token that it emitted last"
+            if width > 1 and remaining != 1 and self.drafter.ready(root):
+                steps = self.round(root, width, remaining)
             else:
-                steps = self.plain(remaining)
+                steps = self.plain(root, remaining)
             # Closing settles what was taken of a round or a plain step under way.
             with closing(steps):
                 for step in steps:
                     count += 1
                     yield step
 
-    def round(self, width: int, remaining: int | None) -> Iterator[Step]:
+    def round(self, root: int, width: int, remaining: int | None) -> Generator[Step, None, None]:
         """Draft, one target pass, accept, compact. One wait for the device."""
         start = time.perf_counter()
-        tree = self.drafter.draft(self.root, width, (remaining or MAX_NODES) - 1)
+        tree = self.drafter.draft(root, width, (remaining or MAX_NODES) - 1)
         hidden, logits, union = target_pass(self.target, self.cache, tree)
         samples, logprobs = sample_nodes(
             logits, self.sampler, self.logits_processors, tree, self.history
@@ -170,13 +172,12 @@ class Decoder:
         mx.eval(samples, logprobs, hidden, tree.tokens, tree.parents, tree.ranks, union)
         seconds = time.perf_counter() - start
 
-        chosen = samples.tolist()
-        path = accepted_path(tree.tokens.tolist(), tree.parents.tolist(), chosen)[:remaining]
-        ranks = tree.ranks.tolist()
-        self.policy.record_round(len(tree), [ranks[i] for i in path[1:]], seconds, union.item())
+        chosen, ranks, share = ints(samples), ints(tree.ranks), float(union)
+        path = accepted_path(ints(tree.tokens), ints(tree.parents), chosen)[:remaining]
+        self.policy.record_round(len(tree), [ranks[i] for i in path[1:]], seconds, share)
         self.stats.rounds += 1
         self.stats.drafted += len(tree) - 1
-        self.stats.union_sum += union.item()
+        self.stats.union_sum += share
         taken = 0
         try:
             for taken, node in enumerate(path, start=1):
@@ -188,25 +189,25 @@ class Decoder:
             # The path's row i + 1 holds the token that row i emitted; a whole path's last has none.
             rows = path[: taken + 1]
             keep_path(self.cache, len(tree), rows)
-            tokens = [self.root] + [chosen[node] for node in rows[:-1]]
+            tokens = [root] + [chosen[node] for node in rows[:-1]]
             self.root = chosen[path[-1]] if len(rows) == taken else None
             self._take_in(hidden[:, mx.array(rows)], tokens)
 
-    def plain(self, remaining: int | None) -> Iterator[Step]:
+    def plain(self, root: int, remaining: int | None) -> Generator[Step, None, None]:
         """Single steps, each begun before the token before it is read, as in generate_step.
 
         Goes on until the policy and the drafter see a chance again.
         """
         start = time.perf_counter()
-        sampled, logprobs, hidden = self._step(mx.array([self.root]))
-        self._take_in(hidden, [self.root])
+        sampled, logprobs, hidden = self._step(mx.array([root]))
+        self._take_in(hidden, [root])
         self.root = None
         last = remaining == 1
         count = 0
         while True:
             if not last:
                 following = self._step(sampled)
-            token = sampled.item()
+            token = int(sampled)
             count += 1
             self.stats.plain_tokens += 1
             self.policy.record_plain(time.perf_counter() - start)

@@ -5,6 +5,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
+from ..arrays import ints
 from .tree import Tree
 
 PREFILL_STEP_SIZE = 2048
@@ -76,7 +77,7 @@ class ModelDrafter:
 
     def _keep_accepted(self, sequence: list[int]):
         """Keeps the rows of proposed tokens that were accepted, drops those that were not."""
-        for token in self.proposed.tolist():
+        for token in ints(self.proposed):
             if self.settled == len(sequence) - 1 or sequence[self.settled] != token:
                 break
             self.settled += 1

@@ -5,6 +5,8 @@ from functools import cached_property
 
 import mlx.core as mx
 
+from ..arrays import ints
+
 # Nodes of a tree, root included: the longest chunk that the kernels take.
 MAX_NODES = 64
 
@@ -109,7 +111,7 @@ class Tree:
     @property
     def paths(self) -> list[list[int]]:
         """Retrieval paths: the node indices from the root to each leaf. Reads the device."""
-        parents = self.parents.tolist()
+        parents = ints(self.parents)
         inner = set(parents)
         return [path_to(parents, node) for node in range(len(self)) if node not in inner]
 

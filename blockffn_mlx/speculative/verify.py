@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from ..arrays import ints
 from .target import Target
 from .tree import Tree, path_to
 
@@ -63,8 +64,8 @@ def sample_nodes(
     Returns:
         Tokens [n] and log-probabilities [n, V].
     """
-    if logits_processors:
-        parents = list(range(-1, len(tree) - 1)) if tree.is_chain else tree.parents.tolist()
+    if logits_processors and history is not None:
+        parents = list(range(-1, len(tree) - 1)) if tree.is_chain else ints(tree.parents)
         rows = []
         for node in range(len(tree)):
             path = mx.array(path_to(parents, node))
@@ -108,6 +109,7 @@ def keep_path(cache: list[KVCache], num_nodes: int, path: list[int]) -> None:
             rows = mx.array(path[moved:]) + base
             into = slice(base + moved, base + length)
             # Indexing makes the copy that source and destination need, as they overlap.
-            layer_cache.keys[..., into, :] = layer_cache.keys[..., rows, :]
-            layer_cache.values[..., into, :] = layer_cache.values[..., rows, :]
+            held: Any
+            for held in (layer_cache.keys, layer_cache.values):
+                held[..., into, :] = held[..., rows, :]
         layer_cache.trim(num_nodes - length)

@@ -1,0 +1,16 @@
+"""What MLX's type stubs leave open, said once: integers on the host, the arrays of a module."""
+
+from typing import Any, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+
+def ints(array: mx.array) -> list[int]:
+    """The integers of an array [N]; waits for the device."""
+    return cast(list[int], array.tolist())
+
+
+def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
+    """The arrays of a tree such as `module.parameters()`, each with its dotted name."""
+    return cast(list[tuple[str, mx.array]], tree_flatten(tree))
