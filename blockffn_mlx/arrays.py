@@ -14,3 +14,8 @@ def ints(array: mx.array) -> list[int]:
 def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
     """The arrays of a tree such as `module.parameters()`, each with its dotted name."""
     return cast(list[tuple[str, mx.array]], tree_flatten(tree))
+
+
+def load_arrays(path: Any) -> dict[str, mx.array]:
+    """The arrays of a .safetensors or .npz file by name."""
+    return cast(dict[str, mx.array], mx.load(str(path)))

@@ -138,8 +138,8 @@ def _weight_files(folder: Path, stale: _StaleIndex | None) -> list[Path]:
         raise FileNotFoundError(f"{folder} holds no .bin, .safetensors or .pt weights.")
     same = [file for file in found if file.suffix == found[0].suffix]
     if len(same) > 1:
-        names = ", ".join(file.name for file in same[:4])
-        raise ValueError(f"{folder} holds several weight files and no index ({names}).")
+        several = ", ".join(file.name for file in same[:4])
+        raise ValueError(f"{folder} holds several weight files and no index ({several}).")
     return same
 
 

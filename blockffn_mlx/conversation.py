@@ -96,14 +96,14 @@ class Conversation:
         if not any(role == "system" for role, _ in messages):
             messages = [(m.role, m.content) for m in self.messages if m.role == "system"] + messages
         self.messages = [Message(role, clean(text), clean(text)) for role, text in messages]
-        self.dropped = []
-        self.answer_span = None
+        self.dropped: list[Message] = []
+        self.answer_span: tuple[int, int] | None = None
 
     def clear_cache(self):
         """Forgets the cache, not the messages."""
         self.cache = self.model.make_cache()
         self.held = TokenText()
-        self.answer_span: tuple[int, int] | None = None
+        self.answer_span = None
 
     @property
     def last_question(self) -> str | None:

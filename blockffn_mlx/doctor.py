@@ -109,7 +109,7 @@ def relative_error(found: Sequence[mx.array], exact: Sequence[mx.array]) -> floa
             errors.append(0.0 if mx.array_equal(a, b) else float("inf"))
         else:
             difference = a.astype(mx.float32) - b
-            errors.append((mx.linalg.norm(difference) / mx.linalg.norm(b)).item())
+            errors.append(float(mx.linalg.norm(difference) / mx.linalg.norm(b)))
     return max(errors, key=lambda error: (error != error, error))  # a NaN is the largest
 
 

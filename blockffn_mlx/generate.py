@@ -99,7 +99,7 @@ def stream_generate(
         prompt_cache = rotating_cache(model, max_kv_size)
     if kv_bits is not None:
         check_quantised_cache(model, kv_bits, kv_group_size, prompt_cache)
-    options = dict(
+    options: dict[str, Any] = dict(
         max_tokens=max_tokens,
         sampler=sampler,
         logits_processors=logits_processors,
@@ -118,7 +118,7 @@ def stream_generate(
             quantized_kv_start=quantized_kv_start,
             **options,
         )
-        tokens = ((token, logprobs, False) for token, logprobs in steps)
+        tokens: Any = ((token, logprobs, False) for token, logprobs in steps)
     elif kv_bits is not None:
         raise ValueError("a quantised cache excludes a draft: leave out one of the two")
     else:

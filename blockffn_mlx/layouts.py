@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
+from .arrays import named_arrays
 from .checkpoints.names import split_fused, strip_prefixes
 from .model import Model, ModelArgs
 from .tensor_info import TensorInfo
@@ -105,7 +105,7 @@ class CanonicalCheckpoint:
 
 def model_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
     """The names and shapes of a model's parameters."""
-    return {name: array.shape for name, array in tree_flatten(Model(args).parameters())}
+    return {name: array.shape for name, array in named_arrays(Model(args).parameters())}
 
 
 def published_shapes(args: ModelArgs) -> dict[str, tuple[int, ...]]:
@@ -152,7 +152,7 @@ def canonicalize(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Cano
     is_split = sizes.has("self_attn.embed_q.weight")
     expected = model_shapes(args) if is_split else published_shapes(args)
     _check_names(expected, named, raw_names)
-    weights = {}
+    weights: dict[str, Weight] = {}
     for name, shape in expected.items():
         source_shape, transform = transforms.get(name.rpartition(".mlp.")[2], (shape, None))
         if named[name].shape != source_shape:
@@ -191,7 +191,8 @@ def _split_heads(name: str, info: TensorInfo, args: ModelArgs) -> dict[str, Weig
 
 def _rename(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Tensors under canonical names, and the raw name of each."""
-    named, raw_names = {}, {}
+    named: dict[str, TensorInfo] = {}
+    raw_names: dict[str, str] = {}
     plain = strip_prefixes(tensors)
     for raw, bare in zip(tensors, plain, strict=True):
         if BUFFERS.fullmatch(bare):

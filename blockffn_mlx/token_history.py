@@ -17,7 +17,8 @@ def decode_tokens(tokenizer: Any, ids: list[int]) -> TokenText:
     backend = tokenizer.backend_tokenizer
     anchor = backend.encode("a", add_special_tokens=False).ids
     skipped = len(backend.decode(anchor, skip_special_tokens=False))
-    ends, text, waiting = [], "", []
+    ends: list[int | None] = []
+    text, waiting = "", []
     for token in ids:
         waiting.append(token)
         piece = backend.decode(anchor + waiting, skip_special_tokens=False)[skipped:]

@@ -123,8 +123,8 @@ def _open_legacy(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
 
 def _place_tensors(path: Path, content: Any, places: dict[str, Extent]) -> dict[str, TensorInfo]:
     for _ in range(len(STATE_DICT_KEYS)):
-        inner = content if isinstance(content, dict) else {}
-        inner = [inner[key] for key in STATE_DICT_KEYS if isinstance(inner.get(key), dict)]
+        outer = content if isinstance(content, dict) else {}
+        inner = [outer[key] for key in STATE_DICT_KEYS if isinstance(outer.get(key), dict)]
         content = inner[0] if inner else content
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold tensors by name.")

@@ -52,7 +52,7 @@ class LineInput:
     """
 
     def __init__(self, stream: TextIO | None, prompt: str = ""):
-        if hasattr(stream, "reconfigure"):
+        if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
         self.stream, self.prompt = stream, prompt
 

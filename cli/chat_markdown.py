@@ -37,9 +37,9 @@ class ChatMarkdown(Markdown):
 
 def split_blocks(text: str) -> list[str]:
     """The top-level blocks of a growing text; only the last may still change."""
-    blocks = [t for t in PARSER.parse(text) if t.level == 0 and t.map and t.nesting >= 0]
+    blocks = [t.map for t in PARSER.parse(text) if t.level == 0 and t.map and t.nesting >= 0]
     lines = text.split("\n")
-    starts = [0, *(block.map[0] for block in blocks[1:]), len(lines)]
+    starts = [0, *(first for first, _ in blocks[1:]), len(lines)]
     return ["\n".join(lines[a:b]) for a, b in itertools.pairwise(starts)]
 
 

@@ -36,7 +36,7 @@ class View:
     def __init__(self, no_color: bool = False):
         if sys.stdout is None:
             raise ValueError("standard output is closed: there is nowhere to answer to")
-        colors = {"no_color": True} if no_color else {}
+        colors: dict[str, Any] = {"no_color": True} if no_color else {}
         self.console = Console(highlight=False, **colors)
         on_screen = self.console.is_terminal
         self.is_live = on_screen and os.environ.get("TERM") not in DUMB

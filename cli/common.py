@@ -98,9 +98,10 @@ def add_model_flags(
     parser: argparse.ArgumentParser, default: str | None = None, positional: bool = False
 ):
     """`--model` (or the first argument), and how a checkpoint is converted on its way in."""
+    options: dict[str, Any] = {"default": default, "required": default is None}
     parser.add_argument(
         "model" if positional else "--model",
-        **({} if positional else {"default": default, "required": default is None}),
+        **({} if positional else options),
         help="a converted folder, a PyTorch checkpoint folder, a Hub id (converted once, kept), or "
         "demo: the small model that comes with the package",
     )

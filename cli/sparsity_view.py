@@ -62,8 +62,8 @@ def layer_table(result: SparsityReport, active: np.ndarray) -> Table:
     for index, (*shares, count) in enumerate(rows):
         table.add_row(str(index), *(f"{100 * s:.1f}" for s in shares), f"{count:.1f}")
     table.add_section()
-    shares = (result.tls, result.cls, result.reuse)
-    table.add_row("mean", *(f"{100 * s:.1f}" for s in shares), f"{per_token.mean():.1f}")
+    means = (result.tls, result.cls, result.reuse)
+    table.add_row("mean", *(f"{100 * s:.1f}" for s in means), f"{per_token.mean():.1f}")
     return table
 
 

@@ -1,6 +1,7 @@
 """The passes of a model as graphs: plain decoding, a chunk, a prompt. No weight is ever made."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,7 +134,7 @@ def trace_pass(
         logits: Whether logits are wanted; a prompt's pass only fills the cache.
         again: Whether the cache grows in a pass before, as 255 of 256 steps find it grown.
     """
-    if again and all(getattr(c, "is_trimmable", lambda: False)() for c in cache):
+    if again and cache and all(getattr(c, "is_trimmable", lambda: False)() for c in cache):
         trace_pass(model, cache, tokens, batch_size)
         for layer_cache in cache:
             layer_cache.trim(tokens)
@@ -200,11 +201,13 @@ def _blockffn_layers(model: nn.Module) -> list[BlockFFN]:
     return [module for module in model.modules() if isinstance(module, BlockFFN)]
 
 
-def _cache_arrays(cache: list[Any] | None) -> list[tuple[Any, str]]:
+def _cache_arrays(cache: list[Any] | None) -> list[tuple[Any, Any]]:
     """Where caches hold their arrays: (object, attribute or index)."""
-    found, queue = [], list(cache or [])
+    found: list[tuple[Any, Any]] = []
+    queue = list(cache or [])
     while queue:
         owner = queue.pop(0)
+        items: Iterable[tuple[Any, Any]]
         items = vars(owner).items() if hasattr(owner, "__dict__") else enumerate(owner)
         for name, value in items:
             if isinstance(value, mx.array):
@@ -214,11 +217,11 @@ def _cache_arrays(cache: list[Any] | None) -> list[tuple[Any, str]]:
     return found
 
 
-def _get(owner: Any, name: str | int) -> mx.array:
+def _get(owner: Any, name: Any) -> mx.array:
     return owner[name] if isinstance(owner, list) else getattr(owner, name)
 
 
-def _set(owner: Any, name: str | int, array: mx.array):
+def _set(owner: Any, name: Any, array: mx.array):
     if isinstance(owner, list):
         owner[name] = array
     else:

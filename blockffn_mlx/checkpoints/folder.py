@@ -211,7 +211,7 @@ class ShardWriter:
             if name.endswith("norm.weight"):
                 self.dtype = str(array.dtype).rpartition(".")[2]
             if name.endswith("router_norm.weight"):
-                smallest = array.min().item()
+                smallest = float(array.min())
                 least = self.min_router_norm
                 self.min_router_norm = smallest if least is None else min(smallest, least)
 

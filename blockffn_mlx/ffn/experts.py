@@ -1,6 +1,7 @@
 """The experts: their projections, each in one tensor, plain or packed, and what lies between."""
 
 import math
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,7 +20,7 @@ def host_values(array: mx.array) -> list | None:
     """The values of an array, or None inside mx.compile or mx.vmap, where they cannot be read."""
     try:
         # MLX has no question "is this traced?": reading a value is how one finds out.
-        return array.tolist()
+        return cast(list[Any], array.tolist())
     except ValueError:
         return None
 

@@ -78,7 +78,8 @@ class Graph:
             max_operations: Launches after which MLX commits (MLX_MAX_OPS_PER_BUFFER).
             max_elements: Mi elements of distinct arrays, counted whole (MLX_MAX_MB_PER_BUFFER).
         """
-        commits, operations, seen = 0, 0, {}
+        commits, operations = 0, 0
+        seen: dict[int, int] = {}
         for launch in self.launches:
             operations += 1
             seen |= launch.arrays

@@ -118,7 +118,8 @@ class Bench:
 
     def __init__(self, layers: list[RandomLayer], backend: str, dtype: mx.Dtype):
         self.layers, self.backend, self.dtype = layers, backend, dtype
-        self.tried, self.wrong = 0, []
+        self.tried = 0
+        self.wrong: list[str] = []
         self.samples = {name: KERNELS[name].sample(layers[0]) for name in ("up", "down")}
         self.exact = {
             name: KERNELS[name].run(sample.widened()) for name, sample in self.samples.items()

@@ -9,8 +9,6 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-import mlx.core as mx
-
 from .. import device
 from ..version import __version__
 
@@ -26,7 +24,7 @@ def folder() -> Path:
 @cache
 def fingerprint() -> str:
     """Names this chip, system build, MLX, this package and the kernels' source."""
-    facts = [device.name(), device.system_build(), mx.__version__, __version__]
+    facts = [device.name(), device.system_build(), device.MLX_VERSION, __version__]
     source = resources.files("blockffn_mlx.metal").iterdir()
     facts += [f.read_text() for f in sorted(source, key=lambda f: f.name) if f.is_file()]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
@@ -50,7 +48,7 @@ def keep(name: str, verdict: str):
     file = folder() / f"{fingerprint()}.json"
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"device": device.name(), "mlx": mx.__version__, "blockffn_mlx": __version__}
+        facts = {"device": device.name(), "mlx": device.MLX_VERSION, "blockffn_mlx": __version__}
         document = {**facts, "verdicts": {**_read(), name: verdict}}
         part = file.with_suffix(f".{os.getpid()}")
         part.write_text(json.dumps(document, indent=1))

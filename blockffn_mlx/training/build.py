@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import get_total_parameters
 
+from ..arrays import named_arrays
 from ..atomic_folder import check_target
 from ..checkpoint import read_json
 from ..checkpoints.folder import special_ids, write_folder
@@ -92,8 +93,9 @@ def build_corpus(data: Data, tokenizer: Any = None) -> tuple[Corpus, Any]:
             raise ValueError("data.path must be one folder with a manifest.json, or files.")
         return read_packed(paths[0]).without(data.exclude), tokenizer
     if tokenizer is None:
-        texts = [text for path in paths for text in read_documents(path)]
-        if not all(isinstance(text, str) for text in texts):
+        documents = [document for path in paths for document in read_documents(path)]
+        texts = [document for document in documents if isinstance(document, str)]
+        if len(texts) < len(documents):
             raise ValueError("messages need a chat template: set data.tokenizer.")
         tokenizer = train_tokenizer(texts, data.vocab_size)
     corpus = read_files(paths, tokenizer, data.held_out)
@@ -153,7 +155,7 @@ def prepare_finetune(config: TrainingConfig, path_or_repo: str) -> tuple[Model, 
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether some weight is packed."""
-    return any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
+    return any(name.endswith(".scales") for name, _ in named_arrays(model.parameters()))
 
 
 def check_vocabulary(corpus: Corpus, vocab_size: int):

@@ -2,7 +2,7 @@
 
 import math
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
@@ -396,7 +396,7 @@ def _build(kind: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _check_ranges(settings: Any, at_least: dict[str, float]):
+def _check_ranges(settings: Any, at_least: Mapping[str, float]):
     """Refuses numbers below their least value, and those that are not finite."""
     for name in (f.name for f in fields(settings)):
         value = getattr(settings, name)

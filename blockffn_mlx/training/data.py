@@ -102,7 +102,10 @@ def encode_documents(documents: Iterable[str | Conversation], tokenizer: Any, na
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    tokens, turns, starts, encoder = [], [], [], None
+    tokens: list[int] = []
+    turns: list[bool] = []
+    starts: list[int] = []
+    encoder = None
     for document in documents:
         starts.append(len(tokens))
         if isinstance(document, str):
@@ -164,7 +167,8 @@ def _part(source: Source, begin: int, end: int) -> Source:
     inside = source.starts[(source.starts >= begin) & (source.starts < end)] - begin
     starts = inside if len(inside) and inside[0] == 0 else np.insert(inside, 0, 0)
     span = slice(begin, end)
-    return replace(source, tokens=source.tokens[span], starts=starts, turns=source.turns[span])
+    turns = None if source.turns is None else source.turns[span]
+    return replace(source, tokens=source.tokens[span], starts=starts, turns=turns)
 
 
 def unigram_loss(corpus: Corpus, vocab_size: int) -> float:

@@ -5,9 +5,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
+from ..arrays import named_arrays
 from ..checkpoints.folder import write_head
 from ..load import load
 from ..model import Model
@@ -153,10 +153,10 @@ class DraftTrainer(Trainer):
             windows, _ = validation_windows(source, stage.context, self.corpus.pad, limit)
             for begin in range(0, len(windows.inputs), rows):
                 parts = (array[begin : begin + rows] for array in windows[:-1])
-                batch = Batch(*map(mx.array, parts), segments=None)
+                batch = Batch._make([*map(mx.array, parts), None])
                 _, metrics = draft_objective(self.model, self.target, batch, self.config.head)
                 count = int(batch.paired[:, 1:].sum())
-                sums = {name: sums[name] + count * metrics[name].item() for name in METRICS}
+                sums = {name: sums[name] + count * float(metrics[name]) for name in METRICS}
                 pairs += count
         self.model.train()
         return {name: value / max(pairs, 1) for name, value in sums.items()}
@@ -170,7 +170,7 @@ def save_head(path: str | Path, head: EagleHead, dtype: mx.Dtype):
         head: The head.
         dtype: The weights' dtype.
     """
-    weights = {name: w.astype(dtype) for name, w in tree_flatten(head.parameters())}
+    weights = {name: w.astype(dtype) for name, w in named_arrays(head.parameters())}
     parameters = sum(weight.size for weight in weights.values())
     origin = {"source": "training"}
     write_head(path, head.args, weights, origin=origin, parameters=parameters, overwrite=True)

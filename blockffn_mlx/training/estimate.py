@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
+from ..arrays import named_arrays
 from .trainer import Trainer
 
 
@@ -35,8 +35,8 @@ class Estimate:
 def estimate(trainer: Trainer) -> Estimate:
     """Measures a trainer's largest stage; its weights are changed by the measurement."""
     config, processes = trainer.config, trainer.group.size()
-    parameters = [array for _, array in tree_flatten(trainer.model.parameters())]
-    trainable = sum(p.size for _, p in tree_flatten(trainer.model.trainable_parameters()))
+    parameters = [array for _, array in named_arrays(trainer.model.parameters())]
+    trainable = sum(p.size for _, p in named_arrays(trainer.model.trainable_parameters()))
     state = sum(p.nbytes for p in parameters) + 12 * trainable
     stage = max(config.stage, key=lambda s: s.batch_size // s.accumulate * s.context)
     peaks, times = [], []

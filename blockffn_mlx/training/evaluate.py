@@ -42,15 +42,15 @@ def evaluate(
         marked, and `tls`, `cls_8`, `reuse` as fractions. Groups weigh their sources by tokens.
     """
     names = list(corpus.validation)
-    batches, spoken, owner = [], [], []
+    batches, said, owner = [], [], []
     for index, name in enumerate(names):
         source = corpus.validation[name]
         batch, turns = validation_windows(source, context, corpus.pad, limit)
         batches.append(batch)
-        spoken.append(turns & ~source.assistant.all())  # plain text has no turns
+        said.append(turns & ~source.assistant.all())  # plain text has no turns
         owner += [index] * len(turns)
     arrays = [np.concatenate(parts) for parts in zip(*(b[:-1] for b in batches), strict=True)]
-    spoken = np.concatenate(spoken)
+    spoken = np.concatenate(said)
 
     def row_sums(batch, spoken):
         return _row_sums(model, Batch(*batch), spoken)
@@ -66,7 +66,7 @@ def evaluate(
         missing = batch_size - len(owner[rows])
         # Rows of padding complete the last batch: another shape would compile again.
         fill = [mx.array(np.pad(a[rows], ((0, missing), (0, 0)))) for a in (*arrays, spoken)]
-        for name, value in row_sums(Batch(*fill[:-1], segments=None), fill[-1]).items():
+        for name, value in row_sums(Batch._make([*fill[:-1], None]), fill[-1]).items():
             np.add.at(sums[name], owner[rows], np.array(value)[: len(owner[rows])])
     model.train(training)
     for name, value in sums.items():

@@ -71,10 +71,10 @@ def objective(
         loss = share["scored"] * masked_mean(token_losses(model, batch), batch.scored)
     norm = model.args.norm_after_router
     chunks = share["all_chunks" if settings.count_padded_chunks else "chunks"]
-    al, cs, penalties, sums = [], [], [], []
+    locality, chunking, penalties, sums = [], [], [], []
     for logits, scores in routers:
-        al.append(losses.activation_locality_loss(logits, batch.paired, settings.steepness))
-        cs.append(
+        locality.append(losses.activation_locality_loss(logits, batch.paired, settings.steepness))
+        chunking.append(
             losses.chunk_sparsification_loss(
                 logits,
                 settings.chunk_length,
@@ -94,9 +94,9 @@ def objective(
         sums.append(activation_sums(scores, CHUNK, batch.real))
 
     def over_layers(values: list[mx.array]) -> mx.array:
-        return sum(values) / len(values)
+        return sum(values[1:], start=values[0]) / len(values)
 
-    al, cs = share["paired"] * over_layers(al), chunks * over_layers(cs)
+    al, cs = share["paired"] * over_layers(locality), chunks * over_layers(chunking)
     total = loss + factors["al"] * al + factors["cs"] * cs + sum(penalties)
     used = over_layers(
         [layer.activation.sum() / mx.maximum(layer.tokens.sum(), 1) for layer in sums]

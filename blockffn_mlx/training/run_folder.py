@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from ..arrays import named_arrays
 from ..checkpoint import read_json
 from ..version import __version__
 from .config import TrainingConfig
@@ -126,7 +126,7 @@ def replace_text(path: Path, text: str):
 def _changes(recorded: dict[str, Any], own: dict[str, Any]) -> list[str]:
     before, after = recorded.get("settings"), own["settings"]
     before = before if isinstance(before, dict) else {}
-    stages = [{_stage(name) for name in settings} - {None} for settings in (before, after)]
+    stages = [set(filter(None, map(_stage, settings))) for settings in (before, after)]
     found = [f"{stage} is new" for stage in sorted(stages[1] - stages[0])]
     found += [f"{stage} is gone" for stage in sorted(stages[0] - stages[1])]
     found += [
@@ -153,6 +153,7 @@ def _short(value: Any) -> str:
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested tables and lists of tables, named as in overrides: stage.0.lr."""
+    items: Iterable[tuple[Any, Any]]
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
@@ -178,7 +179,7 @@ def _corpus_hash(corpus: Corpus) -> str:
 def _weights_hash(model: nn.Module) -> str:
     """Of every weight but LoRA's, which begins at random."""
     found = hashlib.sha256()
-    for name, weight in sorted(tree_flatten(model.parameters())):
+    for name, weight in sorted(named_arrays(model.parameters())):
         if "lora_" not in name:
             found.update(f"{name} {weight.shape}".encode())
             found.update(memoryview(weight.reshape(-1).view(mx.uint8)))

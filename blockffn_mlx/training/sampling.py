@@ -30,11 +30,11 @@ class Batch(NamedTuple):
 
     def rows(self, rank: int, world_size: int) -> "Batch":
         """The rows of one process of a data-parallel run."""
-        return Batch(*(a if a is None else a[rank::world_size] for a in self))
+        return Batch._make(a if a is None else a[rank::world_size] for a in self)
 
     def arrays(self) -> "Batch":
         """The batch as arrays of MLX."""
-        return Batch(*(a if a is None else mx.array(a) for a in self))
+        return Batch._make(a if a is None else mx.array(a) for a in self)
 
 
 class _Sampler:
@@ -88,7 +88,7 @@ class _Sampler:
 
     def state_dict(self) -> dict:
         """The random state as JSON-ready values."""
-        return self.random.bit_generator.state
+        return dict(self.random.bit_generator.state)
 
     def load_state_dict(self, state: dict):
         self.random.bit_generator.state = state
@@ -128,7 +128,7 @@ class WindowSampler(_Sampler):
         rows = []
         for pick in self.random.choice(len(self.sources), batch_size, p=self.share):
             source = self.sources[pick]
-            begin = self.random.integers(max(1, len(source.tokens) - self.context))
+            begin = int(self.random.integers(max(1, len(source.tokens) - self.context)))
             end = min(begin + self.context + 1, len(source.tokens))
             rows.append([(source, begin, end)])
         return self._batch(rows)
@@ -161,7 +161,8 @@ class DocumentPacker(_Sampler):
         ]
 
     def _row(self) -> list[tuple[Source, int, int]]:
-        spans, room = [], self.context + 1
+        spans: list[tuple[Source, int, int]] = []
+        room = self.context + 1
         picks = self.random.choice(len(self.sources), self.TRIES, p=self.share)
         for pick, where in zip(picks, self.random.random(self.TRIES), strict=True):
             source, document = self.sources[pick], int(where * len(self.sources[pick].starts))

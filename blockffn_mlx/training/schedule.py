@@ -39,7 +39,7 @@ class AdaptiveFactor:
         self.calls = 0
         # In units of `initial`, so that a resumed run may be given another one.
         self.source = self.target = 1.0
-        self.losses = deque(maxlen=2 * interval)
+        self.losses: deque[float] = deque(maxlen=2 * interval)
 
     @property
     def factor(self) -> float:

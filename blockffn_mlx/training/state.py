@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..arrays import load_arrays
 from ..atomic_folder import atomic_folder
 from ..checkpoint import open_checkpoint, read_json
 
@@ -78,14 +79,14 @@ def read_state(path: Path) -> tuple[dict, dict[str, Any]]:
             if check != _hash(state) or state["sha256"] != _file_hash(path / ARRAYS):
                 raise ValueError(f"{path} is not what was written.")
         open_checkpoint(path / ARRAYS)  # names what is truncated
-        arrays = tree_unflatten(list(mx.load(str(path / ARRAYS)).items()))
+        arrays = tree_unflatten(list(load_arrays(path / ARRAYS).items()))
     except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError) as error:
         raise DamagedState(f"{path} is damaged ({str(error)[:200]})") from error
     return arrays, state
 
 
 def _step(path: Path) -> int:
-    return int(NAME.fullmatch(path.name)[1])
+    return int(path.name.rpartition("-")[2])
 
 
 def _is_ours(path: Path) -> bool:

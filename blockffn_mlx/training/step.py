@@ -5,8 +5,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+from mlx.utils import tree_map, tree_map_with_path, tree_unflatten
 
+from ..arrays import named_arrays
 from .config import OptimizerSettings
 from .sampling import Batch
 
@@ -30,7 +31,7 @@ class GroupedAdamW(optim.MultiOptimizer):
             return rate, settings.weight_decay if parameter.ndim > 1 else 0.0
 
         parameters = model.trainable_parameters()
-        groups = sorted({group(path, parameter) for path, parameter in tree_flatten(parameters)})
+        groups = sorted({group(path, parameter) for path, parameter in named_arrays(parameters)})
         members = [
             optim.AdamW(0.0, settings.betas, settings.eps, decay, bias_correction=True)
             for _, decay in groups

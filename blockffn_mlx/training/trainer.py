@@ -4,11 +4,13 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
+from ..arrays import ints, named_arrays
 from .config import Stage, TrainingConfig
 from .data import Corpus
 from .evaluate import evaluate
@@ -127,7 +129,7 @@ class Trainer:
         self.sampler = self._make_sampler(self.stage, seed=[self.config.seed, index])
 
     def _make_sampler(self, stage: Stage, seed: list[int]) -> WindowSampler | DocumentPacker:
-        options = dict(
+        options: dict[str, Any] = dict(
             weights=stage.weights,
             context=stage.context,
             seed=seed,
@@ -249,7 +251,9 @@ class Trainer:
         )
         self.optimizer.set_learning_rate(self.learning_rate)
         self.cs_factor = self.adaptive.factor
-        factors, total, gathered = self._factors(), None, None
+        factors = self._factors()
+        total: Any = None
+        gathered: Any = None
         for i, (batch, share) in enumerate(drawn, 1):
             last = i == len(drawn)
             metrics, gathered = self._run_step(batch, share, factors, gathered, last)
@@ -268,7 +272,7 @@ class Trainer:
             self._start_stage(self.stage_index + 1, self.step)
 
     def _check(self, metrics: dict[str, mx.array], step: int):
-        if not all(math.isfinite(value.item()) for value in metrics.values()):
+        if not all(math.isfinite(float(value)) for value in metrics.values()):
             kept = latest_state(self.output / CHECKPOINTS)
             state = f"the last good state is {kept}" if kept else "no checkpoint was written yet"
             raise ValueError(
@@ -327,7 +331,7 @@ class Trainer:
             "stage": [self.stage_index, self.stage_first_step],
             "adaptive": self.adaptive.state_dict(),
             "sampler": self.sampler_state,
-            "random": mx.random.state[0].tolist(),
+            "random": ints(mx.random.state[0]),
         }
         if self.group.rank() == 0:
             folder, keep = self.output / CHECKPOINTS, self.config.keep_checkpoints
@@ -367,8 +371,8 @@ class Trainer:
             ValueError: It is of another model.
         """
         arrays, state = read_state(path)
-        saved = {name: array.shape for name, array in tree_flatten(arrays)}
-        if saved != {name: array.shape for name, array in tree_flatten(self._arrays())}:
+        saved = {name: array.shape for name, array in named_arrays(arrays)}
+        if saved != {name: array.shape for name, array in named_arrays(self._arrays())}:
             raise ValueError(f"{path} is of another model or optimiser: choose another output.")
         try:
             step, seconds = int(state["step"]), float(state["seconds"])
