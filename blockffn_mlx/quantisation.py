@@ -1,6 +1,6 @@
 """Expert weights, plain or packed, and what MLX's quantisation can be set to."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
@@ -208,3 +208,40 @@ def resolve_quantization(bits: int | None, group_size: int | None, mode: str) ->
             f"q_mode {mode} is {default.bits} bits in groups of {default.group_size} only."
         )
     return chosen
+
+
+def packed_settings(entry: Any) -> tuple[Quantization, dict[str, Any]]:
+    """config.json's `quantization`, in mlx-lm's format, checked.
+
+    Args:
+        entry: The settings of all modules, and by a module's path those that differ: other
+            settings, or False where it is not packed.
+
+    Returns:
+        The settings of all, and by path what `nn.quantize` takes of those that differ.
+
+    Raises:
+        ValueError: If the entry is no such object, or MLX has no such quantisation.
+    """
+
+    def checked(settings: dict[str, Any], where: str) -> Quantization:
+        bits, group_size = settings.get("bits"), settings.get("group_size")
+        mode = settings.get("mode", "affine")
+        if (
+            type(bits) is not int
+            or type(group_size) is not int
+            or type(mode) is not str
+            or not bits
+        ):
+            raise ValueError(f"config.json: the quantization{where} lacks bits or group_size.")
+        return resolve_quantization(bits, group_size or -1, mode)
+
+    if not isinstance(entry, dict):
+        raise ValueError(f"config.json: quantization {str(entry)[:40]!r} makes no sense.")
+    own = {}
+    for path, settings in entry.items():
+        if isinstance(settings, dict):
+            own[path] = checked(settings, f" of {path[:80]}")._asdict()
+        elif isinstance(settings, bool):
+            own[path] = settings
+    return checked(entry, ""), own

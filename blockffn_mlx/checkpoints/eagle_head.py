@@ -1,6 +1,7 @@
 """EAGLE heads on disk: as published or converted, with their frequency lists."""
 
-import json
+import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +11,58 @@ import numpy as np
 
 from .. import checkpoint
 from ..models.eagle import EagleHead, HeadArgs
+from ..quantisation import packed_settings
+from .files import parse_json, read_file, read_json, read_text
+from .names import split_fused, strip_prefixes
 
 # Tensors that some checkpoints hold and no head uses: the target's own serve.
 UNUSED = ("embed_tokens.weight", "lm_head.weight", "layers.0.input_layernorm.weight")
 # The list that the paper's benchmark drafts from.
 DRAFT_VOCAB = 16384
+MAX_LIST_BYTES = 16 << 20
+# What config.json says of a head.
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "num_hidden_layers", "vocab_size"),
+)
+FLAGS = ("attention_bias", "mlp_bias")
 
 
 def read_head(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """config.json and the head's own tensors."""
-    config = checkpoint.read_json(path / "config.json")
-    weights = checkpoint.load_checkpoint(path)
-    if "fc.weight" not in weights:
+    """config.json and the head's own tensors, under the names that `EagleHead` has for them.
+
+    Raises:
+        ValueError: If the folder holds no EAGLE head, or damaged files.
+    """
+    config = read_json(path / "config.json")
+    tensors = checkpoint.open_checkpoint(path)
+    named = dict(zip(strip_prefixes(tensors), tensors.values(), strict=True))
+    raw_names = dict(zip(named, tensors, strict=False))
+    if "fc.weight" not in named:
         raise ValueError(f"{path} is no draft of a known kind: an EAGLE head has fc.weight")
-    kept = {n: w for n, w in weights.items() if n not in UNUSED and "rotary_emb" not in n}
-    return config, kept
+    args = _checked_args(path, config)
+    query_rows = args.num_attention_heads * args.head_dim
+    split_fused(named, raw_names, "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), query_rows)
+    split_fused(named, raw_names, "mlp.gate_up_proj", ("gate_proj", "up_proj"))
+    kept = {n: w for n, w in named.items() if n not in UNUSED and "rotary_emb" not in n}
+    _check_sizes(path, args, {name: info.shape for name, info in kept.items()})
+    return config, {name: info.read() for name, info in kept.items()}
 
 
 def build_head(
     path: Path, config: dict[str, Any], weights: dict[str, mx.array], model: Any
 ) -> EagleHead:
-    """A head with its tensors, in the target's dtype; refuses one that does not fit the target."""
-    try:
-        args = HeadArgs.from_dict(config)
-    except TypeError as error:
-        raise ValueError(f"{path}/config.json does not describe a draft head: {error}") from None
+    """A head with its tensors, in the target's dtype.
+
+    Args:
+        path: Names it in errors.
+        config, weights: As `read_head` returns them.
+        model: The target.
+
+    Raises:
+        ValueError: If the head does not fit the target.
+    """
+    args = _checked_args(path, config)
     target = model.args
     for what in ("hidden_size", "vocab_size"):
         ours, theirs = getattr(args, what), getattr(target, what)
@@ -48,27 +76,66 @@ def build_head(
     for name in ("rms_norm_eps", "rope_theta", "rope_scaling", "max_position_embeddings"):
         setattr(args, name, getattr(target, name))
     head = EagleHead(args)
-    if quantization := config.get("quantization"):
-        # mlx-lm's format: the settings of all, and by name those of modules that differ.
-        common = {name: quantization[name] for name in ("group_size", "bits", "mode")}
-        nn.quantize(
-            head,
-            **common,
-            class_predicate=lambda name, _: (
-                f"{name}.scales" in weights and quantization.get(name, True)
-            ),
-        )
     dtype = model.model.norm.weight.dtype
     weights = {
         name: weight.astype(dtype) if mx.issubdtype(weight.dtype, mx.floating) else weight
         for name, weight in weights.items()
     }
     try:
+        if (quantization := config.get("quantization")) is not None:
+            common, own = packed_settings(quantization)
+            nn.quantize(
+                head,
+                **common._asdict(),
+                class_predicate=lambda name, _: f"{name}.scales" in weights and own.get(name, True),
+            )
         head.load_weights(list(weights.items()), strict=True)
     except ValueError as error:
-        raise ValueError(f"the tensors of {path} do not fit its config.json: {error}") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the tensors of {path} do not fit its config.json: {reason}") from None
     head.eval()
     return head
+
+
+def _checked_args(path: Path, config: dict[str, Any]) -> HeadArgs:
+    """The sizes in a head's config.json, each a number that makes sense.
+
+    The rest is taken from the tensors and from the target.
+    """
+    stated = {name: config[name] for name in (*SIZES, *FLAGS) if config.get(name) is not None}
+    for name, value in stated.items():
+        good = type(value) is bool if name in FLAGS else type(value) is int and 0 < value < 1 << 24
+        if not good:
+            raise ValueError(f"{path}/config.json: {name} {str(value)[:40]!r} makes no sense")
+    try:
+        args = HeadArgs(**stated)
+    except TypeError as error:
+        raise ValueError(f"{path}/config.json does not describe a draft head: {error}") from None
+    if args.num_attention_heads % args.num_key_value_heads or not args.head_dim:
+        raise ValueError(
+            f"{path}/config.json: its numbers of heads and sizes contradict each other"
+        )
+    return args
+
+
+def _check_sizes(path: Path, args: HeadArgs, shapes: dict[str, tuple[int, ...]]):
+    """Holds the config against the tensors before anything of its sizes is made."""
+    layers = {name.split(".")[1] for name in shapes if name.startswith("layers.")}
+    problem = f"the tensors of {path} do not fit its config.json"
+    if layers != {str(index) for index in range(len(layers))} or len(layers) != (
+        args.num_hidden_layers
+    ):
+        raise ValueError(f"{problem}: num_hidden_layers is {args.num_hidden_layers}")
+    rows = {
+        "self_attn.q_proj": args.num_attention_heads * args.head_dim,
+        "self_attn.k_proj": args.num_key_value_heads * args.head_dim,
+        "mlp.gate_proj": args.intermediate_size,
+    }
+    for index in layers:
+        for name, expected in rows.items():
+            shape = shapes.get(full := f"layers.{index}.{name}.weight")
+            if shape is None or shape[:1] != (expected,):
+                raise ValueError(f"{problem}: {full} should have {expected} rows")
 
 
 def read_frequent(path: Path, vocab_size: int, draft_vocab: int | None = None) -> mx.array | None:
@@ -99,19 +166,35 @@ def frequency_lists(path: Path, vocab_size: int) -> dict[int, list[int]]:
         ids = read_ids(file)
         if not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
             raise ValueError(f"{file} is no list of token ids below {vocab_size}")
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"{file} lists a token twice")
         lists[len(ids)] = ids
     return lists
 
 
 def read_ids(file: Path) -> list[Any]:
-    """A frequency list: a pickle of plain data (never executed), a NumPy array, or JSON."""
-    try:
-        if file.suffix == ".npy":
-            content = np.load(file, allow_pickle=False).tolist()
-        elif file.suffix == ".json":
-            content = json.loads(file.read_text(encoding="utf-8"))
-        else:
-            content = checkpoint.load_pickle(file)
-    except ValueError as error:
-        raise ValueError(f"{file} cannot be read as a frequency list: {error}") from error
+    """A frequency list: a pickle of plain data (never executed), a NumPy array, or JSON.
+
+    Raises:
+        ValueError: If the file is damaged or something else.
+    """
+    if file.suffix == ".npy":
+        content = _read_npy(file)
+    elif file.suffix == ".json":
+        content = parse_json(read_text(file, MAX_LIST_BYTES), file)
+    else:
+        content = checkpoint.load_pickle(file)
     return list(content) if isinstance(content, (list, tuple, dict)) else []
+
+
+def _read_npy(file: Path) -> list[int]:
+    """The integers of a .npy file; np.load would make room for whatever its header announces."""
+    data = io.BytesIO(read_file(file, MAX_LIST_BYTES))
+    try:
+        headers = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+        shape, _, dtype = headers[np.lib.format.read_magic(data)[0]](data)
+        if dtype.kind not in "iu":
+            raise ValueError("no integers")
+        return np.frombuffer(data.read(), dtype, math.prod(shape)).tolist()
+    except Exception as error:  # its header is read as Python, with whatever that raises
+        raise ValueError(f"{file} is no NumPy array of integers: fetch it again.") from error

@@ -36,7 +36,7 @@ def split_fused(
     raw_names: dict[str, str],
     fused: str,
     parts: tuple[str, ...],
-    first_rows: int,
+    first_rows: int | None = None,
 ):
     """Replaces each layer's fused projection by its parts, which are blocks of its rows.
 
@@ -45,15 +45,18 @@ def split_fused(
         raw_names: The raw name of each; changed.
         fused: A projection's name inside its layer, such as "self_attn.qkv_proj".
         parts: The names of its parts in the order of their rows.
-        first_rows: Rows of the first part; the others share the rest equally.
+        first_rows: Rows of the first part, of which the others share the rest equally; all have
+            the same if None.
 
     Raises:
         ValueError: If the rows cannot be so divided.
     """
     for name in [name for name in named if f".{fused}." in name]:
         info, raw = named.pop(name), raw_names.pop(name)
-        rest, odd = divmod(info.shape[0] - first_rows if info.shape else -1, len(parts) - 1)
-        if rest < 1 or odd or first_rows < 1:
+        rows = info.shape[0] if info.shape else 0
+        first = rows // len(parts) if first_rows is None else first_rows
+        rest, odd = divmod(rows - first, len(parts) - 1)
+        if rest < 1 or odd or first < 1:
             raise ValueError(
                 f"{raw} has the shape {list(info.shape)}, which does not hold {', '.join(parts)}."
             )
@@ -62,6 +65,6 @@ def split_fused(
             target = name.replace(fused, f"{fused.rpartition('.')[0]}.{part}")
             if target in named:
                 raise ValueError(f"{raw} and {raw_names[target]} are the same tensor: remove one.")
-            stop = start + (first_rows if start == 0 else rest)
+            stop = start + (first if start == 0 else rest)
             named[target], raw_names[target] = info.rows(start, stop), raw
             start = stop
