@@ -17,15 +17,13 @@ from .chat_input import LineInput, TerminalInput, make_input
 from .chat_stats import measured
 from .chat_view import View
 from .common import (
-    add_format_flags,
     add_model_flags,
-    add_sampling_flags,
     load_for_text,
     make_parser,
     run_main,
-    sampler_of,
 )
 from .draft import add_draft_flags, draft_options
+from .flags import add_cache_flags, add_format_flags, add_sampling_flags, sampler_of, text
 
 PROG = "blockffn-chat"
 HISTORY = "~/.blockffn_chat_history"
@@ -42,18 +40,16 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags: those of blockffn-generate, and mlx_lm.chat's defaults."""
     parser = make_parser(PROG, "Chat with a BlockFFN model.")
     add_model_flags(parser, default=DEMO)
-    parser.add_argument("--prompt", "-p", help="one message; - takes each line of stdin as a turn")
+    parser.add_argument(
+        "--prompt", "-p", type=text, help="one message; - takes each line of stdin as a turn"
+    )
     add_format_flags(parser)
     add_draft_flags(parser)
     parser.add_argument("--stats", action="store_true", help="always show live statistics")
     parser.add_argument("--history", metavar="FILE", default=HISTORY, help="what was typed before")
     parser.add_argument("--no-color", action="store_true", help="no colours (NO_COLOR does it too)")
     add_sampling_flags(parser, max_tokens=256)
-    parser.add_argument("--max-kv-size", type=int, help="most tokens of context to keep")
-    parser.add_argument("--prefill-step-size", type=int, default=2048)
-    parser.add_argument("--kv-bits", type=int, help="quantise the cache to so many bits")
-    parser.add_argument("--kv-group-size", type=int, default=64)
-    parser.add_argument("--quantized-kv-start", type=int, default=5000)
+    add_cache_flags(parser, LEAST_CONTEXT, "most tokens of context to keep")
     return parser
 
 
@@ -65,10 +61,6 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """One message, the lines of stdin, or a chat."""
-    if args.max_tokens == 0:
-        raise ValueError("--max-tokens must not be 0 (-1 for no limit)")
-    if args.max_kv_size is not None and args.max_kv_size < LEAST_CONTEXT:
-        raise ValueError(f"--max-kv-size must be at least {LEAST_CONTEXT} tokens")
     if args.raw and args.system_prompt:
         raise ValueError("--raw completes plain text, which has no --system-prompt")
     chat = Chat(args, View(args.no_color))

@@ -1,6 +1,7 @@
 """The chat's / commands: one function each, found by name."""
 
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from rich.text import Text
 from ..analysis.sparsity import router_scores, sparsity_of_scores
 from ..paths import plain_file
 from ..transcript import load_transcript, save_transcript
+from .flags import MAX_TOKENS, SEED, SHARE, TEMPERATURE, Number
 from .sparsity_view import heat_map_for, save_svg
 
 if TYPE_CHECKING:
@@ -117,29 +119,19 @@ def system(chat: "Chat", argument: str):
     chat.view.note("no system prompt" if present is None else f"system prompt{where}: {present}")
 
 
-def number_setting(name: str, kind: type, low: float, high: float) -> Callable[["Chat", str], None]:
+def number_setting(name: str, number: Number) -> Callable[["Chat", str], None]:
     """A command that shows or sets a number."""
 
     def run(chat: "Chat", argument: str):
         if argument:
             try:
-                value = kind(argument)
-            except ValueError:
-                raise ValueError(f"{argument!r} is not a number") from None
-            if not (low <= value <= high and math.isfinite(value)):
-                top = "" if high == math.inf else f" to {high}"
-                raise ValueError(f"{argument} is outside {low}{top}")
-            setattr(chat.settings, name, value)
+                setattr(chat.settings, name, number(argument))
+            except ArgumentTypeError as error:
+                raise ValueError(str(error)) from None
             chat.update_sampler()
         chat.view.note(f"{name.replace('_', ' ')}: {getattr(chat.settings, name)}")
 
     return run
-
-
-def max_tokens(chat: "Chat", argument: str):
-    if argument == "0":
-        raise ValueError("an answer needs tokens (-1 for no limit)")
-    number_setting("max_tokens", int, -1, math.inf)(chat, argument)
 
 
 def draft(chat: "Chat", argument: str):
@@ -225,12 +217,12 @@ COMMANDS = {
     "/retry": Command("", "answer the last message again", retry),
     "/edit": Command("[TEXT]", "change the last message and answer it", edit),
     "/system": Command("[TEXT|off]", "show, set or remove the system prompt", system, ("off",)),
-    "/temp": Command("[NUMBER]", "sampling temperature", number_setting("temp", float, 0, 10)),
-    "/top-p": Command("[NUMBER]", "nucleus sampling", number_setting("top_p", float, 0, 1)),
-    "/seed": Command(
-        "[NUMBER]", "seed of the random numbers", number_setting("seed", int, 0, 2**63 - 1)
+    "/temp": Command("[NUMBER]", "sampling temperature", number_setting("temp", TEMPERATURE)),
+    "/top-p": Command("[NUMBER]", "nucleus sampling", number_setting("top_p", SHARE)),
+    "/seed": Command("[NUMBER]", "seed of the random numbers", number_setting("seed", SEED)),
+    "/max-tokens": Command(
+        "[NUMBER]", "longest answer; -1 for no limit", number_setting("max_tokens", MAX_TOKENS)
     ),
-    "/max-tokens": Command("[NUMBER]", "longest answer; -1 for no limit", max_tokens),
     "/draft": Command("[none|auto|lookup|PATH]", "what drafts tokens to check", draft, DRAFTS),
     "/stats": Command("", "live statistics on or off", stats),
     "/sparsity": Command("[FILE.svg]", "which experts the last answer used", sparsity, None),

@@ -3,26 +3,26 @@
 import argparse
 import io
 import json
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import mlx.core as mx
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.text import Text
 
 from ..convert import DTYPES
 from ..kernels.probe import KernelWarning
 from ..load import load
 from ..model import Model
-from ..speculative.verify import each_row
 from ..version import __version__
 from . import launch
+from .flags import add_end_tokens
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -118,6 +118,8 @@ def load_for_text(args: argparse.Namespace, lazy: bool = False) -> tuple[Model, 
     Raises:
         ValueError: If the model has no tokenizer files, besides what `load` raises.
     """
+    if not args.quantize and (args.q_bits is not None or args.q_group_size is not None):
+        raise ValueError("--q-bits and --q-group-size need -q")
     with loading_progress() as progress:
         model, tokenizer = load(
             args.model,
@@ -131,75 +133,23 @@ def load_for_text(args: argparse.Namespace, lazy: bool = False) -> tuple[Model, 
         )
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer files: text needs them.")
-    for token in getattr(args, "extra_eos_token", ()):
-        tokenizer.add_eos_token(token)
+    if (args.quantize or args.dtype) and model.origin.folder == model.origin.checkpoint:
+        note(f"{args.model} is converted already: -q and --dtype change nothing")
+    add_end_tokens(tokenizer, getattr(args, "extra_eos_token", ()))
     return model, tokenizer
 
 
-def add_format_flags(parser: argparse.ArgumentParser):
-    """What makes a prompt of messages, and what ends an answer."""
-    parser.add_argument("--system-prompt", help="system message for the chat template")
-    parser.add_argument(
-        "--raw",
-        "--ignore-chat-template",
-        action="store_true",
-        help="complete the prompt as plain text",
-    )
-    parser.add_argument(
-        "--chat-template-config",
-        type=json_object,
-        default={},
-        metavar="JSON",
-        help="arguments for the template",
-    )
-    parser.add_argument(
-        "--extra-eos-token", nargs="+", default=(), metavar="TOKEN", help="more tokens that end it"
-    )
-    parser.add_argument(
-        "--stop", nargs="+", default=(), metavar="TEXT", help="texts that end the answer"
-    )
+def read_stdin() -> str:
+    """All of standard input, for a prompt given as -.
 
-
-def json_object(text: str) -> dict[str, Any]:
-    """The value of a flag that takes a JSON object."""
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object")
-    return value
-
-
-def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int = 100):
-    """mlx-lm's sampling flags, with its names and defaults."""
-    parser.add_argument("--max-tokens", "-m", type=int, default=max_tokens)
-    parser.add_argument("--temp", type=float, default=0.0, help="sampling temperature")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.0)
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--xtc-probability", type=float, default=0.0)
-    parser.add_argument("--xtc-threshold", type=float, default=0.1)
-    parser.add_argument("--min-tokens-to-keep", type=int, default=1)
-    parser.add_argument("--seed", type=int, help="seed of the random number generator")
-
-
-def sampler_of(args: argparse.Namespace, tokenizer: Any) -> Callable[[mx.array], mx.array]:
-    """mlx-lm's sampler for the sampling flags; seeds the generator if a seed was given."""
-    if args.seed is not None:
-        mx.random.seed(args.seed)
-    sampler = make_sampler(
-        args.temp,
-        args.top_p,
-        args.min_p,
-        args.min_tokens_to_keep,
-        top_k=args.top_k,
-        xtc_probability=args.xtc_probability,
-        xtc_threshold=args.xtc_threshold,
-        xtc_special_tokens=tokenizer.encode("\n") + list(tokenizer.eos_token_ids),
-    )
-    # A draft is verified in rows, and XTC would flip one coin for all of them.
-    return each_row(sampler) if args.xtc_probability > 0 else sampler
+    Raises:
+        ValueError: If it is closed.
+    """
+    if sys.stdin is None:
+        raise ValueError("standard input is closed: there is no prompt to read from it")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    return sys.stdin.read()
 
 
 @contextmanager
@@ -237,6 +187,11 @@ def loading_progress(
             progress.stop()
 
 
+def note(sentence: str):
+    """A side remark, on stderr."""
+    stderr_console().print(Text(printable(sentence), style="dim"), soft_wrap=True)
+
+
 def stderr_console() -> Console:
     """Where progress and notes go, so that stdout holds only the answer."""
     return Console(stderr=True, highlight=False)
@@ -244,4 +199,6 @@ def stderr_console() -> Console:
 
 def print_json(document: Any):
     """The whole of a `--json` command's stdout."""
-    print(json.dumps(document, ensure_ascii=False))
+    text = json.dumps(document, ensure_ascii=False)
+    # JSON leaves those above ASCII as they are; a terminal would obey them.
+    print(re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text))

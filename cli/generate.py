@@ -1,25 +1,24 @@
 """blockffn-generate: one answer to one prompt."""
 
 import argparse
-import sys
 from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
-from ..generate import RULE, figures, stream_generate
+from ..generate import KEPT_POSITIONS, RULE, figures, stream_generate
 from ..prompt import Prompt, choose_format, is_chat_model
 from .common import (
-    add_format_flags,
     add_model_flags,
-    add_sampling_flags,
     load_for_text,
     make_parser,
+    note,
     print_json,
+    printable,
+    read_stdin,
     run_main,
-    sampler_of,
-    stderr_console,
 )
 from .draft import add_draft_flags, draft_options
+from .flags import add_cache_flags, add_format_flags, add_sampling_flags, sampler_of, text
 
 PROG = "blockffn-generate"
 
@@ -28,8 +27,10 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags: mlx_lm.generate's names and defaults."""
     parser = make_parser(PROG, "Generate text with a BlockFFN model.")
     add_model_flags(parser)
-    parser.add_argument("--prompt", "-p", default="hello", help="the message; - reads stdin")
-    parser.add_argument("--prefill-response", help="beginning of the answer")
+    parser.add_argument(
+        "--prompt", "-p", type=text, default="hello", help="the message; - reads stdin"
+    )
+    parser.add_argument("--prefill-response", type=text, help="beginning of the answer")
     add_format_flags(parser)
     parser.add_argument(
         "--use-default-chat-template",
@@ -38,11 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add_sampling_flags(parser)
     add_draft_flags(parser)
-    parser.add_argument("--max-kv-size", type=int, help="most positions the cache keeps")
-    parser.add_argument("--prefill-step-size", type=int, default=2048)
-    parser.add_argument("--kv-bits", type=int, help="quantise the cache to so many bits")
-    parser.add_argument("--kv-group-size", type=int, default=64)
-    parser.add_argument("--quantized-kv-start", type=int, default=5000)
+    add_cache_flags(parser, KEPT_POSITIONS + 1, "most positions the cache keeps")
     parser.add_argument(
         "--verbose", type=lambda text: text.lower() not in ("false", "f"), default=True
     )
@@ -58,9 +55,11 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Loads, generates, prints."""
-    text = sys.stdin.read() if args.prompt == "-" else unescape(args.prompt)
+    if args.raw and (args.system_prompt is not None or args.prefill_response is not None):
+        raise ValueError("--raw takes neither --system-prompt nor --prefill-response")
+    message = read_stdin() if args.prompt == "-" else args.prompt
     model, tokenizer = load_for_text(args)
-    prompt = build_prompt(args, model, tokenizer, text)
+    prompt = build_prompt(args, model, tokenizer, message)
     drafting = draft_options(args, model, tokenizer)
     responses = stream_generate(
         model,
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         pieces.append(response.text)
         tokens.append(response.token)
         if show:
-            print(response.text, end="", flush=True)
+            print(printable(response.text), end="", flush=True)
     if args.json:
         stats = {"draft": drafting["draft_stats"].as_dict()} if drafting else {}
         print_json({"text": "".join(pieces), "tokens": tokens, **summary(response), **stats})
@@ -92,20 +91,21 @@ def run(args: argparse.Namespace) -> int:
         if drafting:
             print(f"Draft: {drafting['draft_stats']}")
     else:
-        print("".join(pieces))
+        print(printable("".join(pieces)))
     return 0
 
 
-def build_prompt(args: argparse.Namespace, model: Any, tokenizer: Any, text: str) -> Prompt:
+def build_prompt(args: argparse.Namespace, model: Any, tokenizer: Any, message: str) -> Prompt:
     """The message in the chat format, or as plain text for base models and `--raw`."""
     chat = not args.raw and tokenizer.has_chat_template
     if chat and not is_chat_model(model, tokenizer) and not args.use_default_chat_template:
-        stderr_console().print(
-            f"[dim]{PROG}: this looks like a base model, so the prompt is completed as plain text "
-            "(--raw says so without this note, --use-default-chat-template chats)[/]"
+        left_out = "without a system prompt " if args.system_prompt or args.prefill_response else ""
+        note(
+            f"{PROG}: this looks like a base model, so the prompt is completed as plain text "
+            f"{left_out}(--raw says so without this note, --use-default-chat-template chats)"
         )
         chat = False
-    messages = [("user", text)]
+    messages = [("user", message)]
     if chat and args.system_prompt is not None:
         messages.insert(0, ("system", args.system_prompt))
     if chat and args.prefill_response is not None:
@@ -118,8 +118,3 @@ def summary(response: GenerationResponse) -> dict[str, Any]:
     """What the last response says of the whole run."""
     names = ("prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "peak_memory")
     return {name: getattr(response, name) for name in (*names, "finish_reason")}
-
-
-def unescape(text: str) -> str:
-    """Turns typed backslash-n and backslash-t into the characters, as mlx_lm.generate does."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")

@@ -2,19 +2,20 @@
 
 import argparse
 import math
-import sys
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..analysis.quality import text_loss
 from ..analysis.sparsity import SparsityReport, router_scores, sparsity_of_scores
-from ..prompt import encode_text
-from .common import add_model_flags, load_for_text, make_parser, print_json, run_main
+from ..paths import expand, plain_file
+from ..prompt import as_prompt, check_ids
+from .common import add_model_flags, load_for_text, make_parser, print_json, read_stdin, run_main
+from .flags import COUNT, text
 from .sparsity_view import heat_map_for, layer_table, save_svg
 
 PROG = "blockffn-inspect"
@@ -24,9 +25,9 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = make_parser(PROG, "Show which experts a text activates and how sparse that is.")
     add_model_flags(parser, positional=True)
-    parser.add_argument("--prompt", "-p", help="the text to look at; - reads stdin")
+    parser.add_argument("--prompt", "-p", type=text, help="the text to look at; - reads stdin")
     parser.add_argument("--text", metavar="FILE", help="a text whose loss is measured")
-    parser.add_argument("--chunk", type=int, default=8, help="window of chunk-level sparsity")
+    parser.add_argument("--chunk", type=COUNT, default=8, help="window of chunk-level sparsity")
     parser.add_argument("--tokens", action="store_true", help="list each token's experts")
     parser.add_argument("--svg", metavar="FILE", help="save the heat map as a picture")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -43,27 +44,32 @@ def run(args: argparse.Namespace) -> int:
     """Loads, measures, draws."""
     if args.prompt is None and args.text is None:
         raise ValueError("nothing to look at: give --prompt TEXT or --text FILE")
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    text = Path(args.text).read_text(encoding="utf-8") if args.text else None
+    if args.prompt is None and (args.svg or args.tokens):
+        raise ValueError("--svg and --tokens show what --prompt activates: give one")
+    prompt = read_stdin() if args.prompt == "-" else args.prompt
+    measured = read_text(args.text) if args.text else None
+    picture = plain_file(args.svg) if args.svg else None
     model, tokenizer = load_for_text(args)
     document: dict[str, Any] = {}
     console = Console()
     if prompt is not None:
-        ids = encode_text(tokenizer, prompt).ids
+        ids = as_prompt(tokenizer, prompt).ids
         scores = router_scores(model, mx.array([ids]))
         active = np.stack([np.array(layer[0] != 0) for layer in scores])  # [L, T, E]
         result = sparsity_of_scores(scores, min(args.chunk, len(ids)))
         tokens = [tokenizer.decode([i]) for i in ids]
         document |= sparsity_document(result, active, ids, tokens)
-        if args.svg:
-            save_svg(args.svg, active, result)
+        if picture:
+            save_svg(str(picture), active, result)
         if not args.json:
             console.print(heat_map_for(console, active))
             console.print(layer_table(result, active))
             if args.tokens:
                 console.print(token_table(active, tokens))
-    if text is not None:
-        document["loss"] = text_loss(model, encode_text(tokenizer, text).ids)
+    if measured is not None:
+        ids = as_prompt(tokenizer, measured).ids
+        check_ids(ids, model.args.vocab_size)
+        document["loss"] = text_loss(model, ids)
         if not args.json:
             console.print(
                 "{nats_per_token:.4f} nats and {bits_per_token:.4f} bits a token over {tokens} "
@@ -72,6 +78,19 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(document)
     return 0
+
+
+def read_text(name: str) -> str:
+    """A file that is measured.
+
+    Raises:
+        ValueError: If it is not text in UTF-8.
+        OSError: If it cannot be read.
+    """
+    try:
+        return expand(name).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is not text in UTF-8") from None
 
 
 def sparsity_document(
@@ -104,6 +123,7 @@ def token_table(active: np.ndarray, tokens: list[str]) -> Table:
     for position, token in enumerate(tokens):
         for layer, rows in enumerate(active):
             used = " ".join(map(str, np.flatnonzero(rows[position])))
-            table.add_row(repr(token)[1:-1] if layer == 0 else "", str(layer), used)
+            name = Text(repr(token)[1:-1] if layer == 0 else "")
+            table.add_row(name, str(layer), used)
         table.add_section()
     return table

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 from mlx_lm.models.cache import RotatingKVCache
-from toy_chat import toy_model, toy_tokenizer
+from toy_chat import toy_folder, toy_model, toy_tokenizer
 
 import blockffn_mlx as bf
 from blockffn_mlx.generate import StopTexts, respond
@@ -269,3 +269,117 @@ def test_inspect_command(converted, tmp_path):
     used = np.mean([len(token) / 12 for layer in layers for token in layer])
     assert document["tls"] == pytest.approx(1 - used)
     assert 0 < document["loss"]["nats_per_token"] < 20
+
+
+def refused(result) -> str:
+    """The one line on stderr of a command that was refused."""
+    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert not result.stdout
+    return result.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--temp", "nan"],
+        ["--temp", "-1"],
+        ["--temp", "inf"],
+        ["--top-p", "2"],
+        ["--min-p", "-0.1"],
+        ["--seed", "-1"],
+        ["--seed", "9" * 20],
+        ["-m", "0"],
+        ["-m", "-2"],
+        ["--max-kv-size", "0"],
+        ["--prefill-step-size", "0"],
+        ["--kv-bits", "8", "--kv-group-size", "0"],
+        ["--kv-bits", "4", "--max-kv-size", "64", "--kv-group-size", "32", "--raw"],
+        ["--extra-eos-token", "nosuchtoken"],
+        ["--extra-eos-token", "99999999"],
+        ["--chat-template-config", "[" * 100_000],
+        ["--raw", "--system-prompt", "x"],
+        ["--q-bits", "4"],
+    ],
+    ids=lambda flags: " ".join(flags)[:40],
+)
+def test_flags_without_a_meaning_are_one_line(converted, flags):
+    refused(run("generate", "--model", converted("gqa_block"), "-p", "a", *flags))
+
+
+@pytest.mark.parametrize(
+    "flag", ["-p", "--raw -p", "--prefill-response", "--system-prompt", "--stop"]
+)
+def test_bytes_that_are_no_text_are_taken(converted, flag):
+    flags = [*flag.split(), os.fsdecode(b"\xff"), "-m", 2, "--use-default-chat-template"]
+    result = run("generate", "--model", converted("gqa_block"), *flags)
+    assert result.returncode == 0, result.stderr
+
+
+def test_text_flags_share_one_rule_for_escapes(monkeypatch):
+    from blockffn_mlx.cli import chat, generate, inspect
+
+    typed, meant = r"a\n\tb", "a\n\tb"
+    for command in (generate, chat):
+        flags = ["-p", typed, "--stop", typed, "--system-prompt", typed, "--model", "m"]
+        args = command.parser().parse_args(flags)
+        assert (args.prompt, args.stop, args.system_prompt) == (meant, [meant], meant)
+    assert (
+        generate.parser().parse_args(["--model", "m", "--prefill-response", typed]).prefill_response
+        == meant
+    )
+    assert inspect.parser().parse_args(["m", "-p", typed]).prompt == meant
+
+
+def test_an_empty_stop_text_is_nothing(converted):
+    flags = ["--model", converted("gqa_block"), "-p", "abc", "--raw", "--json", "-m", 6]
+    texts = [
+        json.loads(run("generate", *flags, *more).stdout)["text"] for more in ([], ["--stop", ""])
+    ]
+    assert texts[0] == texts[1] != ""
+
+
+def test_quantisation_flags_are_not_ignored_in_silence(converted, tmp_path):
+    flags = ["-p", "hi", "-m", 2, "--raw", "--verbose", "F"]
+    told = run("generate", "--model", converted("gqa_block"), *flags, "-q", "--q-bits", 8)
+    assert told.returncode == 0 and "converted already" in told.stderr
+
+
+def test_nothing_of_a_file_steers_the_terminal(tmp_path):
+    """A token with an escape sequence in a tokenizer, tensor names and paths with one in errors."""
+    folder = toy_folder(tmp_path / "toy")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    for word in ("ok", "e"):
+        vocab[f"\x1b]0;{word}\x07\x9b2J"] = vocab.pop(word)
+    content["model"]["merges"] = []
+    path.write_text(json.dumps(content))
+    flags = ["--model", folder, "-p", "hi", "-m", 9, "--temp", 5, "--stop", "\x1b[31m"]
+    for more in ([], ["--json"], ["--verbose", "F"]):
+        result = run("generate", *flags, *more)
+        assert result.returncode == 0 and not set(result.stdout) & set("\x1b\x07\x9b"), (
+            result.stderr
+        )
+    assert "\x1b" not in refused(run("generate", "--model", tmp_path / "\x1b[2Jno"))
+    assert "\x1b" not in run("inspect", folder, "-p", "ok\x1b[2J [/b] [bold]", "--tokens").stdout
+
+
+def test_inspect_says_what_it_leaves_out(converted, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("some text to measure " * 300)
+    for flag in (["--svg", tmp_path / "y.svg"], ["--tokens"]):
+        assert "--prompt" in refused(run("inspect", converted("gqa_block"), "--text", text, *flag))
+    result = run("inspect", converted("gqa_block"), "--text", text)  # longer than the context
+    assert result.returncode == 0 and result.stderr == ""
+    result = run("inspect", "demo", "-p", "hi")  # a single token
+    assert result.returncode == 0 and result.stderr == ""
+    text.write_bytes(b"\xff\xfe")
+    assert "UTF-8" in refused(run("inspect", converted("gqa_block"), "--text", text))
+
+
+def test_closed_standard_input_is_named(converted):
+    code = (
+        "import sys; sys.stdin = None; from blockffn_mlx.cli.generate import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", code, "--model", str(converted("gqa_block")), "-p", "-"]
+    assert "standard input" in refused(subprocess.run(command, capture_output=True, text=True))

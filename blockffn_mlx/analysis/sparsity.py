@@ -63,7 +63,8 @@ class SparsityReport:
 
     @property
     def reuse(self) -> float:
-        return float(np.nanmean(self.reuse_per_layer))
+        known = [ratio for ratio in self.reuse_per_layer if not math.isnan(ratio)]
+        return float(np.mean(known)) if known else math.nan
 
 
 def sparsity(model: Any, ids: mx.array, chunk: int = 8) -> SparsityReport:
