@@ -16,10 +16,9 @@ from pathlib import Path
 import mlx.core as mx
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from torch_files import save_bin  # noqa: E402
-
-from blockffn_mlx.layouts import published_shapes  # noqa: E402
-from blockffn_mlx.model import ModelArgs  # noqa: E402
+from blockffn_mlx.checkpoints.canonical import published_shapes  # noqa: E402
+from blockffn_mlx.models.blockffn import ModelArgs  # noqa: E402
+from helpers.torch_files import save_bin  # noqa: E402
 
 XLARGE = {
     "vocab_size": 122753,

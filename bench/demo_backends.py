@@ -22,7 +22,7 @@ from blockffn_mlx.training.config import load_config
 from blockffn_mlx.training.packed import read_packed
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from demo_text import NEAR_TIE, greedy  # noqa: E402
+from helpers.demo_text import NEAR_TIE, greedy  # noqa: E402
 
 TEXT_TOKENS, CHUNK, ANSWER_TOKENS = 256, 32, 64
 # Logits of 16 to 32 lie 0.125 apart in bfloat16: there a near-tie is a gap of up to two steps.

@@ -13,9 +13,9 @@ import tempfile
 from pathlib import Path
 
 from blockffn_mlx import convert, load
-from blockffn_mlx.convert import MODEL_FILE
-from blockffn_mlx.convert_draft import convert_draft
-from blockffn_mlx.load import DEMO_FOLDER
+from blockffn_mlx.checkpoints.convert import MODEL_FILE
+from blockffn_mlx.checkpoints.convert_draft import convert_draft
+from blockffn_mlx.checkpoints.load import DEMO_FOLDER
 from blockffn_mlx.speculative.drafters import DRAFT_FOLDER
 from blockffn_mlx.training.config import load_config
 

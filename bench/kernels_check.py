@@ -26,7 +26,7 @@ from blockffn_mlx.ffn import chunk_union_ffn, weigh
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "tests"))
-from ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error  # noqa: E402
+from helpers.ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error  # noqa: E402
 
 TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64)
 EXPERTS = (1, 9, 40, 56, 128, 180, 256)

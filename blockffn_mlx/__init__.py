@@ -14,20 +14,21 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import checkpoint, ffn, kernels, speculative, training
+    from . import checkpoints as checkpoint
+    from . import ffn, kernels, speculative, training
     from .analysis.sparsity import router_scores, sparsity
-    from .convert import convert
+    from .checkpoints.convert import convert
+    from .checkpoints.load import load
     from .generate import generate, stream_generate
-    from .load import load
-    from .model import Model, ModelArgs
+    from .models.blockffn import Model, ModelArgs
 
 # The module of each public name that is not a module itself.
 _HOMES = {
-    "Model": ".model",
-    "ModelArgs": ".model",
-    "convert": ".convert",
+    "Model": ".models.blockffn",
+    "ModelArgs": ".models.blockffn",
+    "convert": ".checkpoints.convert",
     "generate": ".generate",
-    "load": ".load",
+    "load": ".checkpoints.load",
     "router_scores": ".analysis.sparsity",
     "sparsity": ".analysis.sparsity",
     "stream_generate": ".generate",
@@ -70,6 +71,8 @@ def require_backend():
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
+    if name == "checkpoint":
+        return import_module(".checkpoints", __name__)
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

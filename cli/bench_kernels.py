@@ -10,14 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import device
+from ..analysis.doctor import seconds_per_call
 from ..analysis.passes import trace_layer
-from ..doctor import seconds_per_call
+from ..checkpoints.load import model_folder
 from ..ffn import make_plan
 from ..kernels import MAX_TOKENS, Sizes, random_layer
 from ..kernels.graph import Graph
 from ..kernels.predict import CHIPS, find_chip, launch_seconds
 from ..kernels.tune import tune
-from ..load import model_folder
 from ..quantisation import Quantization
 from .common import print_json
 

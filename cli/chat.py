@@ -10,18 +10,13 @@ from typing import Any
 import mlx.core as mx
 
 from ..analysis.footprint import memory_need
-from ..conversation import Conversation
-from ..load import DEMO
+from ..chat.conversation import Conversation
+from ..checkpoints.load import DEMO
 from .chat_commands import COMMANDS, Leave, is_command, run_command
 from .chat_input import LineInput, TerminalInput, make_input
 from .chat_stats import measured
 from .chat_view import View
-from .common import (
-    add_model_flags,
-    load_for_text,
-    make_parser,
-    run_main,
-)
+from .common import add_model_flags, load_for_text, make_parser, run_main
 from .draft import add_draft_flags, draft_options
 from .flags import add_cache_flags, add_format_flags, add_sampling_flags, sampler_of, text
 

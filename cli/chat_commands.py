@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..analysis.sparsity import router_scores, sparsity_of_scores
+from ..chat.transcript import load_transcript, save_transcript
 from ..paths import plain_file
-from ..transcript import load_transcript, save_transcript
 from .flags import MAX_TOKENS, SEED, SHARE, TEMPERATURE, Number
 from .sparsity_view import heat_map_for, save_svg
 

@@ -10,7 +10,7 @@ from mlx_lm.generate import GenerationResponse
 from rich.panel import Panel
 from rich.text import Text
 
-from ..conversation import Conversation
+from ..chat.conversation import Conversation
 from ..models.activation import record_router_scores, union_share
 from ..speculative import SpeculationStats
 

@@ -16,10 +16,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, T
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.text import Text
 
-from ..convert import DTYPES
+from ..checkpoints.convert import DTYPES
+from ..checkpoints.load import load
 from ..kernels.probe import KernelWarning
-from ..load import load
-from ..model import Model
+from ..models.blockffn import Model
 from ..version import __version__
 from . import launch
 from .flags import add_end_tokens

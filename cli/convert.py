@@ -8,10 +8,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from ..convert import DTYPES, ConversionReport, convert
-from ..convert_draft import convert_draft
-from ..load import load
-from ..model_cache import cache_folder, cached_models, clear_cache
+from ..checkpoints.cache import cache_folder, cached_models, clear_cache
+from ..checkpoints.convert import DTYPES, ConversionReport, convert
+from ..checkpoints.convert_draft import convert_draft
+from ..checkpoints.load import load
 from ..quantisation import BITS, MODE_DEFAULTS
 from .common import loading_progress, make_parser, print_json, run_main
 

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ..doctor import Verdict, environment, examine
+from ..analysis.doctor import Verdict, environment, examine
 from .common import make_parser, print_json, run_main
 
 PROG = "blockffn-doctor"

@@ -5,7 +5,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..model import Model
+from ..models.blockffn import Model
 from ..training.build import is_quantized, prepare, prepare_finetune, save_model
 from ..training.config import TrainingConfig, load_config
 from ..training.data import Corpus, unigram_loss

@@ -11,13 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import fastest
-from demo_text import PASSAGE, REQUEST, greedy
 from mlx.utils import tree_flatten
 
 import blockffn_mlx as bf
-from blockffn_mlx.load import DEMO_FOLDER, load, unpack
+from blockffn_mlx.checkpoints.load import DEMO_FOLDER, load, unpack
 from blockffn_mlx.training.config import load_config
+from helpers.demo_text import PASSAGE, REQUEST, greedy
+from helpers.models import fastest
 
 REPO = Path(__file__).resolve().parent.parent
 # Greedy tokens in float32 on a CPU: "Once upon a time, there was a brave mouse named Button. ..."

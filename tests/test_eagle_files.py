@@ -6,11 +6,11 @@ import json
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import tiny_model
 from test_eagle import random_head, save_head
 
 from blockffn_mlx.checkpoints.eagle_head import read_head, read_ids
 from blockffn_mlx.speculative import load_draft
+from helpers.models import tiny_model
 
 
 def npy(shape, dtype="<i8", data=bytes(24)) -> bytes:

@@ -8,14 +8,14 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import tiny_model
 from mlx_lm.models.cache import RotatingKVCache
-from toy_chat import toy_folder, toy_model, toy_tokenizer
 
 import blockffn_mlx as bf
 from blockffn_mlx.generate import StopTexts, respond
 from blockffn_mlx.prompt import as_prompt
 from blockffn_mlx.speculative import SpeculationStats
+from helpers.models import tiny_model
+from helpers.toy_chat import toy_folder, toy_model, toy_tokenizer
 
 PROMPT = [3, 1, 4, 1, 5]
 

@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from ..arrays import named_arrays
 from ..device import machine_memory
-from ..model import ModelArgs
+from ..models.blockffn import ModelArgs
 from ..quantisation import BITS
 
 # Bits per weight that a scale and a bias of 16 bits add in groups of 64.

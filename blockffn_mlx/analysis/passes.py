@@ -11,11 +11,11 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
+from ..checkpoints.hub import download_config, is_local
+from ..checkpoints.load import DEMO, model_folder
 from ..ffn import MAX_CHUNK, BlockFFN, chunk_union_ffn
-from ..hub import download_config, is_local
 from ..kernels.graph import Graph, trace
-from ..load import DEMO, model_folder
-from ..model import Model, ModelArgs
+from ..models.blockffn import Model, ModelArgs
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .. import checkpoint
 from ..models.eagle import EagleHead, HeadArgs
 from ..quantisation import packed_settings
+from . import reader as checkpoint
 from .files import parse_json, read_file, read_json, read_text
 from .names import split_fused, strip_prefixes
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..atomic_folder import CARD_SIGN, MARK, MODEL_FILE, atomic_folder, check_target
 from ..version import __version__
+from .atomic_folder import CARD_SIGN, MARK, MODEL_FILE, atomic_folder, check_target
 
 MODEL_FILE_TEXT = '''"""Lets stock mlx-lm run this folder: mlx_lm.generate --trust-remote-code."""
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection
 
-from ..tensor_info import TensorInfo
+from .tensor_info import TensorInfo
 
 # What wrappers put before every name, and the names that wrapped modules have inside others.
 PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "base_model.model.")

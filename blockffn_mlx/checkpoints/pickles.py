@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, BinaryIO
 
-from ..tensor_info import BFLOAT16, are_sizes, span, stored_dtype
+from .tensor_info import BFLOAT16, are_sizes, span, stored_dtype
 
 # Element type of a storage: a numpy dtype name, or bfloat16, which numpy lacks.
 TORCH_STORAGES = {

@@ -9,7 +9,7 @@ from mlx_lm.models.base import BaseModelArgs, create_attention_mask
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.llama import MLP
 
-from ..model import Attention, Positions
+from .attention import Attention, Positions
 
 
 @dataclass

@@ -7,10 +7,10 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.utils import load as load_mlx_lm
 
-from .. import checkpoint
+from ..checkpoints import reader as checkpoint
 from ..checkpoints.eagle_head import build_head, read_frequent, read_head
-from ..hub import download, is_local
-from ..load import load, model_folder
+from ..checkpoints.hub import download, is_local
+from ..checkpoints.load import load, model_folder
 from .cost import draft_cost, pass_cost
 from .drafter import Drafter
 from .eagle_drafter import EagleDrafter

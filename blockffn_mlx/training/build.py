@@ -10,11 +10,11 @@ from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.utils import get_total_parameters
 
 from ..arrays import named_arrays
-from ..atomic_folder import check_target
-from ..checkpoint import read_json
+from ..checkpoints.atomic_folder import check_target
 from ..checkpoints.folder import special_ids, write_folder
+from ..checkpoints.reader import read_json
 from ..device import physical_memory
-from ..model import Model, ModelArgs
+from ..models.blockffn import Model, ModelArgs
 from .config import Data, Initialisation, TrainingConfig
 from .data import Corpus, read_files
 from .lora import add_lora, merge_lora
@@ -134,7 +134,7 @@ def prepare_finetune(config: TrainingConfig, path_or_repo: str) -> tuple[Model, 
     Raises:
         ValueError: The model is quantised and LoRA is off, or it has no tokenizer for files.
     """
-    from ..load import load
+    from ..checkpoints.load import load
 
     if config.model:
         raise ValueError("fine-tuning keeps the model's sizes: remove the [model] table.")

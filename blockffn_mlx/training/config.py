@@ -10,7 +10,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import mlx.core as mx
 
-from ..model import ModelArgs
+from ..models.blockffn import ModelArgs
 from .text import read_text
 
 MOST_TOKENS, MOST_LAYERS, MOST_TOKEN_KINDS = 1 << 28, 10_000, 1 << 20

@@ -9,8 +9,8 @@ from mlx_lm.models.cache import KVCache
 
 from ..arrays import named_arrays
 from ..checkpoints.folder import write_head
-from ..load import load
-from ..model import Model
+from ..checkpoints.load import load
+from ..models.blockffn import Model
 from ..models.eagle import EagleHead, HeadArgs
 from .build import build_corpus, check_memory, check_vocabulary, initialise
 from .config import Head, TrainingConfig

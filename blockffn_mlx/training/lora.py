@@ -7,8 +7,8 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear
 
+from ..checkpoints.load import unpack
 from ..ffn.experts import ExpertLinear, QuantizedExpertLinear
-from ..load import unpack
 from ..quantisation import Plain
 from .config import Lora
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import read_json
+from ..checkpoints.reader import read_json
 from .data import Corpus, Markers, Source
 
 SPECIAL = ("bos", "eos", "pad", "assistant", "end")

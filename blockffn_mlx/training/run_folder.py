@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..arrays import named_arrays
-from ..checkpoint import read_json
+from ..checkpoints.reader import read_json
 from ..version import __version__
 from .config import TrainingConfig
 from .data import Corpus

@@ -11,8 +11,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from ..arrays import load_arrays
-from ..atomic_folder import atomic_folder
-from ..checkpoint import open_checkpoint, read_json
+from ..checkpoints.atomic_folder import atomic_folder
+from ..checkpoints.reader import open_checkpoint, read_json
 
 ARRAYS, STATE = "arrays.safetensors", "state.json"
 NAME = re.compile(r"step-(\d{8,})")

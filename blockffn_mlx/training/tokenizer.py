@@ -9,7 +9,7 @@ from mlx_lm.utils import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from ..atomic_folder import atomic_folder
+from ..checkpoints.atomic_folder import atomic_folder
 
 
 def open_tokenizer(path_or_repo: str | Path) -> TokenizerWrapper:

@@ -1,0 +1,84 @@
+"""Streams canonical weights into safetensors shards, a layer at a time, quantised on the way."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from ..models.blockffn import Model
+from ..quantisation import Quantization, largest_group_size
+from .canonical import LAYER, Weight
+from .hub import Progress
+
+
+def plan_quantization(model: Model, settings: Quantization) -> dict[str, Quantization]:
+    """Settings of each module that will be quantised: its width may need a smaller group.
+
+    Raises:
+        ValueError: If no module can be quantised so.
+    """
+    plan = {}
+    for path, module in _leaf_modules(model).items():
+        if not hasattr(module, "to_quantized") or not model.quant_predicate(path, module):
+            continue
+        group_size = largest_group_size(module.weight.shape[-1], settings.group_size)
+        if group_size is not None:
+            plan[path] = settings._replace(group_size=group_size)
+    if not plan:
+        raise ValueError(f"no tensor's width can be divided into groups of {settings.group_size}.")
+    return plan
+
+
+def quantization_config(settings: Quantization, plan: dict[str, Quantization]) -> dict[str, Any]:
+    """The entry of config.json in mlx-lm's format: the default, and the modules that differ."""
+    own = {path: chosen._asdict() for path, chosen in plan.items() if chosen != settings}
+    return {**settings._asdict(), **own}
+
+
+def stream(
+    weights: dict[str, Weight],
+    model: Model,
+    plan: dict[str, Quantization],
+    dtype: mx.Dtype | None = None,
+    on_progress: Progress | None = None,
+) -> Iterator[dict[str, mx.array]]:
+    """Reads, casts and quantises the weights, yielding what one layer becomes at a time.
+
+    Args:
+        weights: Every tensor in canonical form.
+        model: The model that they belong to; its own weights are never evaluated.
+        plan: What to quantise; nothing if empty.
+        dtype: Type of all floating-point tensors; each one's own if None.
+        on_progress: Told of the bytes read.
+    """
+    modules = _leaf_modules(model)
+    total, done = sum(weight.nbytes for weight in weights.values()), 0
+    for _, names in groupby(weights, lambda n: match[1] if (match := LAYER.match(n)) else n):
+        arrays = {}
+        for name in names:
+            array = weights[name].read()
+            arrays[name] = array.astype(dtype) if dtype is not None else array
+            mx.eval(arrays[name])
+            done += weights[name].nbytes
+            if on_progress:
+                on_progress("convert", done, total)
+        for path in [path for path in plan if f"{path}.weight" in arrays]:
+            _quantize(arrays, path, modules[path], plan[path])
+        yield arrays
+
+
+def _leaf_modules(model: Model) -> dict[str, nn.Module]:
+    return dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
+
+
+def _quantize(arrays: dict[str, mx.array], path: str, module: nn.Module, settings: Quantization):
+    """Replaces one module's arrays by those of its quantised form."""
+    own = [name for name in arrays if name.rpartition(".")[0] == path]
+    module.update({name.rpartition(".")[2]: arrays.pop(name) for name in own})
+    packed = module.to_quantized(**settings._asdict()).parameters()
+    module.update({name: mx.array(0.0) for name in module.parameters()})
+    mx.eval(packed)
+    arrays.update({f"{path}.{name}": array for name, array in packed.items()})

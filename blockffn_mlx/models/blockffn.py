@@ -1,0 +1,269 @@
+"""BlockFFN language models: GQA or MLA attention, BlockFFN layers, muP scalings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.nn.layers.distributed import shard_inplace
+from mlx_lm.models.base import BaseModelArgs, create_attention_mask
+from mlx_lm.models.cache import KVCache
+
+from ..ffn import ACTIVATIONS, BlockFFN
+from .activation import record_router_scores, union_share
+from .attention import Attention, MLAttention, Positions
+from .compiled import CompiledPasses
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """The fields of the original config.json; defaults are the original configuration class's.
+
+    `chat_tuned` is the converter's own: whether the checkpoint looks tuned for chat, by its name
+    and template. Nothing in the weights says so.
+    """
+
+    model_type: str = "blockffn"
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    attention_type: str = "vanilla"
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    q_lora_rank: int = 768
+    kv_lora_rank: int = 256
+    qk_nope_head_dim: int = 64
+    qk_rope_head_dim: int = 32
+    attention_bias: bool = False
+    ffn_type: str = "block"
+    hidden_act: str = "silu"
+    router_act: str = "relu"
+    expert_size: int = 128
+    num_experts: int = 40
+    norm_after_router: str = "sum"
+    norm_scale: float = 1.0
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = True
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    scale_emb: float = 1.0
+    dim_model_base: float = 1.0
+    scale_depth: float = 1.0
+    chat_tuned: bool = False
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        choices = {
+            "attention_type": ("vanilla", "mla"),
+            "ffn_type": ("block", "block_linear"),
+            "hidden_act": tuple(ACTIVATIONS),
+            "router_act": ("relu",),
+            "norm_after_router": ("none", "sum", "rms"),
+        }
+        for field, allowed in choices.items():
+            if (value := getattr(self, field)) not in allowed:
+                raise ValueError(f"config: {field} {value!r} is not one of {', '.join(allowed)}")
+        if self.rope_scaling is not None and not (
+            self.rope_scaling.get("type") in ("linear", "dynamic")
+            and self.rope_scaling.get("factor", 0) >= 1
+        ):
+            raise ValueError(
+                f"config: rope_scaling {self.rope_scaling} needs type linear or dynamic and a "
+                "factor of at least 1"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a value head, and of GQA's query and key heads. MLA ignores v_head_dim."""
+        return self.hidden_size // self.num_attention_heads
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.self_attn = MLAttention(args) if args.attention_type == "mla" else Attention(args)
+        self.mlp = BlockFFN(args)
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.residual_scale = args.scale_depth / args.num_hidden_layers**0.5
+
+    def __call__(
+        self,
+        x: mx.array,
+        mask: mx.array | str | None,
+        cache: Any | None,
+        positions: Positions,
+    ) -> mx.array:
+        attended = self.self_attn(self.input_layernorm(x), mask, cache, positions)
+        h = x + attended * self.residual_scale
+        return h + self.mlp(self.post_attention_layernorm(h)) * self.residual_scale
+
+
+class BlockFFNModel(nn.Module):
+    """The decoder without its head."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.scale_emb = args.scale_emb
+        self.masks_are_arrays = args.attention_type == "mla"
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [DecoderLayer(args) for _ in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.compiled = CompiledPasses()
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids [B, T] -> scaled embeddings [B, T, H]."""
+        return self.embed_tokens(tokens) * self.scale_emb
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        mask: mx.array | None = None,
+        positions: mx.array | None = None,
+    ) -> mx.array:
+        """Hidden states after the final norm.
+
+        Args:
+            inputs: Token ids [B, T].
+            cache: One cache per layer, from `make_cache`.
+            mask: Booleans that broadcast to [B, 1, T, cached + T], True where a token may look;
+                causal if None.
+            positions: Integers [T] or [B, T], each token's position; consecutive if None.
+
+        Returns:
+            [B, T, H].
+        """
+        h = self.embed(inputs)
+        if cache is None:
+            cache = [None] * len(self.layers)
+        if mask is None:
+            mask = create_attention_mask(h, cache[0], return_array=self.masks_are_arrays)
+        offset = 0 if cache[0] is None else cache[0].offset
+        where = Positions(offset, positions, inputs.shape[1])
+        compiled = self.compiled.run(self, h, cache, mask, where)
+        if compiled is not None:
+            return compiled
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            h = layer(h, mask, layer_cache, where)
+        return self.norm(h)
+
+
+class Model(nn.Module):
+    """A BlockFFN language model in mlx-lm's manner."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = BlockFFNModel(args)
+        self.logit_divisor = args.hidden_size / args.dim_model_base
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
+        """Token ids [B, T] -> logits [B, T, V]."""
+        return self.logits(self.model(inputs, cache))
+
+    def embed(self, tokens: mx.array) -> mx.array:
+        """Token ids [B, T] -> scaled embeddings [B, T, H]."""
+        return self.model.embed(tokens)
+
+    def hidden(
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        mask: mx.array | None = None,
+        positions: mx.array | None = None,
+    ) -> mx.array:
+        """Hidden states after the final norm [B, T, H]; arguments as BlockFFNModel takes them."""
+        return self.model(tokens, cache, mask, positions)
+
+    def hidden_and_union(
+        self,
+        tokens: mx.array,
+        cache: list[Any] | None = None,
+        mask: mx.array | None = None,
+        positions: mx.array | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """`hidden`, and the fraction of experts that some token of the pass uses, a scalar."""
+        with record_router_scores(self) as recorded:
+            hidden = self.hidden(tokens, cache, mask, positions)
+        return hidden, union_share([scores for (scores,) in recorded])
+
+    def logits(self, hidden_states: mx.array) -> mx.array:
+        """Hidden states after the final norm [..., H] -> logits [..., V]."""
+        hidden_states = hidden_states / self.logit_divisor
+        if self.args.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(hidden_states)
+        return self.lm_head(hidden_states)
+
+    def logits_for(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
+        """`logits` for some token ids [V'] only: hidden states [..., H] -> [..., V']."""
+        tied = self.args.tie_word_embeddings
+        rows = linear_rows(self.model.embed_tokens if tied else self.lm_head, tokens)
+        return lambda hidden_states: rows(hidden_states / self.logit_divisor)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Splits kv_b_proj, whose rows are [k_nope | v] per head, into the halves MLA uses."""
+        args = self.args
+        for i in range(args.num_hidden_layers):
+            prefix = f"model.layers.{i}.self_attn"
+            kv_b = weights.pop(f"{prefix}.kv_b_proj.weight", None)
+            if kv_b is None:
+                continue
+            heads = kv_b.reshape(args.num_attention_heads, -1, args.kv_lora_rank)
+            nope, value = mx.split(heads, [args.qk_nope_head_dim], axis=1)
+            weights[f"{prefix}.embed_q.weight"] = mx.contiguous(nope.swapaxes(1, 2))
+            weights[f"{prefix}.unembed_out.weight"] = mx.contiguous(value)
+        if args.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        return weights
+
+    def make_cache(self) -> list[KVCache]:
+        """One cache per layer. For MLA, keys hold the latent and values the rotary key."""
+        return [KVCache() for _ in self.layers]
+
+    def shard(self, group: mx.distributed.Group | None = None):
+        """Splits heads and expert widths over the processes of `group` (tensor parallel).
+
+        Raises:
+            ValueError: If the group's size does not divide the heads or the expert width.
+        """
+        group = group or mx.distributed.init()
+        args = self.args
+        counts = {"attention heads": args.num_attention_heads, "expert width": args.expert_size}
+        if args.attention_type != "mla":
+            counts["key/value heads"] = args.num_key_value_heads
+        for name, count in counts.items():
+            if count % group.size():
+                raise ValueError(f"cannot split {count} {name} over {group.size()} processes")
+        for layer in self.layers:
+            layer.self_attn.shard(group)
+            shard_inplace(layer.mlp.up_proj, "all-to-sharded", group=group)
+            shard_inplace(layer.mlp.down_proj, "sharded-to-all", group=group)
+            layer.mlp.sharding_group = group
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.model.layers
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
+        """Everything but the router: a small error there switches experts on or off."""
+        return lambda path, module: not path.endswith("router_proj")
+
+
+def linear_rows(head: nn.Module, rows: mx.array) -> nn.Module:
+    """A linear map with some rows of an output head or an embedding, quantised like it."""
+    linear = nn.Linear(1, 1, bias=False)
+    if isinstance(head, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
+        settings = {name: getattr(head, name) for name in ("group_size", "bits", "mode")}
+        linear = nn.QuantizedLinear(512, 1, bias=False, **settings)
+    for name in ("weight", "scales", "biases"):
+        if name in head and head[name] is not None:
+            linear[name] = head[name][rows]
+    return linear

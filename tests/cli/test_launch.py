@@ -1,0 +1,125 @@
+"""How commands start: Ctrl-C at any moment, no backend, closed streams, odd surroundings."""
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import blockffn_mlx as bf
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+# What pip writes for a command, with a place for what happens before.
+SCRIPT = """
+import sys
+sys.argv[0] = "blockffn-{name}"
+{before}
+from blockffn_mlx.cli.launch import {function} as main
+sys.exit(main())
+"""
+SLOW_IMPORTS = """
+import builtins, time
+real = builtins.__import__
+
+def slow(name, *rest):
+    if name.split(".")[0] in ("mlx_lm", "numpy", "rich"):
+        open("on", "w")
+        time.sleep(60)
+    return real(name, *rest)
+
+builtins.__import__ = slow
+"""
+NO_BACKEND = "sys.modules['mlx.core'] = None"
+
+
+def script(command: str, before: str = "") -> list[str]:
+    name = command.removeprefix("blockffn-")
+    function = COMMANDS[command].split(":")[1]
+    code = SCRIPT.format(name=name, function=function, before=before)
+    return [sys.executable, "-c", code]
+
+
+def run(command: list, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+def one_line(text: str) -> str:
+    assert len(text.strip().splitlines()) == 1, text
+    return text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_while_a_command_starts_is_one_line(command, tmp_path):
+    """An import that takes for ever stands for the seconds that the real ones take."""
+    process = subprocess.Popen(
+        script(command, SLOW_IMPORTS), stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    while not (tmp_path / "on").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert "interrupted" in one_line(process.communicate()[1]) and process.returncode == 130
+
+
+def test_the_package_is_imported_at_its_first_use():
+    code = "import sys, blockffn_mlx.cli.launch; print(*sys.modules)"
+    loaded = run([sys.executable, "-c", code]).stdout.split()
+    assert "mlx_lm" not in loaded and "numpy" not in loaded
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_backend_is_one_sentence(command):
+    result = run(script(command, NO_BACKEND))
+    assert result.returncode == 1
+    assert "[cpu]" in one_line(result.stderr) and "[cuda13]" in result.stderr
+
+
+@pytest.mark.parametrize("statement", ["import blockffn_mlx", "import blockffn_mlx.generate"])
+def test_without_a_backend_the_library_raises_an_import_error(statement):
+    code = f"import sys; {NO_BACKEND}\ntry: {statement}\nexcept ImportError as e: print(e)"
+    result = run([sys.executable, "-c", code])
+    assert "[cpu]" in one_line(result.stdout) and not result.stderr
+
+
+def test_public_names_are_those_that_type_checkers_see():
+    tree = ast.parse((ROOT / "blockffn_mlx" / "__init__.py").read_text())
+    seen = next(node for node in tree.body if isinstance(node, ast.If))
+    names = {name.name for line in seen.body for name in line.names}
+    assert names | {"__version__"} == set(bf.__all__)
+    assert all(getattr(bf, name) is not None for name in bf.__all__)
+
+
+def test_a_function_counts_where_a_module_shares_its_name():
+    code = "import blockffn_mlx.generate, blockffn_mlx as bf; print(callable(bf.generate))"
+    assert run([sys.executable, "-c", code]).stdout == "True\n"
+
+
+def test_a_deleted_working_directory_is_one_line(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    shell = f'cd {gone} && rmdir {gone} && exec "$@"'
+    result = run(["sh", "-c", shell, "sh", *script("blockffn-generate"), "--model", "demo"])
+    assert result.returncode == 1 and "working directory" in one_line(result.stderr)
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_closed_streams_keep_their_numbers(closed, tmp_path):
+    """Else the weights' file gets the number of a stream, which MLX takes for a failure."""
+    shell = f'exec {closed}>&-; exec "$@"'
+    command = [*script("blockffn-generate"), "--model", "demo", "-p", "hi", "-m", "2", "--raw"]
+    result = run(["sh", "-c", shell, "sh", *command])
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("flags", [["-p", "\udcff"], ["--no-such-flag", "\udcff"], ["-p", "é"]])
+def test_an_ascii_locale(flags):
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [*script("blockffn-generate"), "--model", "demo", "-m", "4", *map(os.fsencode, flags)]
+    result = subprocess.run(command, capture_output=True, env={**os.environ, **plain})
+    assert result.returncode == ("--no-such-flag" in flags) and b"Traceback" not in result.stderr

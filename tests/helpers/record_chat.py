@@ -1,0 +1,85 @@
+"""Records a real chat as an SVG picture: python tests/record_chat.py docs/chat.svg [FLAGS ...]
+
+The command runs in a pseudo-terminal; what its screen shows at the end is exported by rich.
+"""
+
+import io
+import itertools
+import sys
+
+import pyte
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from helpers.terminal import CHAT, Terminal
+
+LINES = (
+    "Hello! What is your name?",
+    "Tell me a story about a brave mouse.",
+    "/sparsity",
+    "Who was the story about?",
+)
+COLUMNS, ROWS = 84, 60
+# pyte's names of colours that rich calls otherwise.
+NAMES = {"default": None, "brown": "yellow", "brightbrown": "bright_yellow"}
+
+
+class DimScreen(pyte.HistoryScreen):
+    """A screen that shows faint text in grey, which pyte leaves out."""
+
+    def select_graphic_rendition(self, *attributes: int, **options):
+        super().select_graphic_rendition(*attributes, **options)
+        if 2 in attributes and 38 not in attributes:
+            self.cursor.attrs = self.cursor.attrs._replace(fg="808080")
+
+
+def rich_color(name: str) -> str | None:
+    """A colour of pyte's in rich's words."""
+    if len(name) == 6 and all(digit in "0123456789abcdef" for digit in name):
+        return f"#{name}"
+    return NAMES.get(name, name.replace("bright", "bright_"))
+
+
+def style_of(cell: pyte.screens.Char) -> Style:
+    """How a cell of the screen looks."""
+    return Style(
+        color=rich_color(cell.fg),
+        bgcolor=rich_color(cell.bg),
+        bold=cell.bold,
+        italic=cell.italics,
+        reverse=cell.reverse,
+    )
+
+
+def styled(line: dict[int, pyte.screens.Char], columns: int) -> Text:
+    """One row of the screen."""
+    text = Text()
+    for style, cells in itertools.groupby((line[x] for x in range(columns)), key=style_of):
+        text.append("".join(cell.data for cell in cells), style)
+    text.rstrip()
+    return text
+
+
+def record(path: str, flags: list[str]):
+    """Holds the chat and saves its picture."""
+    terminal = Terminal([*CHAT, "--history", "/dev/null", *flags], COLUMNS, ROWS)
+    terminal.screen = DimScreen(COLUMNS, ROWS, history=2000, ratio=0.5)
+    terminal.stream = pyte.ByteStream(terminal.screen)
+    terminal.wait_for_prompt()
+    for line in LINES:
+        terminal.enter(line)
+    rows = [*terminal.screen.history.top, *(terminal.screen.buffer[y] for y in range(ROWS))]
+    drawn = [styled(row, COLUMNS) for row in rows]
+    while drawn and not drawn[-1].plain.strip(" >"):
+        drawn.pop()
+    terminal.send("/exit\r")
+    terminal.end()
+    console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
+    for row in [Text("$ " + " ".join(["blockffn-chat", *flags])), *drawn]:
+        console.print(row, no_wrap=True, crop=True)
+    console.save_svg(path, title="blockffn-chat")
+
+
+if __name__ == "__main__":
+    record(sys.argv[1], sys.argv[2:])

@@ -1,0 +1,347 @@
+"""The kernels against float64: on Metal or CUDA where there is one, else in the Metal harness."""
+
+import itertools
+from contextlib import contextmanager
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import blockffn_mlx as bf
+import metal_host
+from blockffn_mlx import device, kernels
+from blockffn_mlx.analysis import doctor
+from blockffn_mlx.analysis.sparsity import sparsity_of_scores
+from blockffn_mlx.checkpoints.load import DEMO_FOLDER, load
+from blockffn_mlx.ffn import make_plan, plan
+from blockffn_mlx.kernels import probe, projection
+from blockffn_mlx.models.activation import record_router_scores
+from blockffn_mlx.quantisation import expert_weights
+from helpers.demo_text import PASSAGE, greedy
+from helpers.ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error
+from helpers.models import TINY
+
+ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
+BACKEND = "cuda" if mx.cuda.is_available() else "metal"
+pytestmark = pytest.mark.skipif(
+    not ON_GPU and metal_host.compiler() is None, reason=metal_host.NO_COMPILER
+)
+in_harness = pytest.mark.skipif(ON_GPU, reason="shows what only the harness can see")
+
+TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64)
+EXPERTS = (1, 9, 40, 56, 128, 180, 256)
+EXPERT_SIZES = (32, 64, 96, 128)
+HIDDEN_SIZES = (64, 96, 128, 192, 256, 320, 512, 1024, 2048)
+PACKINGS = ((0, 64), *itertools.product((4, 8), (32, 64, 128)))  # bits, group size
+
+
+@contextmanager
+def running(mode: str = "fast", **options):
+    """Runs kernels on this machine's GPU, or in the harness; yields its runs, if any."""
+    kernels.build_kernel.cache_clear()
+    try:
+        if ON_GPU:
+            yield []
+        else:
+            with metal_host.harness(mode, **options) as runs:
+                yield runs
+            assert runs, "no kernel came to the harness"
+    finally:
+        kernels.build_kernel.cache_clear()
+
+
+def result(case: Case, operands) -> mx.array:
+    x, scores, up, down = operands
+    out = bf.ffn.chunk_union_ffn(x, scores, up, down, act=case.act, backend=BACKEND)
+    mx.eval(out)
+    assert out.dtype == case.dtype and out.shape == x.shape
+    return out
+
+
+def check(case: Case, mode: str = "fast", **options) -> list[metal_host.Run]:
+    *operands, expected = case.operands()
+    with running(mode, **options) as runs:
+        out = result(case, operands)
+    if case.union == "empty":
+        assert mx.array_equal(out, mx.zeros_like(out))
+    silent = float64(operands[1]).any(-1)  # tokens without any expert get exact zeros
+    assert not float64(out)[~silent].any()
+    assert relative_error(out, expected) < TOLERANCE[case.dtype]
+    return runs
+
+
+def sample(count_of_each: int, most_work: float, seed: int) -> list[Case]:
+    """Every number of tokens with every dtype and packing, the rest drawn at random.
+
+    most_work: of tokens x experts x expert size x hidden size, since the harness is slow.
+    """
+    rng = np.random.default_rng(seed)
+    cases = []
+    for tokens, dtype, packing in itertools.product(TOKENS, TOLERANCE, PACKINGS):
+        for _ in range(count_of_each):
+            while True:
+                experts, size, hidden = (
+                    int(rng.choice(c)) for c in (EXPERTS, EXPERT_SIZES, HIDDEN_SIZES)
+                )
+                if tokens * experts * size * hidden < most_work:
+                    break
+            union, act = str(rng.choice(UNIONS)), str(rng.choice(["silu", "relu"]))
+            sizes = (tokens, experts, size, hidden)
+            cases.append(Case(*sizes, dtype, union, act, *packing, seed=len(cases)))
+    return cases
+
+
+MATRIX = sample(1, 3e7, seed=20)
+# For every run of the tests: each number of tokens once, going round the dtypes and packings.
+KINDS = len(TOLERANCE) * len(PACKINGS)
+SMALL = sample(1, 3e6, seed=21)
+QUICK = [SMALL[KINDS * i + 8 * i % KINDS] for i in range(len(TOKENS))]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_matches_float64(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", MATRIX, ids=str)
+def test_matrix_matches_float64(case):
+    check(case)
+
+
+@pytest.mark.parametrize("union", UNIONS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_unions(union, dtype):
+    """Empty, single, partial and full unions, and values that overflow beside active experts."""
+    check(Case(5, 40, 32, 64, dtype, union))
+
+
+@pytest.mark.parametrize("size", [(32, 2048), (128, 1024)], ids=str)
+def test_large_sizes(size):
+    check(Case(3, 16, *size, mx.bfloat16, "partial"))
+    check(Case(9, 4, *size, mx.float32, "full", act="relu"))
+
+
+@pytest.mark.parametrize("where", ["x", "scores", "up", "down"])
+@pytest.mark.parametrize("case", [Case(3, 9, 32, 64), Case(9, 9, 32, 64, act="relu")], ids=str)
+def test_nan_makes_nan(case, where):
+    """Where the dense path has NaN, and nowhere else."""
+    operands = dict(zip(("x", "scores", "up", "down"), case.operands()[:4], strict=True))
+    token, expert = 1, 4
+    operands["scores"][token, expert] = 1
+    place = (token, 5 if where == "x" else expert) if where in ("x", "scores") else (expert, 3, 7)
+    operands[where][place] = mx.nan
+    expected = bf.ffn.chunk_union_ffn(*operands.values(), act=case.act, backend="dense")
+    with running():
+        out = result(case, operands.values())
+    assert mx.isnan(expected).any()
+    assert mx.array_equal(mx.isnan(out), mx.isnan(expected))
+
+
+@pytest.mark.parametrize("packing", doctor.PACKINGS.values(), ids=doctor.PACKINGS)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", kernels.KERNELS)
+def test_every_kernel_matches_its_twin(name, dtype, packing):
+    """At sizes that are no multiple of a tile: 13 tokens, 11 active experts of 37."""
+    kernel = kernels.KERNELS[name]
+    if packing[0] and not kernel.projection:
+        pytest.skip("takes no weights")
+    sample = kernel.sample(kernels.random_layer(13, 37, 96, 160, 11, dtype, packing))
+    with running("check") as runs:
+        found = kernel.run(sample, BACKEND)
+        mx.eval(found)
+    assert doctor.relative_error(found, kernel.run(sample.widened())) < TOLERANCE[dtype]
+    assert ON_GPU or name == "up" or runs[-1].counters.unwritten == 0
+
+
+@pytest.mark.parametrize("experts", [1, 3, 40, 180, 256])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_route_finds_the_same_experts(dtype, experts):
+    logits = mx.random.normal((5, experts)).astype(dtype)
+    logits[2] = -1  # a token without any expert
+    weight = mx.random.normal((experts,)).astype(dtype)  # of either sign
+    with running("check"):
+        scores = kernels.route.launch(logits, weight, eps=1e-5, backend=BACKEND)
+        mx.eval(scores)
+    expected = kernels.route.twin(logits, weight, eps=1e-5)
+    assert not mx.any(scores[2])
+    assert mx.array_equal(scores != 0, expected != 0)
+    limit = {mx.float32: 1e-6, mx.float16: 2e-3, mx.bfloat16: 1e-2}[dtype]
+    assert mx.abs(scores - expected).max() <= limit * mx.abs(expected).max()
+
+
+# one case for each tile size, plain and packed, all dtypes
+CHECKED = [
+    Case(1, 40, 32, 96, mx.float32, "partial"),
+    Case(2, 9, 32, 64, mx.bfloat16, "overflow"),
+    Case(3, 9, 64, 128, mx.float16, "full", bits=4, group_size=32),
+    Case(8, 9, 32, 64, mx.bfloat16, "partial", act="relu"),
+    Case(9, 9, 32, 160, mx.float32, "full"),
+    Case(17, 9, 64, 64, mx.bfloat16, "partial", bits=8, group_size=64),
+    Case(33, 9, 32, 64, mx.float16, "overflow"),
+    Case(5, 1, 32, 64, mx.float32, "empty"),
+]
+
+
+@in_harness
+@pytest.mark.parametrize("case", CHECKED, ids=str)
+def test_every_access_is_sound_and_metal_would_take_the_source(case):
+    """No access outside a buffer, no race, no read of what nothing wrote, whatever the order."""
+    runs = check(case, "check", order="shuffled", seed=case.tokens, poison=0x7F)
+    assert runs[-1].counters.unwritten == 0  # of y; scratch may stay partly unwritten
+    for run in runs:
+        assert metal_host.limits(run.launch) == []
+        assert run.counters.threadgroup_bytes <= 32768
+
+
+@in_harness
+@pytest.mark.parametrize("case", CHECKED[:5:4], ids=str)
+def test_threadgroups_that_take_several_tiles(case, monkeypatch):
+    """With more tiles than threadgroups, each one uses its scratch again."""
+    monkeypatch.setattr(projection, "max_threads", lambda backend: 3 * 256)
+    plan.forget()
+    runs = check(case, "check", order="shuffled")
+    assert runs[0].counters.threads <= 3 * 256
+
+
+@in_harness
+@pytest.mark.parametrize("case", CHECKED[1:6:2], ids=str)
+def test_result_does_not_depend_on_the_order_of_threads(case):
+    *operands, _ = case.operands()
+    outputs = []
+    for order in ("forward", "backward"):
+        with running(order=order):
+            outputs.append(result(case, operands))
+    assert mx.array_equal(*outputs)
+
+
+def weight_bytes(case: Case, weights) -> int:
+    """Bytes of the experts that are active, in all parts of a projection."""
+    active = int(float64(case.operands()[1]).any(0).sum())
+    parts = [weights] if isinstance(weights, mx.array) else weights
+    return sum(p.nbytes for p in parts) * active // case.experts
+
+
+@in_harness
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("bits", [0, 4, 8])
+def test_weights_are_loaded_once(tokens, bits):
+    case = Case(tokens, 24, 64, 128, mx.bfloat16, "partial", bits=bits)
+    _, _, up, down, _ = case.operands()
+    runs = {name: [] for name in ("up", "down")}
+    for run in check(case, "check", count=True):
+        for name in runs:
+            if name in run.name:
+                runs[name] += [run.counters.buffers.get(b) for b in ("weight", "scales", "biases")]
+    for name, weights in (("up", up), ("down", down)):
+        parts = [t for t in runs[name] if t]
+        active = weight_bytes(case, weights)
+        assert sum(t.distinct for t in parts) == active
+        assert sum(t.bytes for t in parts) <= 1.05 * active
+        # a line that is touched is taken whole, by this load and at most one beside it
+        assert 128 * parts[0].lines <= 2 * parts[0].bytes
+
+
+# Relative error (norm) of the logits; in bfloat16 every layer rounds, and so did the original.
+GOLDEN = {"gqa_block": 1e-5, "mla_linear": 1e-5, "gqa_bf16_sharded": 2e-2}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_model(golden, monkeypatch, name):
+    """The original code's logits, with every feed-forward layer in the kernels."""
+    model, _, expected = golden(name)
+    ids = mx.array(expected["input_ids"][:1])
+    monkeypatch.setattr(device, "kernel_backend", lambda: BACKEND)
+    monkeypatch.setattr(probe, "works", lambda *_, **__: True)
+    with running() as runs:
+        logits = model(ids)
+        mx.eval(logits)
+    assert ON_GPU or {run.name for run in runs} and len(runs) == 3 * len(model.layers)
+    error = relative_error(logits, expected["logits"][:1].astype(np.float64))
+    assert error < GOLDEN[name]
+
+
+def test_the_demo_is_the_same_through_kernels_and_operations():
+    """Packed weights: sparsity within 0.1 points, greedy tokens up to the first near-tie."""
+    model, tokenizer = load(DEMO_FOLDER)
+    model.set_dtype(mx.float32)
+    text = [tokenizer.bos_token_id, *tokenizer.encode(PASSAGE, add_special_tokens=False)]
+
+    def sparsity_and_tokens(backend: str) -> tuple[np.ndarray, list[int], int]:
+        for layer in model.layers:
+            layer.mlp.backend = backend
+        cache = model.make_cache()
+        with record_router_scores(model) as recorded:
+            for begin in range(0, 48, 16):
+                mx.eval(model(mx.array([text[begin : begin + 16]]), cache))
+        result = sparsity_of_scores([mx.concatenate(p, axis=1) for p in recorded])
+        return np.array([result.tls, result.cls]), *greedy(model, text[:11], 12)
+
+    expected, expected_tokens, sure = sparsity_and_tokens("ops")
+    with running() as runs:
+        found, tokens, _ = sparsity_and_tokens(BACKEND)
+    assert ON_GPU or len(runs) == 3 * len(model.layers) * (3 + 12)
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert tokens[:sure] == expected_tokens[:sure] and sure > 4
+
+
+def test_negative_router_norm_weights(monkeypatch):
+    """They make the scores of active experts negative: active all the same."""
+    sizes = dict(hidden_size=64, num_experts=9, expert_size=32)
+    layer = bf.ffn.BlockFFN(bf.ModelArgs(**{**TINY, **sizes}))
+    layer.router_norm.weight = mx.where(mx.arange(9) % 2 == 0, -1.5, 0.5)
+    layer.eval()
+    x = mx.random.normal((1, 5, 64))
+    scores = layer.scores(x)
+    assert (scores < 0).any().item() and (scores > 0).any().item()
+    monkeypatch.setattr(device, "kernel_backend", lambda: None)
+    expected = layer(x)
+    monkeypatch.setattr(device, "kernel_backend", lambda: BACKEND)
+    monkeypatch.setattr(probe, "works", lambda *_, **__: True)
+    with running():
+        out = layer(x)
+        mx.eval(out)
+    assert relative_error(out, float64(expected)) < TOLERANCE[mx.float32]
+
+
+def test_environment_turns_kernels_off(monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    for value, expected in ((None, "metal"), ("ops", None)):
+        device.kernels_turned_off.cache_clear()
+        monkeypatch.delenv("BLOCKFFN_KERNELS", raising=False)
+        if value:
+            monkeypatch.setenv("BLOCKFFN_KERNELS", value)
+        assert device.kernel_backend() == kernels.available_backend() == expected
+    device.kernels_turned_off.cache_clear()
+
+
+COVERED = Case(5, 9, 32, 64)
+NOT_COVERED = {
+    "65 tokens": replace(COVERED, tokens=65),
+    "257 experts": replace(COVERED, experts=257),
+    "expert size": replace(COVERED, expert_size=40),
+    "hidden size": replace(COVERED, hidden_size=72),
+    "bits": replace(COVERED, bits=2, group_size=32),
+}
+
+
+@pytest.mark.parametrize("name", NOT_COVERED)
+def test_what_the_kernels_do_not_cover_goes_to_plain_operations(name, monkeypatch):
+    monkeypatch.setattr(device, "kernel_backend", lambda: "metal")
+    x, scores, up, down, _ = NOT_COVERED[name].operands()
+    weights = [expert_weights(up, x.shape[1]), expert_weights(down, NOT_COVERED[name].expert_size)]
+    sizes = kernels.Sizes.of(x, *weights)
+    assert not kernels.covers(sizes) and kernels.covers(covered_sizes())
+    assert make_plan(sizes, "silu").up is None and make_plan(covered_sizes(), "silu").up
+    out = bf.ffn.chunk_union_ffn(x, scores, up, down)
+    expected = bf.ffn.chunk_union_ffn(x, scores, up, down, backend="dense")
+    assert relative_error(out, float64(expected)) < TOLERANCE[mx.float32]
+    with pytest.raises(ValueError, match="the kernels take"):
+        bf.ffn.chunk_union_ffn(x, scores, up, down, backend="metal")
+
+
+def covered_sizes() -> kernels.Sizes:
+    x, _, up, down, _ = COVERED.operands()
+    return kernels.Sizes.of(x, expert_weights(up, 64), expert_weights(down, 32))

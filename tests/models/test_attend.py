@@ -1,0 +1,62 @@
+"""Attention in plain operations against MLX's own, and where each is taken."""
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+from blockffn_mlx import device
+from blockffn_mlx.models import attend
+from blockffn_mlx.models.attend import attention_ops
+from helpers.models import tiny_model
+
+TOLERANCE = {mx.float32: 2e-6, mx.bfloat16: 2e-2}  # bfloat16 weighs values in 8 bits
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize("mask", [None, "causal", "tree", "rows", "added"])
+@pytest.mark.parametrize("num_tokens, length", [(2, 2), (7, 7), (5, 38), (33, 65)])
+def test_plain_operations_agree_with_mlx(dtype, heads, kv_heads, mask, num_tokens, length):
+    mx.random.seed(num_tokens + heads)
+    queries = mx.random.normal((2, heads, num_tokens, 16)).astype(dtype)
+    keys = mx.random.normal((2, kv_heads, length, 16)).astype(dtype)
+    values = mx.random.normal((2, kv_heads, length, 16)).astype(dtype)
+    if mask in ("tree", "rows"):
+        shape = (num_tokens, length) if mask == "tree" else (2, 1, num_tokens, length)
+        mask = (mx.random.uniform(shape=shape) < 0.6) | (mx.arange(length) == 0)
+    elif mask == "added":
+        mask = mx.random.normal((2, heads, num_tokens, length)).astype(dtype)
+    found = attention_ops(queries, keys, values, 0.25, mask)
+    expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.25, mask=mask)
+    assert found.dtype == dtype and found.shape == expected.shape
+    assert mx.abs(found - expected).max() < TOLERANCE[dtype]
+
+
+def test_only_chunks_on_cuda_take_plain_operations(monkeypatch):
+    taken = []
+    monkeypatch.setattr(attend, "attention_ops", lambda *a: taken.append("ops"))
+    monkeypatch.setattr(attend, "mlx_attention", lambda *a, **k: taken.append("mlx"))
+    kept = mx.zeros((1, 2, 9, 4))
+
+    def path(backend, num_tokens, cache):
+        monkeypatch.setattr(device, "compute_backend", lambda: backend)
+        queries = mx.zeros((1, 2, num_tokens, 4))
+        attend.scaled_dot_product_attention(queries, kept, kept, cache, 1.0, None)
+        return taken.pop()
+
+    assert [path("cuda", n, KVCache()) for n in (1, 2, 64, 65)] == ["mlx", "ops", "ops", "mlx"]
+    assert [path(backend, 16, KVCache()) for backend in ("metal", "cpu")] == ["mlx", "mlx"]
+    assert path("cuda", 16, QuantizedKVCache()) == "mlx"
+
+
+@pytest.mark.parametrize("attention", ["vanilla", "mla"])
+def test_a_model_decodes_the_same_either_way(attention, monkeypatch):
+    model, ids = tiny_model(attention_type=attention), mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
+    logits = []
+    for backend in ("cpu", "cuda"):
+        cache = model.make_cache()
+        with monkeypatch.context() as patch:
+            patch.setattr(attend.device, "compute_backend", lambda backend=backend: backend)
+            parts = [model(ids[:, :5], cache), model(ids[:, 5:], cache)]
+        logits.append(mx.concatenate(parts, axis=1))
+    assert mx.abs(logits[0] - logits[1]).max() < 1e-5 * mx.abs(logits[0]).max()

@@ -1,0 +1,221 @@
+"""Compiled passes give what the layers give, with every cache, and step aside where they must.
+
+The kernels' twins stand for the kernels, so that mx.compile really runs.
+"""
+
+import copy
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from blockffn_mlx import device, kernels
+from blockffn_mlx.ffn import plan
+from blockffn_mlx.kernels.kernel import Call
+from blockffn_mlx.models.activation import record_router_scores
+from blockffn_mlx.models.compiled import CompiledPasses
+from blockffn_mlx.quantisation import Packed, Plain
+from helpers.models import tiny_model
+
+SIZES = dict(hidden_size=64, expert_size=32)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Kernels that are their twins; counts the passes that were compiled ones."""
+
+    def call(self: Call, *inputs: mx.array):
+        constants, settings = dict(self.template), {}
+        if self.kernel.name == "route":
+            *inputs, eps = inputs
+            settings["eps"] = eps.item()
+        if self.kernel.projection:
+            first, arrays = inputs[: len(self.kernel.inputs)], inputs[len(self.kernel.inputs) :]
+            if self.packed:
+                weights = Packed(*arrays, constants["GROUP_SIZE"], constants["BITS"], "affine")
+            else:
+                weights = Plain(*arrays)
+            inputs = (*first, weights)
+        if "SILU" in constants:
+            settings["act"] = "silu" if constants["SILU"] else "relu"
+        out = self.kernel.twin(*inputs, **settings)
+        return out if isinstance(out, tuple) else (out,)
+
+    passes, run = [], CompiledPasses.run
+
+    def counted(self, *arguments):
+        out = run(self, *arguments)
+        passes.append(out is not None)
+        return out
+
+    monkeypatch.setattr(Call, "__call__", call)
+    monkeypatch.setattr(device, "kernel_backend", lambda: "metal")
+    monkeypatch.setattr(CompiledPasses, "run", counted)
+    plan.forget()
+    return passes
+
+
+def steps(model, cache, lengths=(5, 1, 1, 4, 1), batch_size=1, **options) -> list[mx.array]:
+    """Hidden states of passes of some lengths, one after the other."""
+    ids = mx.random.randint(0, 61, (batch_size, sum(lengths)), key=mx.random.key(3))
+    out, start = [], 0
+    for length in lengths:
+        out.append(model.model(ids[:, start : start + length], cache, **options))
+        start += length
+    return out
+
+
+def agree(monkeypatch, compiled, model, make_cache, tolerance=1e-5, **options):
+    """The same passes compiled and through the layers."""
+    found = steps(model, make_cache(), **options)
+    mx.eval(found)
+    assert compiled and all(compiled)
+    with monkeypatch.context() as plain:
+        plain.setattr(CompiledPasses, "run", lambda *arguments: None)
+        expected = steps(model, make_cache(), **options)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mx.abs(mine - theirs).max().item() < tolerance * mx.abs(theirs).max().item()
+
+
+def caches(make, layers=2):
+    return lambda: [make() for _ in range(layers)]
+
+
+CACHES = {
+    "plain": KVCache,
+    "rotating": lambda: RotatingKVCache(max_size=6, keep=2),
+    "quantized": lambda: QuantizedKVCache(group_size=32, bits=8),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_every_cache(monkeypatch, compiled, name):
+    # QuantizedKVCache wants heads of 32
+    model = tiny_model(**SIZES, num_attention_heads=2, num_key_value_heads=1)
+    agree(monkeypatch, compiled, model, caches(CACHES[name]))
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_batches_with_left_padding(monkeypatch, compiled, batch_size):
+    model = tiny_model(**SIZES)
+    padding = [0, 2, 1][:batch_size]
+    agree(
+        monkeypatch, compiled, model, caches(lambda: BatchKVCache(padding)), batch_size=batch_size
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_weights(monkeypatch, compiled, bits):
+    model = tiny_model(**SIZES)
+    nn.quantize(model, 32, bits, class_predicate=lambda p, m: hasattr(m, "to_quantized"))
+    agree(monkeypatch, compiled, model, model.make_cache)
+
+
+def test_trees_have_their_own_positions_and_mask(monkeypatch, compiled):
+    model = tiny_model(**SIZES)
+    positions, mask = mx.array([5, 6, 6, 7]), mx.random.uniform(shape=(4, 9)) < 0.8
+
+    def tree(model):
+        cache = model.make_cache()
+        model.model(mx.array([[3, 1, 4, 1, 5]]), cache)
+        return model.model(mx.array([[9, 2, 6, 5]]), cache, mask, positions)
+
+    found = tree(model)
+    assert all(compiled)
+    monkeypatch.setattr(CompiledPasses, "run", lambda *arguments: None)
+    assert mx.allclose(found, tree(model), rtol=1e-5, atol=1e-5)
+
+
+def test_linear_scaling_is_compiled_and_dynamic_is_not(monkeypatch, compiled):
+    linear = tiny_model(**SIZES, rope_scaling={"type": "linear", "factor": 2.0})
+    agree(monkeypatch, compiled, linear, linear.make_cache)
+    dynamic = tiny_model(**SIZES, rope_scaling={"type": "dynamic", "factor": 2.0})
+    steps(dynamic, dynamic.make_cache())
+    assert not any(compiled[-5:])
+
+
+def test_watchers_see_logits_and_scores(compiled, monkeypatch):
+    model = tiny_model(**SIZES)
+
+    def seen():
+        with record_router_scores(model) as recorded:
+            steps(model, model.make_cache())
+        return [scores for layer in recorded for scores in layer]
+
+    found = seen()
+    assert all(compiled) and len(found) == 10 and found[0].shape == (1, 5, 9)
+    monkeypatch.setattr(CompiledPasses, "run", lambda *arguments: None)
+    assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(found, seen(), strict=True))
+
+
+def test_new_weights_are_noticed(monkeypatch, compiled):
+    model = tiny_model(**SIZES)
+    steps(model, model.make_cache())
+    for name, weight in tree_flatten(model.parameters()):
+        model.load_weights([(name, weight * 0.9)], strict=False)
+    agree(monkeypatch, compiled, model, model.make_cache)
+    nn.quantize(model, 32, 8, class_predicate=lambda p, m: hasattr(m, "to_quantized"))
+    agree(monkeypatch, compiled, model, model.make_cache)
+    model.set_dtype(mx.bfloat16)
+    agree(monkeypatch, compiled, model, model.make_cache, tolerance=3e-2)
+
+
+def test_joined_weights_keep_their_names_and_values(compiled):
+    model = tiny_model(**SIZES)
+    before = dict(tree_flatten(model.parameters()))
+    steps(model, model.make_cache())
+    after = dict(tree_flatten(model.parameters()))
+    assert after.keys() == before.keys() and any(compiled)
+    assert all(mx.array_equal(after[name], before[name]) for name in before)
+
+
+def test_training_and_lora_take_the_layers(compiled):
+    model = tiny_model(**SIZES)
+    steps(model, model.make_cache())
+    assert all(compiled)
+    linear_to_lora_layers(model, 2, {"rank": 2, "scale": 1.0, "dropout": 0.0})
+    model.eval()
+    lora = model.layers[0].self_attn.q_proj
+    lora.lora_b = mx.ones_like(lora.lora_b)
+    changed = steps(model, model.make_cache())
+    assert not any(compiled[5:]) and mx.isfinite(changed[0]).all().item()
+    model.train()
+    grads = nn.value_and_grad(model, lambda m: m(mx.array([[1, 2, 3]])).sum())(model)[1]
+    assert mx.abs(grads["model"]["layers"][0]["self_attn"]["q_proj"]["lora_a"]).sum().item() > 0
+
+
+def test_gradients_in_the_midst_of_decoding(compiled):
+    """Weights that are being differentiated reach the layers, not a compiled pass."""
+    model = tiny_model(**SIZES)
+    steps(model, model.make_cache())
+    model.train()
+    loss = nn.value_and_grad(model, lambda m: (m(mx.array([[1, 2, 3]])) ** 2).mean())
+    _, grads = loss(model)
+    norms = [mx.abs(g).max().item() for _, g in tree_flatten(grads)]
+    assert sum(norm > 0 for norm in norms) > len(norms) // 2
+    model.eval()
+    del compiled[:]
+    steps(model, model.make_cache())
+    assert all(compiled)
+
+
+@pytest.mark.parametrize("norm", ["sum", "none"])
+def test_other_routers_and_mla_take_the_layers(compiled, norm):
+    for options in ({"norm_after_router": norm}, {"attention_type": "mla"}):
+        model = tiny_model(**SIZES, **options)
+        steps(model, model.make_cache())
+    assert not any(compiled)
+
+
+def test_a_copy_compiles_its_own(monkeypatch, compiled):
+    model = tiny_model(**SIZES)
+    steps(model, model.make_cache())
+    twin = copy.deepcopy(model)
+    twin.update({"model": {"norm": {"weight": twin.model.norm.weight * 2}}})
+    agree(monkeypatch, compiled, twin, twin.make_cache)
+    assert kernels.MAX_TOKENS == 64
+    steps(model, model.make_cache(), lengths=(65,))
+    assert not compiled[-1]

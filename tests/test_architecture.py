@@ -1,0 +1,108 @@
+"""The plan of the house: imports go down its floors, and what the guides name is there."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Rooms below blockffn_mlx by floor, the lowest first; rooms of one floor do not know each other.
+FLOORS = [
+    {"version", "device", "quantisation", "arrays", "paths"},
+    {"kernels"},
+    {"ffn"},
+    {"models"},
+    {"checkpoints"},
+    {"speculative"},
+    {"prompt"},
+    {"generate"},
+    {"chat", "analysis", "training"},
+    {"cli"},
+]
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+SAME_FLOOR = [("device", "version")]  # may import in this direction
+# The front door, the line that converted folders import, and the kernels' source.
+ABOVE = {"__init__", "model", "metal"}
+MODULES = [
+    path
+    for folder in ("blockffn_mlx", "cli", "metal")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if not any(parent.is_symlink() for parent in path.parents) and path.parent.name != "demo"
+]
+
+
+def dotted(path: Path) -> list[str]:
+    """A file's name below blockffn_mlx, as Python imports it."""
+    parts = list(path.relative_to(ROOT).with_suffix("").parts)
+    return parts[1:] if parts[0] == "blockffn_mlx" else parts
+
+
+def imported(path: Path) -> set[str]:
+    """The rooms that a file imports, inside functions too, and the third parties by name."""
+    found, package = set(), dotted(path)[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {f"!{alias.name.split('.')[0]}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            first, *rest = (node.module or "").split(".")
+            found.add(rest[0] if first == "blockffn_mlx" and rest else f"!{first}")
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1]
+            target = base + (node.module.split(".") if node.module else [])
+            found |= {target[0]} if target else {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: "/".join(dotted(path)))
+def test_imports_go_down(path):
+    room = dotted(path)[0]
+    if room in ABOVE:
+        return
+    below = {name for name in FLOOR if FLOOR[name] < FLOOR[room]} | {room}
+    below |= {to for start, to in SAME_FLOOR if start == room}
+    below |= {"__version__", "require_backend"}  # of the package itself
+    rooms = {name for name in imported(path) if not name.startswith("!")}
+    assert rooms <= below, f"{path.name} of {room} imports {sorted(rooms - below)}"
+
+
+def test_every_module_has_a_room():
+    assert {dotted(path)[0] for path in MODULES} - ABOVE <= set(FLOOR)
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[>\[]", text)[0] for text in project["dependencies"]}
+    declared = {name.lower().replace("-", "_") for name in names}
+    declared |= {"markdown_it"} if "markdown_it_py" in declared else set()
+    third = {name[1:] for path in MODULES for name in imported(path) if name.startswith("!")}
+    missing = {
+        name
+        for name in third - set(sys.stdlib_module_names) - {"blockffn_mlx"}
+        if name.lower() not in declared
+    }
+    assert not missing
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md", "docs/architecture.md"])
+def test_the_guides_name_files_that_exist(page):
+    text = (ROOT / page).read_text()
+    named = re.findall(r"`((?:blockffn_mlx|cli|metal|tests|docs|examples|bench)/[\w./-]*)`", text)
+    named += re.findall(r"\]\(((?!http)[\w./-]+)\)", text)
+    folder = (ROOT / page).parent
+    missing = {
+        name
+        for name in named
+        if "NAME" not in name and not (ROOT / name).exists() and not (folder / name).exists()
+    }
+    assert not missing
+
+
+def test_each_task_names_at_most_four_places():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    tasks = text.split("## Where to touch what")[1].split("\n## ")[0].split("\n### ")[1:]
+    assert len(tasks) >= 5
+    for task in tasks:
+        assert 1 <= len(re.findall(r"^\d\. ", task, re.M)) <= 4, task.splitlines()[0]
