@@ -12,25 +12,29 @@ from pathlib import Path
 
 from .source import HERE, MetalError
 
+# every load and store goes through runtime/checks.h, as do integer overflow, array indices and
+# alignment
+CHECKS = [
+    *"-DMSL_CHECK -fsanitize=thread -fno-builtin-memset".split(),
+    *"-mllvm -tsan-instrument-func-entry-exit=0".split(),
+    *"-mllvm -tsan-instrument-read-before-write".split(),
+    "-fsanitize=bounds,integer-divide-by-zero,signed-integer-overflow"
+    ",unsigned-integer-overflow,alignment",
+    # a vector load stays one load
+    *"-mllvm -disable-vector-combine".split(),
+    # -Xclang: the driver does not offer it beside the thread sanitizer
+    *"-fno-sanitize-recover=all -Xclang -fsanitize-minimal-runtime".split(),
+]
 MODES = {
     # for parity; memory faults, divergence and limits are still errors
     "fast": ["-O2"],
-    # every load and store goes through runtime/checks.h, as do integer overflow, array indices and
-    # alignment
-    "check": [
-        *"-O1 -DMSL_CHECK -fsanitize=thread -fno-builtin-memset".split(),
-        *"-mllvm -tsan-instrument-func-entry-exit=0".split(),
-        *"-mllvm -tsan-instrument-read-before-write".split(),
-        "-fsanitize=bounds,integer-divide-by-zero,signed-integer-overflow"
-        ",unsigned-integer-overflow,alignment",
-        # a vector load stays one load
-        *"-mllvm -disable-vector-combine".split(),
-        # -Xclang: the driver does not offer it beside the thread sanitizer
-        *"-fno-sanitize-recover=all -Xclang -fsanitize-minimal-runtime".split(),
-    ],
+    "check": ["-O1", *CHECKS],
+    # the optimiser drops or moves loads whose values are not used; here every one is checked
+    "literal": ["-O0", *CHECKS],
     # address spaces are part of the type
     "as": ["-O2", "-DMSL_AS"],
 }
+CHECKED = ("check", "literal")
 FLAGS = [
     *"-std=c++14 -nostdinc -nostdinc++ -fno-exceptions -fno-rtti".split(),
     *"-fno-threadsafe-statics -fno-finite-loops".split(),
@@ -126,7 +130,7 @@ def build(text: str, mode: str) -> Path:
         flags = [*FLAGS, *ARCH, *MODES[mode], *include, "-fPIC", "-fvisibility=hidden"]
         what = f"the kernel does not compile ({mode} build)"
         run_tool([*require_compiler(), *flags, "-c", str(cpp), "-o", str(obj)], what)
-        libraries = [str(runtime(mode == "check")), "-lm", "-ldl", "-lstdc++"]
+        libraries = [str(runtime(mode in CHECKED)), "-lm", "-ldl", "-lstdc++"]
         link = ["-shared", "-Wl,-Bsymbolic", str(obj), *libraries, "-o", str(path)]
         run_tool([*require_compiler(), *link], "linking the kernel")
 

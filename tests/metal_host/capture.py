@@ -15,7 +15,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from .build import build
+from .build import CHECKED, MODES, build
 from .run import Buffer, Counters, dispatch
 from .source import MetalError, Parameter, translate
 
@@ -73,7 +73,7 @@ class Run:
 class MetalKernel:
     """Stands in for what mx.fast.metal_kernel returns; has its arguments.
 
-    `mode` ("fast", "check" or "as") and `options` (of run.dispatch) hold for every kernel, unless a
+    `mode` (of build.MODES) and `options` (of run.dispatch) hold for every kernel, unless a
     call says otherwise; `runs` receives a Run for every call while `harness` is active.
     """
 
@@ -140,7 +140,7 @@ class MetalKernel:
             buffers.append(Buffer(name, to_bytes(array), written=written))
             if array.ndim:
                 buffers += shape_buffers(name, array, infos)
-        checked = (mode or self.mode) == "check"
+        checked = (mode or self.mode) in CHECKED
         outputs = []
         for name, shape, dtype in zip(self.output_names, output_shapes, output_dtypes, strict=True):
             data = to_bytes(mx.full(shape, 0 if init_value is None else init_value, dtype)).copy()
@@ -197,7 +197,7 @@ def harness(mode: str = "fast", **options) -> Iterator[list[Run]]:
     Kernel objects made before are not affected. mx.compile is off meanwhile: it cannot trace a
     stand-in.
     """
-    if mode not in ("fast", "check", "as"):
+    if mode not in MODES:
         raise MetalError(f"no such mode: {mode}")
     before = mx.fast.metal_kernel, MetalKernel.mode, MetalKernel.options, MetalKernel.runs
     available = mx.metal.is_available
