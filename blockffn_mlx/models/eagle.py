@@ -82,7 +82,7 @@ class EagleHead(nn.Module):
         embeddings: mx.array,
         hidden: mx.array,
         cache: list[KVCache],
-        positions: mx.array,
+        positions: mx.array | None,
         mask: mx.array | None = None,
     ) -> mx.array:
         """Runs T rows, each the hidden state of a position with the token that follows it.
@@ -91,7 +91,7 @@ class EagleHead(nn.Module):
             embeddings: The following tokens' scaled embeddings [1, T, H].
             hidden: Hidden states after the target's norm [1, T, H], or this head's own output.
             cache: One KVCache per layer.
-            positions: Integers [T], the positions of the hidden states.
+            positions: Integers [T], the positions of the hidden states; consecutive if None.
             mask: bool [T, cached + T]; causal if None.
 
         Returns:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 from mlx_lm.utils import get_total_parameters
 
 from ..arrays import named_arrays
@@ -179,7 +179,7 @@ def save_model(path: str | Path, model: Model, tokenizer: Any, dtype: mx.Dtype):
         dtype: The weights' dtype; packed weights keep theirs.
     """
     merge_lora(model)
-    weights = dict(tree_flatten(model.parameters()))
+    weights = dict(named_arrays(model.parameters()))
     packed = is_quantized(model)
     if not packed:
         weights = {name: weight.astype(dtype) for name, weight in weights.items()}

@@ -1,16 +1,15 @@
 """A training run's configuration: TOML with tables, checked before anything is built."""
 
-import math
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 import mlx.core as mx
 
 from ..models.blockffn import ModelArgs
+from .tables import build_table, check_ranges, override_setting
 from .text import read_text
 
 MOST_TOKENS, MOST_LAYERS, MOST_TOKEN_KINDS = 1 << 28, 10_000, 1 << 20
@@ -53,7 +52,7 @@ class Data:
     template: list[str] = field(default_factory=list)
 
     def __post_init__(self):
-        _check_ranges(self, at_least={"vocab_size": 259, "validation_tokens": 2})
+        check_ranges(self, at_least={"vocab_size": 259, "validation_tokens": 2})
         if self.vocab_size > MOST_TOKEN_KINDS:
             raise ValueError(f"vocab_size is {self.vocab_size}, above {MOST_TOKEN_KINDS:,}.")
         if not 0 <= self.held_out < 1:
@@ -84,7 +83,7 @@ class OptimizerSettings:
             raise ValueError(f"dtype {self.dtype!r} is not bfloat16, float16 or float32.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are two numbers from 0 to below 1, not {self.betas}.")
-        _check_ranges(self, at_least={"eps": 0, "weight_decay": 0})
+        check_ranges(self, at_least={"eps": 0, "weight_decay": 0})
         if self.clip <= 0:
             raise ValueError(f"clip is {self.clip}, but must be above 0.")
 
@@ -125,7 +124,7 @@ class Sparsity:
 
     def __post_init__(self):
         weights = dict.fromkeys(("al", "cs", "entropy", "l1", "balance", "hold", "warmup"), 0)
-        _check_ranges(
+        check_ranges(
             self,
             at_least={"chunk_length": 1, "interval": 1, "min_ratio": 0, "max_ratio": 0} | weights,
         )
@@ -172,7 +171,7 @@ class Stage:
             raise ValueError(f"packing {self.packing!r} is not 'windows' or 'documents'.")
         if self.steps < 0 or min(self.batch_size, self.context, self.accumulate) < 1:
             raise ValueError("steps, batch_size, context and accumulate must be positive.")
-        _check_ranges(self, at_least={"lr": 0, "warmup": 0, "decay": 0, "final_lr": 0})
+        check_ranges(self, at_least={"lr": 0, "warmup": 0, "decay": 0, "final_lr": 0})
         if any(weight < 0 for weight in (self.weights or {}).values()):
             raise ValueError("the weights of the sources must not be negative.")
         if self.batch_size // self.accumulate * self.context > MOST_TOKENS:
@@ -198,7 +197,7 @@ class Initialisation:
     residual: bool = True
 
     def __post_init__(self):
-        _check_ranges(self, at_least={"std": 0})
+        check_ranges(self, at_least={"std": 0})
 
 
 @dataclass
@@ -211,7 +210,7 @@ class Lora:
     num_layers: int = 16
 
     def __post_init__(self):
-        _check_ranges(self, at_least={"rank": 1, "num_layers": 1, "dropout": 0})
+        check_ranges(self, at_least={"rank": 1, "num_layers": 1, "dropout": 0})
         if self.dropout >= 1:
             raise ValueError(f"dropout is {self.dropout}, but must be below 1.")
 
@@ -239,7 +238,7 @@ class Head:
 
     def __post_init__(self):
         sizes, weights = ("intermediate_size", "num_hidden_layers"), ("feature", "token", "noise")
-        _check_ranges(self, at_least=dict.fromkeys(sizes, 1) | dict.fromkeys(weights, 0))
+        check_ranges(self, at_least=dict.fromkeys(sizes, 1) | dict.fromkeys(weights, 0))
 
 
 @dataclass
@@ -273,7 +272,7 @@ class TrainingConfig:
         if not self.stage:
             raise ValueError("the run needs at least one [[stage]].")
         counts = ("log_interval", "eval_interval", "checkpoint_interval", "keep_checkpoints")
-        _check_ranges(self, at_least=dict.fromkeys(counts, 1) | {"seed": 0})
+        check_ranges(self, at_least=dict.fromkeys(counts, 1) | {"seed": 0})
         if not self.output or "\0" in self.output:
             raise ValueError("output names no folder.")
         for stage in self.stage:
@@ -294,11 +293,11 @@ class TrainingConfig:
         Raises:
             ValueError: An unknown field, or one of a wrong type or size.
         """
-        args = _build(ModelArgs, self.model, "[model]")
+        args = build_table(ModelArgs, self.model, "[model]")
         for name in MODEL_SIZES:
             if getattr(args, name) < 1:
                 raise ValueError(f"[model]: {name} is {getattr(args, name)}, but must be positive.")
-        _check_ranges(args, at_least={"rms_norm_eps": 0})
+        check_ranges(args, at_least={"rms_norm_eps": 0})
         for name in ("rope_theta", "norm_scale", "dim_model_base"):
             if getattr(args, name) <= 0:
                 raise ValueError(f"[model]: {name} is {getattr(args, name)}, but must be above 0.")
@@ -336,80 +335,5 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
-        _override(table, override)
-    return _build(TrainingConfig, table, str(path))
-
-
-def _override(table: dict, override: str):
-    name, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError(f"{override!r}: write it as table.key=value.")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text
-    *parents, key = name.strip().split(".")
-    for parent in parents:
-        try:
-            table = table[int(parent)] if isinstance(table, list) else table.setdefault(parent, {})
-        except (IndexError, ValueError):
-            raise ValueError(f"{override!r}: there is no stage {parent}.") from None
-        if not isinstance(table, dict | list):
-            raise ValueError(f"{override!r}: {parent} is not a table.")
-    if isinstance(table, list):
-        raise ValueError(f"{override!r}: name a setting of the stage, as stage.0.steps=100.")
-    table[key] = value
-
-
-def _build(kind: Any, value: Any, where: str) -> Any:
-    """Builds `kind` from parsed TOML, refusing unknown keys and wrong types."""
-    if get_origin(kind) is UnionType:
-        kind = next(option for option in get_args(kind) if option is not type(None))
-        return None if value is None else _build(kind, value, where)
-    if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected a table, got {value!r}.")
-        hints = get_type_hints(kind)
-        _refuse_unknown(value, set(hints), where)
-        built = {key: _build(hints[key], item, f"{where}: {key}") for key, item in value.items()}
-        optional = {f.name for f in fields(kind) if {f.default, f.default_factory} != {MISSING}}
-        if missing := [f.name for f in fields(kind) if f.name not in optional | set(built)]:
-            raise ValueError(f"{where}: missing {', '.join(missing)}.")
-        try:
-            return kind(**built)
-        except (ValueError, TypeError) as error:  # types inside tables of any content
-            raise ValueError(f"{where}: {error}") from None
-    if get_origin(kind) is list:
-        items = value if isinstance(value, list) else [value]
-        return [_build(get_args(kind)[0], item, where) for item in items]
-    if get_origin(kind) is dict:
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected a table, got {value!r}.")
-        inner = get_args(kind)[1]
-        return {key: _build(inner, item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    # TOML's true is a Python int as well.
-    fits = kind is Any or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool))
-    if not fits:
-        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}.")
-    return value
-
-
-def _check_ranges(settings: Any, at_least: Mapping[str, float]):
-    """Refuses numbers below their least value, and those that are not finite."""
-    for name in (f.name for f in fields(settings)):
-        value = getattr(settings, name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, but must be a finite number.")
-        if isinstance(value, int) and abs(value) >= 2**53:
-            raise ValueError(f"{name} is larger than any count can be.")
-        if value is not None and name in at_least and value < at_least[name]:
-            raise ValueError(f"{name} is {value}, but must be at least {at_least[name]}.")
-
-
-def _refuse_unknown(table: dict, known: set[str], where: str):
-    if unknown := sorted(set(table) - known):
-        raise ValueError(
-            f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}."
-        )
+        override_setting(table, override)
+    return build_table(TrainingConfig, table, str(path))

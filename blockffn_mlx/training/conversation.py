@@ -103,8 +103,8 @@ class ConversationEncoder:
         ids, (starts, ends) = encoded.ids, _spans(encoded)
         closing = np.isin(ids, self.closing) & (starts < ends)
         spoken = np.zeros(len(ids), bool)
-        for index in np.flatnonzero(learned):
-            begin, end, turn_end = self._place(int(index), messages, text, conversation)
+        for index in np.flatnonzero(learned).tolist():
+            begin, end, turn_end = self._place(index, messages, text, conversation)
             closers = ends[closing & (starts >= end) & (ends <= turn_end)]
             # Without a token of its own for it, a turn ends with what the template writes after.
             last = closers[0] if len(closers) else end + len(text[end:turn_end].rstrip())

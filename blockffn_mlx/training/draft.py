@@ -1,10 +1,12 @@
 """Training an EAGLE head on a frozen model's hidden states, and writing it."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from ..arrays import named_arrays
@@ -63,7 +65,7 @@ def head_args(settings: Head, target: Model) -> HeadArgs:
 
 
 def draft_objective(
-    head: EagleHead, target: Model, batch: Batch, settings: Head
+    head: EagleHead, target: Model, batch: Batch[mx.array], settings: Head
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """EAGLE's loss: smooth L1 on hidden states and cross-entropy against the target's softmax.
 
@@ -127,7 +129,7 @@ class DraftTrainer(Trainer):
         corpus: Corpus,
         **callbacks: Any,
     ):
-        self.target = target
+        self.head, self.target = head, target
         super().__init__(config, head, corpus, **callbacks)
 
     @property
@@ -136,10 +138,10 @@ class DraftTrainer(Trainer):
         return self.target
 
     def objective(
-        self, batch: Batch, factors: dict[str, mx.array], share: dict[str, mx.array]
+        self, batch: Batch[mx.array], factors: dict[str, mx.array], share: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """`draft_objective`, weighed by the micro-batch's share of the step's token pairs."""
-        total, metrics = draft_objective(self.model, self.target, batch, self.config.head)
+        total, metrics = draft_objective(self.head, self.target, batch, self.config.head)
         weight = share["paired"]
         return weight * total, {name: weight * value for name, value in metrics.items()}
 
@@ -152,14 +154,17 @@ class DraftTrainer(Trainer):
         for source in self.corpus.validation.values():
             windows, _ = validation_windows(source, stage.context, self.corpus.pad, limit)
             for begin in range(0, len(windows.inputs), rows):
-                parts = (array[begin : begin + rows] for array in windows[:-1])
-                batch = Batch._make([*map(mx.array, parts), None])
-                _, metrics = draft_objective(self.model, self.target, batch, self.config.head)
+                batch = windows.each(partial(_rows_of, begin=begin, end=begin + rows))
+                _, metrics = draft_objective(self.head, self.target, batch, self.config.head)
                 count = int(batch.paired[:, 1:].sum())
                 sums = {name: sums[name] + count * float(metrics[name]) for name in METRICS}
                 pairs += count
         self.model.train()
         return {name: value / max(pairs, 1) for name, value in sums.items()}
+
+
+def _rows_of(array: np.ndarray, begin: int, end: int) -> mx.array:
+    return mx.array(array[begin:end])
 
 
 def save_head(path: str | Path, head: EagleHead, dtype: mx.Dtype):

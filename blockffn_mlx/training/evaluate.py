@@ -42,18 +42,21 @@ def evaluate(
         marked, and `tls`, `cls_8`, `reuse` as fractions. Groups weigh their sources by tokens.
     """
     names = list(corpus.validation)
-    batches, said, owner = [], [], []
+    batches: list[Batch[np.ndarray]] = []
+    spoken: list[np.ndarray] = []
+    owner: list[int] = []
     for index, name in enumerate(names):
         source = corpus.validation[name]
         batch, turns = validation_windows(source, context, corpus.pad, limit)
         batches.append(batch)
-        said.append(turns & ~source.assistant.all())  # plain text has no turns
+        spoken.append(turns & ~source.assistant.all())  # plain text has no turns
         owner += [index] * len(turns)
     arrays = [np.concatenate(parts) for parts in zip(*(b[:-1] for b in batches), strict=True)]
-    spoken = np.concatenate(said)
+    arrays.append(np.concatenate(spoken))
 
-    def row_sums(batch, spoken):
-        return _row_sums(model, Batch(*batch), spoken)
+    def row_sums(arrays: list[mx.array]) -> dict[str, mx.array]:
+        inputs, targets, scored, paired, real, spoken = arrays
+        return _row_sums(model, Batch(inputs, targets, scored, paired, real, None), spoken)
 
     if compiled:
         row_sums = mx.compile(row_sums, inputs=[model.state])
@@ -65,12 +68,12 @@ def evaluate(
         rows = slice(begin, begin + batch_size)
         missing = batch_size - len(owner[rows])
         # Rows of padding complete the last batch: another shape would compile again.
-        fill = [mx.array(np.pad(a[rows], ((0, missing), (0, 0)))) for a in (*arrays, spoken)]
-        for name, value in row_sums(Batch._make([*fill[:-1], None]), fill[-1]).items():
+        filled = [mx.array(np.pad(array[rows], ((0, missing), (0, 0)))) for array in arrays]
+        for name, value in row_sums(filled).items():
             np.add.at(sums[name], owner[rows], np.array(value)[: len(owner[rows])])
     model.train(training)
-    for name, value in sums.items():
-        summed = mx.distributed.all_sum(mx.array(value, mx.float32), group=group)
+    for name in sums:
+        summed = mx.distributed.all_sum(mx.array(sums[name], mx.float32), group=group)
         sums[name] = np.array(summed, np.float64)
 
     def figures_of(pick: np.ndarray) -> dict:
@@ -83,7 +86,7 @@ def evaluate(
     return {"sources": own, **pooled}
 
 
-def _row_sums(model: nn.Module, batch: Batch, spoken: mx.array) -> dict[str, mx.array]:
+def _row_sums(model: nn.Module, batch: Batch[mx.array], spoken: mx.array) -> dict[str, mx.array]:
     """The SUMS of each row, [B] float32; those of the router are means over layers."""
     with record_router(model) as routers:
         losses = token_losses(model, batch)

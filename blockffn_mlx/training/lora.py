@@ -1,6 +1,7 @@
 """LoRA on attention and experts: mlx-lm's layers for attention, one of our own for experts."""
 
 import math
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -9,6 +10,7 @@ from mlx_lm.tuner.lora import LoRALinear
 
 from ..checkpoints.load import unpack
 from ..ffn.experts import ExpertLinear, QuantizedExpertLinear
+from ..models.blockffn import Model
 from ..quantisation import Plain
 from .config import Lora
 
@@ -51,10 +53,11 @@ def add_lora(model: nn.Module, settings: Lora):
     model.freeze()
     rank, scale = settings.rank, settings.scale
     for layer in model.layers[-settings.num_layers :]:
+        linears = cast(list[tuple[str, Any]], layer.self_attn.named_modules())
         adapted = [
             (f"self_attn.{name}", LoRALinear.from_base(module, rank, settings.dropout, scale))
-            for name, module in layer.self_attn.named_modules()
-            if isinstance(module, (nn.Linear, nn.QuantizedLinear))
+            for name, module in linears
+            if type(module) in (nn.Linear, nn.QuantizedLinear)
         ]
         widths = {"up_proj": model.args.hidden_size, "down_proj": model.args.expert_size}
         adapted += [
@@ -64,7 +67,7 @@ def add_lora(model: nn.Module, settings: Lora):
         layer.update_modules(tree_unflatten(adapted))
 
 
-def merge_lora(model: nn.Module, dequantize: bool = False):
+def merge_lora(model: Model, dequantize: bool = False):
     """Merges every LoRA layer into its base.
 
     Packed weights round the update away in part; `dequantize` unpacks the whole model instead.

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..models.activation import activation_sums, watch_routers
 from . import losses
@@ -35,7 +36,7 @@ def document_mask(segments: mx.array) -> mx.array:
     return ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
 
 
-def token_losses(model: nn.Module, batch: Batch) -> mx.array:
+def token_losses(model: nn.Module, batch: Batch[mx.array]) -> mx.array:
     """Cross-entropy [B, T] in nats of each target, computed in float32."""
     mask = None if batch.segments is None else document_mask(batch.segments)
     hidden_states = model.model(batch.inputs, mask=mask)
@@ -45,7 +46,7 @@ def token_losses(model: nn.Module, batch: Batch) -> mx.array:
 
 def objective(
     model: nn.Module,
-    batch: Batch,
+    batch: Batch[mx.array],
     factors: dict[str, mx.array],
     settings: Sparsity,
     share: dict[str, mx.array],
@@ -71,10 +72,10 @@ def objective(
         loss = share["scored"] * masked_mean(token_losses(model, batch), batch.scored)
     norm = model.args.norm_after_router
     chunks = share["all_chunks" if settings.count_padded_chunks else "chunks"]
-    locality, chunking, penalties, sums = [], [], [], []
+    localities, sparsifications, penalties, sums = [], [], [], []
     for logits, scores in routers:
-        locality.append(losses.activation_locality_loss(logits, batch.paired, settings.steepness))
-        chunking.append(
+        localities.append(losses.activation_locality_loss(logits, batch.paired, settings.steepness))
+        sparsifications.append(
             losses.chunk_sparsification_loss(
                 logits,
                 settings.chunk_length,
@@ -94,10 +95,10 @@ def objective(
         sums.append(activation_sums(scores, CHUNK, batch.real))
 
     def over_layers(values: list[mx.array]) -> mx.array:
-        return sum(values[1:], start=values[0]) / len(values)
+        return mx.stack(values).mean()
 
-    al, cs = share["paired"] * over_layers(locality), chunks * over_layers(chunking)
-    total = loss + factors["al"] * al + factors["cs"] * cs + sum(penalties)
+    al, cs = share["paired"] * over_layers(localities), chunks * over_layers(sparsifications)
+    total = sum(penalties, loss + factors["al"] * al + factors["cs"] * cs)
     used = over_layers(
         [layer.activation.sum() / mx.maximum(layer.tokens.sum(), 1) for layer in sums]
     )
@@ -108,7 +109,7 @@ def objective(
     return total, {"loss": loss, "al": al, "cs": cs, "tls": tls, "cls_8": cls}
 
 
-def counts(batch: Batch, chunk_length: int) -> dict[str, int]:
+def counts(batch: Batch[np.ndarray], chunk_length: int) -> dict[str, int]:
     """What means over a batch divide by.
 
     Args:
@@ -132,7 +133,9 @@ def counts(batch: Batch, chunk_length: int) -> dict[str, int]:
     }
 
 
-def shares(parts: Sequence[Batch], wholes: Sequence[Batch], chunk_length: int) -> list[dict]:
+def shares(
+    parts: Sequence[Batch[np.ndarray]], wholes: Sequence[Batch[np.ndarray]], chunk_length: int
+) -> list[dict[str, float]]:
     """How much each of a process's micro-batches weighs in means over the whole step.
 
     Args:

@@ -5,7 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..arrays import named_arrays
 from ..checkpoints.reader import read_json
@@ -153,16 +154,13 @@ def _short(value: Any) -> str:
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested tables and lists of tables, named as in overrides: stage.0.lr."""
-    items: Iterable[tuple[Any, Any]]
-    if isinstance(value, dict):
-        items = value.items()
-    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        items = enumerate(value)
-    else:
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        value = {str(number): item for number, item in enumerate(value)}
+    if not isinstance(value, dict):
         yield name, value
         return
-    for key, item in items:
-        yield from _flat(item, f"{name}.{key}" if name else str(key))
+    for key, item in value.items():
+        yield from _flat(item, f"{name}.{key}" if name else key)
 
 
 def _corpus_hash(corpus: Corpus) -> str:
@@ -182,5 +180,5 @@ def _weights_hash(model: nn.Module) -> str:
     for name, weight in sorted(named_arrays(model.parameters())):
         if "lora_" not in name:
             found.update(f"{name} {weight.shape}".encode())
-            found.update(memoryview(weight.reshape(-1).view(mx.uint8)))
+            found.update(np.array(weight.reshape(-1).view(mx.uint8)).data)
     return found.hexdigest()

@@ -1,16 +1,18 @@
 """Batches from a corpus: random windows, packed documents, and validation windows."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from .data import Corpus, Source
 
+A = TypeVar("A")  # arrays of NumPy or of MLX
 
-class Batch(NamedTuple):
-    """One micro-batch, arrays ``[B, T]``.
+
+class Batch(NamedTuple, Generic[A]):
+    """One micro-batch, arrays ``[B, T]`` of NumPy or of MLX.
 
     Attributes:
         inputs: int32 token ids.
@@ -21,20 +23,24 @@ class Batch(NamedTuple):
         segments: int32 document number within the row, or None if attention may cross documents.
     """
 
-    inputs: np.ndarray
-    targets: np.ndarray
-    scored: np.ndarray
-    paired: np.ndarray
-    real: np.ndarray
-    segments: np.ndarray | None
+    inputs: A
+    targets: A
+    scored: A
+    paired: A
+    real: A
+    segments: A | None
 
-    def rows(self, rank: int, world_size: int) -> "Batch":
+    def rows(self, rank: int, world_size: int) -> "Batch[A]":
         """The rows of one process of a data-parallel run."""
-        return Batch._make(a if a is None else a[rank::world_size] for a in self)
+        return self.each(lambda array: array[rank::world_size])
 
-    def arrays(self) -> "Batch":
+    def arrays(self) -> "Batch[mx.array]":
         """The batch as arrays of MLX."""
-        return Batch._make(a if a is None else mx.array(a) for a in self)
+        return self.each(mx.array)
+
+    def each(self, change: Callable[[Any], Any]) -> "Batch[Any]":
+        """The batch with a change made to each of its arrays."""
+        return Batch(*(array if array is None else change(array) for array in self))
 
 
 class _Sampler:

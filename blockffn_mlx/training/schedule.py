@@ -1,6 +1,9 @@
 """Schedules: the adaptive factor of the chunk sparsification loss, and the learning rate."""
 
 from collections import deque
+from typing import Any
+
+from .config import Sparsity
 
 
 class AdaptiveFactor:
@@ -39,7 +42,7 @@ class AdaptiveFactor:
         self.calls = 0
         # In units of `initial`, so that a resumed run may be given another one.
         self.source = self.target = 1.0
-        self.losses: deque[float] = deque(maxlen=2 * interval)
+        self.losses: deque[Any] = deque(maxlen=2 * interval)
 
     @property
     def factor(self) -> float:
@@ -89,6 +92,19 @@ class AdaptiveFactor:
     def load_state_dict(self, state: dict):
         self.calls, self.source, self.target = state["calls"], state["source"], state["target"]
         self.losses = deque(state["losses"], maxlen=2 * self.interval)
+
+
+def adaptive_factor(settings: Sparsity) -> AdaptiveFactor:
+    """The factor's schedule in a run's settings."""
+    return AdaptiveFactor(
+        initial=settings.cs,
+        hold=settings.hold,
+        interval=settings.interval,
+        min_ratio=settings.min_ratio,
+        max_ratio=settings.max_ratio,
+        ramp=settings.ramp,
+        warmup=settings.warmup,
+    )
 
 
 def warmup_stable_decay(

@@ -5,12 +5,12 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
-from ..arrays import load_arrays
+from ..arrays import named_arrays
 from ..checkpoints.atomic_folder import atomic_folder
 from ..checkpoints.reader import open_checkpoint, read_json
 
@@ -40,7 +40,7 @@ def save_state(folder: Path, step: int, arrays: dict, state: dict, keep: int) ->
     if path.exists():
         path.rename(_fresh(folder / f"damaged-{path.name}"))
     with atomic_folder(path) as partial:
-        mx.save_safetensors(str(partial / ARRAYS), dict(tree_flatten(arrays)))
+        mx.save_safetensors(str(partial / ARRAYS), dict(named_arrays(arrays)))
         content = {
             **state,
             "step": step,
@@ -79,14 +79,15 @@ def read_state(path: Path) -> tuple[dict, dict[str, Any]]:
             if check != _hash(state) or state["sha256"] != _file_hash(path / ARRAYS):
                 raise ValueError(f"{path} is not what was written.")
         open_checkpoint(path / ARRAYS)  # names what is truncated
-        arrays = tree_unflatten(list(load_arrays(path / ARRAYS).items()))
+        loaded = cast(dict[str, mx.array], mx.load(str(path / ARRAYS)))
+        arrays = tree_unflatten(list(loaded.items()))
     except (ValueError, KeyError, TypeError, RuntimeError, FileNotFoundError) as error:
         raise DamagedState(f"{path} is damaged ({str(error)[:200]})") from error
-    return arrays, state
+    return cast(dict, arrays), state
 
 
 def _step(path: Path) -> int:
-    return int(path.name.rpartition("-")[2])
+    return int(path.name.removeprefix("step-"))
 
 
 def _is_ours(path: Path) -> bool:

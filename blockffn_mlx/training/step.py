@@ -31,7 +31,7 @@ class GroupedAdamW(optim.MultiOptimizer):
             return rate, settings.weight_decay if parameter.ndim > 1 else 0.0
 
         parameters = model.trainable_parameters()
-        groups = sorted({group(path, parameter) for path, parameter in named_arrays(parameters)})
+        groups = sorted({group(*named) for named in named_arrays(parameters)})
         members = [
             optim.AdamW(0.0, settings.betas, settings.eps, decay, bias_correction=True)
             for _, decay in groups

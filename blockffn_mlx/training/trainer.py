@@ -4,10 +4,11 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map
 
 from ..arrays import ints, named_arrays
@@ -18,7 +19,7 @@ from .log import RunLog
 from .objective import METRICS, objective, shares
 from .run_folder import CHECKPOINTS, LOG_FILE, claim_folder, hold_folder, identity
 from .sampling import Batch, DocumentPacker, WindowSampler
-from .schedule import AdaptiveFactor, warmup_stable_decay
+from .schedule import adaptive_factor, warmup_stable_decay
 from .state import DamagedState, find_states, latest_state, read_state, save_state
 from .step import GroupedAdamW, hold_masters, in_compute_dtype, make_step
 
@@ -43,7 +44,7 @@ class Trainer:
         ValueError: The processes do not divide a micro-batch, or a stage learns no token.
     """
 
-    metrics = METRICS
+    metrics: tuple[str, ...] = METRICS
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class Trainer:
         self.log = RunLog(self.output / LOG_FILE)
         self.step = 0
         self.seconds = 0.0
-        self.adaptive = self._make_adaptive()
+        self.adaptive = adaptive_factor(self.config.sparsity)
         model.train()
         self.dtype = getattr(mx, config.optimizer.dtype)
         hold_masters(model, self.dtype)
@@ -85,24 +86,12 @@ class Trainer:
         self._run_step = self._make_step()
         self._start_stage(0, 0)
 
-    def _make_adaptive(self) -> AdaptiveFactor:
-        own = self.config.sparsity
-        return AdaptiveFactor(
-            initial=own.cs,
-            hold=own.hold,
-            interval=own.interval,
-            min_ratio=own.min_ratio,
-            max_ratio=own.max_ratio,
-            ramp=own.ramp,
-            warmup=own.warmup,
-        )
-
     def _make_step(self) -> Callable:
         settings = self.config.optimizer
         return make_step(self.model, self.optimizer, self.objective, settings, self.group)
 
     def objective(
-        self, batch: Batch, factors: dict[str, mx.array], share: dict[str, mx.array]
+        self, batch: Batch[mx.array], factors: dict[str, mx.array], share: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:
         """What a step minimises, and the values of `metrics`; see `objective.objective`."""
         return objective(self.model, batch, factors, self.config.sparsity, share)
@@ -216,13 +205,13 @@ class Trainer:
         mx.eval(self._run_step(batch.arrays(), share, self._factors(), None, True))
         mx.eval(self.model.state, self.optimizer.state)
 
-    def _draw(self) -> list[tuple[Batch, dict[str, mx.array]]]:
+    def _draw(self) -> list[tuple[Batch[mx.array], dict[str, mx.array]]]:
         """This process's rows of the next step's micro-batches, and their shares of the step."""
         # A checkpoint keeps this state: the batch drawn here is then drawn again.
         self.sampler_state = self.sampler.state_dict()
         stage = self.stage
         rows = stage.batch_size // stage.accumulate
-        wholes: list[Batch] = []
+        wholes: list[Batch[np.ndarray]] = []
         # A step of which nothing is scored would train the sparsity alone: it is drawn again.
         while not any(whole.scored.any() for whole in wholes):
             wholes = [self.sampler.batch(rows) for _ in range(stage.accumulate)]
@@ -230,7 +219,9 @@ class Trainer:
         shares = self._shares(parts, wholes)
         return [(part.arrays(), share) for part, share in zip(parts, shares, strict=True)]
 
-    def _shares(self, parts: list[Batch], wholes: list[Batch]) -> list[dict[str, mx.array]]:
+    def _shares(
+        self, parts: list[Batch[np.ndarray]], wholes: list[Batch[np.ndarray]]
+    ) -> list[dict[str, mx.array]]:
         found = shares(parts, wholes, self.config.sparsity.chunk_length)
         return [{name: mx.array(value) for name, value in share.items()} for share in found]
 
@@ -238,7 +229,9 @@ class Trainer:
         """The present weights of AL and CS."""
         return {"al": mx.array(self.config.sparsity.al), "cs": mx.array(self.adaptive.factor)}
 
-    def _dispatch(self, drawn: list[tuple[Batch, dict]]) -> tuple[dict[str, mx.array], mx.array]:
+    def _dispatch(
+        self, drawn: list[tuple[Batch[mx.array], dict]]
+    ) -> tuple[dict[str, mx.array], mx.array]:
         """Queues one optimiser step; returns its metrics and gradient norm, not yet computed."""
         self.learning_rate = warmup_stable_decay(
             self.step - self.stage_first_step,
@@ -251,16 +244,15 @@ class Trainer:
         )
         self.optimizer.set_learning_rate(self.learning_rate)
         self.cs_factor = self.adaptive.factor
-        factors = self._factors()
-        total: Any = None
-        gathered: Any = None
+        factors, total, rest = self._factors(), None, None
         for i, (batch, share) in enumerate(drawn, 1):
             last = i == len(drawn)
-            metrics, gathered = self._run_step(batch, share, factors, gathered, last)
+            metrics, rest = self._run_step(batch, share, factors, rest, last)
             if not last:
-                mx.async_eval(metrics, gathered)
+                mx.async_eval(metrics, rest)
             total = metrics if total is None else tree_map(mx.add, total, metrics)
-        return total, gathered
+        assert total is not None and rest is not None  # a step has at least one micro-batch
+        return total, rest
 
     def _advance(self, metrics: dict[str, mx.array]):
         """Counts a step, tells the adaptive factor, and goes to the next stage when it is time."""
@@ -282,7 +274,7 @@ class Trainer:
 
     def _log_training(self, stage_name: str, window: list, norm: float, seconds: float):
         means = {
-            name: sum(metrics[name].item() for metrics, _ in window) / len(window)
+            name: sum(float(metrics[name]) for metrics, _ in window) / len(window)
             for name in self.metrics
         }
         tokens = sum(count for _, count in window)
@@ -325,13 +317,13 @@ class Trainer:
 
     def save(self):
         """Writes a checkpoint: weights, optimiser, schedules, sampler and random state."""
-        state = {
+        state: dict[str, Any] = {
             "step": self.step,
             "seconds": self.seconds,
             "stage": [self.stage_index, self.stage_first_step],
             "adaptive": self.adaptive.state_dict(),
             "sampler": self.sampler_state,
-            "random": ints(mx.random.state[0]),
+            "random": ints(cast(list[mx.array], mx.random.state)[0]),
         }
         if self.group.rank() == 0:
             folder, keep = self.output / CHECKPOINTS, self.config.keep_checkpoints
@@ -371,8 +363,9 @@ class Trainer:
             ValueError: It is of another model.
         """
         arrays, state = read_state(path)
-        saved = {name: array.shape for name, array in named_arrays(arrays)}
-        if saved != {name: array.shape for name, array in named_arrays(self._arrays())}:
+        trees = (arrays, self._arrays())
+        saved, own = ({n: a.shape for n, a in named_arrays(tree)} for tree in trees)
+        if saved != own:
             raise ValueError(f"{path} is of another model or optimiser: choose another output.")
         try:
             step, seconds = int(state["step"]), float(state["seconds"])
@@ -380,7 +373,7 @@ class Trainer:
             stage = self.config.stage[index]
             sampler = self._make_sampler(stage, seed=[self.config.seed, index])
             sampler.load_state_dict(state["sampler"])
-            adaptive = self._make_adaptive()
+            adaptive = adaptive_factor(self.config.sparsity)
             adaptive.load_state_dict(state["adaptive"])
             # MLX's random state takes no value, but a seed is the state: two 32-bit halves.
             high, low = (int(half) for half in state["random"])
