@@ -118,11 +118,12 @@ def system_build() -> str:
 
 def cache_folder() -> Path:
     """The platform's place for files that can be made again."""
+    home = Path(os.path.expanduser("~"))  # "~" itself where there is none
     if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = home / "Library" / "Caches"
     else:
         # The desktop standard's variable for this very place.
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or home / ".cache")
     return base / "blockffn-mlx"
 
 

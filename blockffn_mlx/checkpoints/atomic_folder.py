@@ -10,6 +10,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -168,33 +169,65 @@ def _prefix(target: Path) -> str:
     return f".{target.name[:40]}."
 
 
+def remove_leftovers(place: Path) -> int:
+    """Removes what killed runs left beside their targets in a folder; returns the bytes freed."""
+    freed = 0
+    for workspace, _ in _workspaces(place):
+        try:
+            if _is_abandoned(workspace):
+                files = [file for file in workspace.rglob("*") if file.is_file()]
+                freed += sum(file.stat().st_size for file in files)
+                shutil.rmtree(workspace, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its owner lives
+    return freed
+
+
 def _clean_up(target: Path):
     """Removes the workspaces that killed runs left; brings back a folder that one had set aside."""
-    for entry in list(os.scandir(target.parent)):
-        if not (entry.name.startswith(_prefix(target)) and entry.name.endswith(".partial")):
-            continue
-        workspace = Path(entry.path)
-        if not entry.is_dir(follow_symlinks=False) or entry.stat().st_uid != os.geteuid():
-            continue
-        if not any(workspace.iterdir()):
+    for workspace, name in _workspaces(target.parent):
+        if name is None and workspace.name.startswith(_prefix(target)):
             workspace.rmdir()
+        if name != target.name:
             continue
-        marker, old = workspace / MARKER, workspace / "old"
-        if marker.is_symlink() or not marker.is_file():
-            continue
-        if marker.read_text(encoding="utf-8", errors="surrogateescape") != target.name:
-            continue
-        lock = os.open(workspace, FOLDER)
         try:
-            if not _lock(lock):
-                continue  # nobody can tell whether its owner lives
+            if not _is_abandoned(workspace):
+                continue
         except BlockingIOError:
             raise TargetBusy(f"another process is writing {target}: wait for it.") from None
-        finally:
-            os.close(lock)
+        old = workspace / "old"
         if old.is_dir() and not old.is_symlink() and not os.path.lexists(target):
             old.rename(target)
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def _workspaces(place: Path) -> Iterator[tuple[Path, str | None]]:
+    """The workspaces in a folder, and the names of their targets; None where one is empty."""
+    for entry in list(os.scandir(place)):
+        if not re.fullmatch(r"\..*\.partial", entry.name) or not entry.is_dir(
+            follow_symlinks=False
+        ):
+            continue
+        workspace, marker = Path(entry.path), Path(entry.path, MARKER)
+        if entry.stat(follow_symlinks=False).st_uid != os.geteuid():
+            continue
+        if not any(workspace.iterdir()):
+            yield workspace, None
+        elif marker.is_file() and not marker.is_symlink() and marker.stat().st_size < 1024:
+            yield workspace, marker.read_text(encoding="utf-8", errors="surrogateescape")
+
+
+def _is_abandoned(workspace: Path) -> bool:
+    """Whether a workspace's owner is gone; False too where nobody can tell.
+
+    Raises:
+        BlockingIOError: If its owner lives.
+    """
+    lock = os.open(workspace, FOLDER)
+    try:
+        return _lock(lock)
+    finally:
+        os.close(lock)
 
 
 def _carry_over(old: Path, new: Path):

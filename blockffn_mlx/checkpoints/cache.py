@@ -1,14 +1,20 @@
 """The folder where models that were converted on the way in are kept."""
 
+import atexit
 import hashlib
 import json
+import re
 import shutil
+import tempfile
+import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ..device import cache_folder
 from ..version import __version__
+from .atomic_folder import remove_leftovers
 from .reader import read_json
 
 
@@ -38,30 +44,61 @@ def cached_path(source: str, state: Any, settings: dict[str, Any]) -> Path:
         settings: The arguments of the conversion.
     """
     key = json.dumps([source, state, settings, __version__], sort_keys=True)
-    name = "--".join(Path(source).parts[-2:])[-60:]
+    parts = [re.sub(r"[^\w.-]", "_", part) for part in Path(source).parts if part != "/"]
+    name = "--".join(parts[-2:])[-60:].lstrip(".")
     return cache_folder() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
 
 
+def is_cached(folder: Path) -> bool:
+    """Whether a folder is one of the cache's own."""
+    is_ours = re.fullmatch(r".*-[0-9a-f]{16}", folder.name) is not None
+    return is_ours and folder.parent == cache_folder() and not folder.is_symlink()
+
+
+def writable_path(path: Path) -> Path:
+    """The place in the cache, or where the cache cannot be written, one until this process ends."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        warnings.warn(f"the model is not kept, the cache cannot be written: {error}", stacklevel=4)
+        return _temporary_folder() / path.name
+
+
+@cache
+def _temporary_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="blockffn-mlx-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def folder_state(folder: Path) -> list[list[Any]]:
-    """Names, sizes and times of a folder's files."""
-    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    """Names, sizes and times of a folder's files.
+
+    The time of the last change of the file itself is one that no program can set.
+    """
+    files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+    return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in files]
 
 
 def cached_models() -> list[CachedModel]:
     """What the cache holds, newest first."""
     models = []
     for folder in _folders():
-        if not folder.name.startswith(".") and (folder / "config.json").is_file():
-            origin = read_json(folder / "config.json").get("blockffn_mlx", {})
-            models.append(
-                CachedModel(
-                    path=folder,
-                    source=str(origin.get("source", folder.name)),
-                    nbytes=sum(file.stat().st_size for file in folder.iterdir()),
-                    modified=folder.stat().st_mtime,
-                )
+        try:
+            mark = read_json(folder / "config.json").get("blockffn_mlx")
+            source = mark.get("source") if isinstance(mark, dict) else None
+        except (ValueError, OSError):
+            source = None  # damaged: `load` makes it anew
+        models.append(
+            CachedModel(
+                path=folder,
+                source=str(source or folder.name),
+                nbytes=_size(folder),
+                modified=folder.stat().st_mtime,
             )
+        )
     return sorted(models, key=lambda model: -model.modified)
 
 
@@ -69,11 +106,20 @@ def clear_cache() -> int:
     """Removes every cached model, and what killed runs left; returns the bytes that were freed."""
     freed = 0
     for folder in _folders():
-        freed += sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+        freed += _size(folder)
         shutil.rmtree(folder)
+    if cache_folder().is_dir():
+        freed += remove_leftovers(cache_folder())
     return freed
 
 
 def _folders() -> list[Path]:
-    cache = cache_folder()
-    return [folder for folder in cache.iterdir() if folder.is_dir()] if cache.is_dir() else []
+    """The cache's own folders: nothing else that lies there is listed, or removed."""
+    place = cache_folder()
+    if not place.is_dir():
+        return []
+    return [folder for folder in place.iterdir() if is_cached(folder) and folder.is_dir()]
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())

@@ -135,7 +135,7 @@ def canonicalize(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Cano
     if any(".lora_A." in name for name in tensors):
         raise ValueError("the checkpoint holds a LoRA adapter: merge it into the model first.")
     bmtrain = "dim_model" in config
-    config = _checked(_from_bmtrain(config) if bmtrain else config)
+    config = checked_config(_from_bmtrain(config) if bmtrain else config)
     named, raw_names = _rename(tensors)
     hidden_size = named[EMBEDDING].shape[-1] if EMBEDDING in named else 0
     split_fused(named, raw_names, "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), hidden_size)
@@ -216,8 +216,12 @@ def _from_bmtrain(config: dict[str, Any]) -> dict[str, Any]:
     return {"norm_after_router": "none", "rms_norm_eps": 1e-5, **renamed}
 
 
-def _checked(config: dict[str, Any]) -> dict[str, Any]:
-    """The fields that ModelArgs knows, each of the type it asks for."""
+def checked_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields that ModelArgs knows, each of the type it asks for.
+
+    Raises:
+        ValueError: If one is of another type, or not positive where it has to be.
+    """
     if config.get("ffn_type") == "moe" or config.get("num_shared_experts"):
         raise ValueError("this is a baseline mixture of experts, not a BlockFFN model.")
     if config.get("ffn_type", "block") not in ("vanilla", "block", "block_linear"):

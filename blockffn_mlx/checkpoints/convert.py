@@ -9,13 +9,15 @@ from typing import Any
 import mlx.core as mx
 
 from ..models.blockffn import Model
+from ..paths import expand
 from ..quantisation import resolve_quantization
 from .atomic_folder import MODEL_FILE, check_target
 from .canonical import canonicalize
-from .folder import model_card, special_ids, write_folder
+from .folder import SPECIAL_IDS, model_card, special_ids, write_folder
 from .hub import Progress, download, is_local, upload
+from .links import refuse_links
 from .reader import open_checkpoint, read_json
-from .shards import plan_quantization, quantization_config, stream
+from .shards import Noticed, plan_quantization, quantization_config, stream
 from .tokenizer import read_tokenizer
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -86,20 +88,21 @@ def convert(
         ValueError: If the checkpoint, its tokenizer or the settings cannot be used.
         OSError: If files are missing or unreadable, the network is down or the disk is full.
     """
-    target = Path(mlx_path).expanduser()
+    target = expand(mlx_path)
     settings = resolve_quantization(q_bits, q_group_size, q_mode) if quantize else None
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     check_target(target, overwrite)
     origin: dict[str, str] = {}
     if is_local(hf_path):
-        folder = Path(hf_path).expanduser()
+        folder = expand(hf_path)
         name = folder.resolve().name
         check_target(target, overwrite, source=folder)
     else:
         folder, name = download(str(hf_path), revision, on_progress), str(hf_path)
         origin = {"revision": folder.name}
     config = _read_config(folder)
+    refuse_links(folder)
     try:
         canonical = canonicalize(open_checkpoint(folder), config)
     except ValueError as error:
@@ -120,21 +123,21 @@ def convert(
     plan = plan_quantization(model, settings) if settings else {}
     quantization = quantization_config(settings, plan) if settings else None
     parameters = sum(math.prod(weight.shape) for weight in canonical.weights.values())
-    cast = getattr(mx, dtype) if dtype else None
-    generation_config = folder / "generation_config.json"
+    cast, noticed = getattr(mx, dtype) if dtype else None, Noticed()
     shards = write_folder(
         target,
-        stream(canonical.weights, model, plan, cast, on_progress),
+        stream(canonical.weights, model, plan, cast, on_progress, noticed),
         {**special_ids(config), **dataclasses.asdict(args)},
         origin=origin,
         parameters=parameters,
         quantization=quantization,
-        generation_config=read_json(generation_config) if generation_config.exists() else None,
+        generation_config=_read_generation_config(folder, warnings),
         save_tokenizer=tokenizer.save if tokenizer else None,
         card=model_card(origin),
         source=folder,
         overwrite=overwrite,
     )
+    warnings += noticed.sentences()
     if shards.min_router_norm is not None and shards.min_router_norm <= 0:
         warnings.append(
             f"the smallest router_norm weight is {shards.min_router_norm:.3g}: some scores are not "
@@ -160,5 +163,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if (folder / name).exists():
             return read_json(folder / name)
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder: give a checkpoint's folder or a Hub id.")
+        raise FileNotFoundError(f"{folder} is not a folder: give a checkpoint's or a Hub id.")
     raise FileNotFoundError(f"{folder} holds no config.json: fetch it.")
+
+
+def _read_generation_config(folder: Path, warnings: list[str]) -> dict[str, Any] | None:
+    """The source's settings for generating; ids of special tokens that no loader takes left out."""
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return None
+    settings = read_json(file)
+    stated = {name: settings.pop(name) for name in SPECIAL_IDS if settings.get(name) is not None}
+    good = special_ids(stated)
+    for name in stated.keys() - good.keys():
+        warnings.append(f"generation_config.json: {name} {str(stated[name])[:40]} is left out.")
+    return settings | good

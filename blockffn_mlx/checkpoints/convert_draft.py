@@ -7,12 +7,14 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from ..paths import expand
 from ..quantisation import resolve_quantization
 from .atomic_folder import check_target
 from .convert import ConversionReport
 from .eagle_head import build_head, frequency_lists, read_head
 from .folder import write_head
 from .hub import Progress, download, is_local
+from .links import refuse_links
 from .shards import plan_quantization, quantization_config
 
 
@@ -44,15 +46,18 @@ def convert_draft(
         ValueError: If the folder holds no EAGLE head for this model.
         OSError: If files are missing or unreadable, the network is down or the disk is full.
     """
-    target = Path(mlx_path).expanduser()
+    target = expand(mlx_path)
     settings = resolve_quantization(q_bits, q_group_size, q_mode) if quantize else None
     check_target(target, overwrite)
     if is_local(hf_path):
-        folder = Path(hf_path).expanduser()
+        folder = expand(hf_path)
         name = folder.resolve().name
         check_target(target, overwrite, source=folder)
     else:
         folder, name = download(str(hf_path), revision, on_progress), str(hf_path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: give a draft head's or a Hub id.")
+    refuse_links(folder)
     config, weights = read_head(folder)
     if settings and "quantization" in config:
         raise ValueError(f"{folder} is quantised already: convert the published head.")

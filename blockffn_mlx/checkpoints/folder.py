@@ -25,6 +25,7 @@ DERIVED = (
     "rope_scaling",
     "max_position_embeddings",
 )
+MAX_SPECIAL_IDS = 1000
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -131,21 +132,24 @@ def special_ids(settings: Any) -> dict[str, Any]:
         settings: A config.json's content, or a tokenizer of mlx-lm's.
     """
     if not isinstance(settings, dict):
-        ends = getattr(settings, "eos_token_ids", None) or [settings.eos_token_id]
-        ends = sorted(set(ends)) if isinstance(ends, (list, set)) else [ends]
+        ends = getattr(settings, "eos_token_ids", None) or settings.eos_token_id
         settings = {
             "bos_token_id": settings.bos_token_id,
-            "eos_token_id": ends[0] if len(ends) == 1 else ends,
+            "eos_token_id": sorted(ends) if isinstance(ends, (list, set)) else ends,
             "pad_token_id": settings.pad_token_id,
         }
 
-    def is_id(value: Any) -> bool:
-        return type(value) is int and value >= 0
+    found = {name: end_ids(settings.get(name)) for name in SPECIAL_IDS}
+    return {name: ids[0] if len(ids) == 1 else ids for name, ids in found.items() if ids}
 
-    def is_good(value: Any) -> bool:
-        return is_id(value) or isinstance(value, list) and value != [] and all(map(is_id, value))
 
-    return {name: settings[name] for name in SPECIAL_IDS if is_good(settings.get(name))}
+def end_ids(value: Any) -> list[int]:
+    """Token ids in any of the shapes that configs hold: one, a list, a list in a list."""
+    if isinstance(value, (list, tuple)) and len(value) <= MAX_SPECIAL_IDS:
+        ids = [i for item in value if not isinstance(item, dict) for i in end_ids(item)]
+        return list(dict.fromkeys(ids))
+    is_id = type(value) is int and 0 <= value < 1 << 31
+    return [value] if is_id else []
 
 
 def model_card(origin: dict[str, Any]) -> str:

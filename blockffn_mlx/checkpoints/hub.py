@@ -48,13 +48,19 @@ def commit_of(repo: str, revision: str | None = None) -> str:
         return Path(config).parent.name
 
 
-def download(repo: str, revision: str | None = None, on_progress: Progress | None = None) -> Path:
+def download(
+    repo: str,
+    revision: str | None = None,
+    on_progress: Progress | None = None,
+    patterns: list[str] | None = None,
+) -> Path:
     """Brings a repository's model files into the Hub's own cache.
 
     Args:
         repo: A Hub id, "owner/name".
         revision: Branch, tag or commit; the main branch if None.
         on_progress: Told of the bytes that have arrived.
+        patterns: Which files; all that are read of a model if None.
 
     Returns:
         The folder of the snapshot, whose name is the commit.
@@ -64,7 +70,9 @@ def download(repo: str, revision: str | None = None, on_progress: Progress | Non
         OSError: If the Hub cannot be reached, or the disk is too full.
     """
     try:
-        files = snapshot_download(repo, revision=revision, allow_patterns=ALLOWED, dry_run=True)
+        files = snapshot_download(
+            repo, revision=revision, allow_patterns=patterns or ALLOWED, dry_run=True
+        )
     except Exception as error:  # the HTTP library's errors are neither ValueError nor OSError
         _explain(error, repo, revision)
         files = []  # no network: what was downloaded before still serves
@@ -80,7 +88,7 @@ def download(repo: str, revision: str | None = None, on_progress: Progress | Non
         folder = snapshot_download(
             repo,
             revision=revision,
-            allow_patterns=ALLOWED,
+            allow_patterns=patterns or ALLOWED,
             ignore_patterns=ignored,
             local_files_only=not files,
             tqdm_class=_progress_bar(on_progress),

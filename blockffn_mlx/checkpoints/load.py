@@ -1,5 +1,8 @@
 """Loads a model from an MLX folder; other checkpoints are converted once and kept."""
 
+import shutil
+import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -7,50 +10,67 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import dequantize_model, load_model, load_tokenizer
-from transformers import PreTrainedConfig
+from mlx_lm.utils import dequantize_model, load_adapters
 
 from ..ffn.experts import ExpertLinear, QuantizedExpertLinear
 from ..models.blockffn import Model, ModelArgs
-from .atomic_folder import MODEL_FILE
-from .cache import cached_path, folder_state
+from ..paths import expand
+from ..quantisation import BITS, MODE_DEFAULTS
+from .atomic_folder import MODEL_FILE, TargetBusy, TargetExists
+from .cache import cached_path, folder_state, is_cached, writable_path
+from .canonical import LAYER, checked_config
 from .convert import convert
-from .folder import Origin
+from .folder import Origin, end_ids
 from .hub import Progress, commit_of, download, is_local, snapshot_folder
+from .links import refuse_links
 from .reader import open_checkpoint, read_json
+from .tokenizer_files import open_tokenizer
 
 # The model that comes with the package: its name, and its converted folder.
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
+WAIT = 0.2  # seconds between two looks at what another process is converting
 
 
 def load(
     path_or_repo: str | Path,
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
     revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
     quantize: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
     dtype: str | None = None,
     q_mode: str = "affine",
-    lazy: bool = False,
     on_progress: Progress | None = None,
-) -> tuple[Model, TokenizerWrapper | None]:
+) -> Any:
     """Loads a model and its tokenizer.
 
     A PyTorch checkpoint is converted into a cache folder first, once per revision, settings and
     version of this package; the settings are those of `convert` and do not touch an MLX folder.
+    What looks wrong is a warning (of the module `warnings`).
 
     Args:
         path_or_repo: A converted folder, a PyTorch checkpoint's folder, or a Hub id of either; or
             "demo", the model that comes with the package, as float32 where a CPU computes.
-        revision: Branch, tag or commit of a Hub id.
-        quantize, q_bits, q_group_size, dtype, q_mode: As in `convert`.
+        tokenizer_config: More arguments for the tokenizer, as in mlx-lm.
+        model_config: Entries that replace those of config.json, as in mlx-lm.
+        adapter_path: A folder of LoRA adapters that mlx-lm trained.
         lazy: Whether weights are read only when they are used.
+        return_config: Whether config.json's content is returned too.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Taken for mlx-lm's sake: a folder's code is never needed and never runs.
+        quantize, q_bits, q_group_size, dtype, q_mode: As in `convert`.
         on_progress: Called with a stage ("download", "convert"), bytes done and bytes in all.
 
     Returns:
         The model, whose `origin` says where it came from, and mlx-lm's tokenizer, or None if the
-        folder has no tokenizer files.
+        folder has no tokenizer files; then the config, if it was asked for.
 
     Raises:
         ValueError: If the model cannot be used.
@@ -63,41 +83,84 @@ def load(
         "dtype": dtype,
         "q_mode": q_mode,
     }
-    if path_or_repo == DEMO:
-        if not (DEMO_FOLDER / "config.json").exists():
-            raise FileNotFoundError(
-                "no demo model came with this installation: name another --model"
-            )
-        model, tokenizer = _load_folder(DEMO_FOLDER, lazy)
-        if mx.default_device() == mx.cpu:
-            unpack(model)
-        return model, tokenizer
-    if is_local(path_or_repo):
-        folder = model_folder(path_or_repo)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is no folder: give a model folder or a Hub id.")
-        if _is_converted(folder):
-            return _load_folder(folder, lazy)
-        source = str(folder.resolve())
-        checkpoint = Path(source)
-        cached = cached_path(source, folder_state(folder), settings)
-    else:
-        source = str(path_or_repo)
-        revision = commit_of(source, revision)
-        checkpoint = snapshot_folder(source, revision)
-        cached = cached_path(source, revision, settings)
-        if not cached.exists() and _is_converted(
-            snapshot := download(source, revision, on_progress)
-        ):
-            return _load_folder(snapshot, lazy)
-    if not cached.exists():
-        convert(source, cached, revision=revision, on_progress=on_progress, **settings)
-    return _load_folder(cached, lazy, checkpoint)
+    if not quantize and (q_bits or q_group_size or q_mode != "affine"):
+        raise ValueError("bits, group size and mode are settings of quantising: ask for that too.")
+    if path_or_repo != DEMO and not is_local(path_or_repo):
+        revision = commit_of(str(path_or_repo), revision)
+
+    origin = _find(path_or_repo, revision, settings, on_progress)
+    changes = tokenizer_config, model_config
+    try:
+        model, tokenizer, config = _load_folder(origin, lazy, *changes)
+    except (ValueError, OSError) as error:
+        if not is_cached(origin.folder) or any(changes):
+            raise
+        # Something happened to a conversion that was kept, but it can be made again.
+        warnings.warn(f"a kept conversion is damaged and made anew: {error}", stacklevel=2)
+        shutil.rmtree(origin.folder)
+        origin = _find(path_or_repo, revision, settings, on_progress)
+        model, tokenizer, config = _load_folder(origin, lazy, *changes)
+    if path_or_repo == DEMO and mx.default_device() == mx.cpu:
+        unpack(model)
+    if adapter_path is not None:
+        model = load_adapters(model, str(adapter_path))
+    return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
 def model_folder(path: str | Path) -> Path:
     """The folder that a local model's name stands for: the demo's own, or the path."""
-    return DEMO_FOLDER if path == DEMO else Path(path).expanduser()
+    return DEMO_FOLDER if path == DEMO else expand(path)
+
+
+def _find(
+    path_or_repo: str | Path,
+    revision: str | None,
+    settings: dict[str, Any],
+    on_progress: Progress | None,
+) -> Origin:
+    """The converted folder that a name stands for; made now if need be."""
+    if path_or_repo == DEMO:
+        if not (DEMO_FOLDER / "config.json").exists():
+            raise FileNotFoundError(
+                "no demo model came with this installation: name another model."
+            )
+        return Origin(DEMO_FOLDER, DEMO_FOLDER)
+    if is_local(path_or_repo):
+        checkpoint = expand(path_or_repo)
+        if not checkpoint.is_dir():
+            raise FileNotFoundError(f"{checkpoint} is not a folder: give a model folder or Hub id.")
+        checkpoint = checkpoint.resolve()
+        source, state = str(checkpoint), folder_state(checkpoint)
+    else:
+        source = str(path_or_repo)
+        checkpoint = snapshot_folder(source, revision)
+        state = revision
+    cached = cached_path(source, state, settings)
+    if cached.exists():
+        return Origin(cached, checkpoint)
+    if not is_local(path_or_repo):
+        checkpoint = download(source, revision, on_progress)
+    if _is_converted(checkpoint):
+        if settings["quantize"] or settings["dtype"]:
+            warnings.warn(
+                f"{path_or_repo} is converted already and is taken as it is: to quantise or cast "
+                "it, convert it to a folder of its own.",
+                stacklevel=3,
+            )
+        return Origin(checkpoint, checkpoint)
+    cached = writable_path(cached)
+    while True:
+        try:
+            report = convert(source, cached, revision=revision, on_progress=on_progress, **settings)
+        except TargetExists:  # another process was faster
+            return Origin(cached, checkpoint)
+        except TargetBusy:
+            time.sleep(WAIT)
+        else:
+            for warning in report.warnings:
+                if not warning.startswith("config.json says"):  # published ones do, and are mended
+                    warnings.warn(f"{path_or_repo}: {warning}", stacklevel=3)
+            return Origin(cached, checkpoint)
 
 
 def _is_converted(folder: Path) -> bool:
@@ -106,25 +169,72 @@ def _is_converted(folder: Path) -> bool:
 
 
 def _load_folder(
-    folder: Path, lazy: bool, checkpoint: Path | None = None
-) -> tuple[Model, TokenizerWrapper | None]:
-    open_checkpoint(folder)  # names what is missing or truncated, which mlx-lm does not
+    origin: Origin,
+    lazy: bool,
+    tokenizer_config: dict[str, Any] | None,
+    model_config: dict[str, Any] | None,
+) -> tuple[Model, TokenizerWrapper | None, dict[str, Any]]:
+    """Loads a converted folder. Its model_file is for mlx-lm, and is never followed here."""
+    folder = origin.folder
+    refuse_links(folder)
+    config = {**read_json(folder / "config.json"), **(model_config or {})}
+    tensors = open_checkpoint(folder)  # names what is missing or truncated, which mlx-lm does not
     try:
-        # Without model_file mlx-lm asks for no trust: the classes are ours, not the folder's.
-        model, config = load_model(
-            folder,
-            lazy=lazy,
-            model_config={"model_file": None},
-            get_model_classes=lambda config: (Model, ModelArgs),
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        model = _build(config, set(tensors))
+        weights = {}
+        for file in sorted({info.path for info in tensors.values()}):
+            weights.update(mx.load(str(file)))
+        weights = model.sanitize(weights)
+        if settings := _quantization(config):
+            nn.quantize(
+                model,
+                **settings.pop(""),
+                class_predicate=lambda path, module: (
+                    f"{path}.scales" in weights
+                    and hasattr(module, "to_quantized")
+                    and settings.get(path, True)
+                ),
+            )
+        model.load_weights(list(weights.items()), strict=True)
+        if not lazy:
+            mx.eval(model.parameters())
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{folder} cannot be loaded ({str(error)[:200]}).") from error
-    model.origin = Origin(folder, checkpoint or folder)
+    model.eval()
+    model.origin = origin
     if not (folder / "tokenizer.json").exists():
-        return model, None
-    # Given a config, transformers reads only the tokenizer's own files.
-    extra: dict[str, Any] = {"trust_remote_code": False, "config": PreTrainedConfig()}
-    return model, load_tokenizer(folder, extra, eos_token_ids=config.get("eos_token_id"))
+        return model, None, config
+    ends = end_ids(config.get("eos_token_id"))
+    generation_config = folder / "generation_config.json"
+    if generation_config.exists():
+        ends = end_ids(read_json(generation_config).get("eos_token_id")) or ends
+    return model, open_tokenizer(folder, ends or None, tokenizer_config), config
+
+
+def _build(config: dict[str, Any], names: set[str]) -> Model:
+    """A model of the config's sizes, which are checked before anything of such a size is made."""
+    args = ModelArgs.from_dict({**checked_config(config), "ffn_type": "block"})
+    layers = len({match[1] for name in names if (match := LAYER.match(name))})
+    if args.num_hidden_layers != layers:
+        raise ValueError(f"num_hidden_layers {args.num_hidden_layers}, but weights of {layers}")
+    return Model(args)
+
+
+def _quantization(config: dict[str, Any]) -> dict[str, Any]:
+    """How each module was packed, by its path; by "" for all that are not named."""
+    entry = config.get("quantization")
+    if entry is None:
+        return {}
+    own = {path: value for path, value in entry.items() if isinstance(value, (dict, bool))}
+    own[""] = {name: entry[name] for name in ("group_size", "bits", "mode") if name in entry}
+    for settings in own.values():
+        if isinstance(settings, dict) and not (
+            settings.get("group_size") in (16, 32, 64, 128)
+            and settings.get("bits") in BITS
+            and settings.get("mode", "affine") in MODE_DEFAULTS
+        ):
+            raise ValueError(f"its quantization {str(settings)[:80]} makes no sense")
+    return own
 
 
 def unpack(model: Model):

@@ -38,12 +38,60 @@ def quantization_config(settings: Quantization, plan: dict[str, Quantization]) -
     return {**settings._asdict(), **own}
 
 
+class Noticed:
+    """The values of a checkpoint that are no numbers, or stop being some where it is cast."""
+
+    def __init__(self):
+        self.not_finite: dict[str, int] = {}
+        self.overflown: dict[str, int] = {}
+        self.dtype = ""
+
+    def look(self, name: str, before: mx.array, after: mx.array):
+        """Counts in one tensor, as it was read and as it is written."""
+        lost = count_not_finite(after)
+        if not lost:
+            return
+        had = count_not_finite(before)
+        if had:
+            self.not_finite[name] = had
+        if lost > had:
+            self.overflown[name] = lost - had
+            self.dtype = str(after.dtype).rpartition(".")[2]
+
+    def sentences(self) -> list[str]:
+        """A warning for each of the two, if there is cause."""
+        sentences = []
+        if self.overflown:
+            sentences.append(
+                f"{_counted(self.overflown)} too large for {self.dtype} and became infinite: the "
+                "model will not work so; convert to bfloat16 or float32."
+            )
+        if self.not_finite:
+            sentences.append(
+                f"{_counted(self.not_finite)} NaN or infinite in the source: it may be damaged."
+            )
+        return sentences
+
+
+def _counted(found: dict[str, int]) -> str:
+    names = ", ".join(list(found)[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    total = sum(found.values())
+    return f"1 value in {names} is" if total == 1 else f"{total:,} values in {names} are"
+
+
+def count_not_finite(array: mx.array) -> int:
+    if not mx.issubdtype(array.dtype, mx.floating):
+        return 0
+    return int((~mx.isfinite(array)).sum().item())
+
+
 def stream(
     weights: dict[str, Weight],
     model: Model,
     plan: dict[str, Quantization],
     dtype: mx.Dtype | None = None,
     on_progress: Progress | None = None,
+    noticed: Noticed | None = None,
 ) -> Iterator[dict[str, mx.array]]:
     """Reads, casts and quantises the weights, yielding what one layer becomes at a time.
 
@@ -53,6 +101,7 @@ def stream(
         plan: What to quantise; nothing if empty.
         dtype: Type of all floating-point tensors; each one's own if None.
         on_progress: Told of the bytes read.
+        noticed: Told of every tensor, before and after it is cast.
     """
     modules = _leaf_modules(model)
     total, done = sum(weight.nbytes for weight in weights.values()), 0
@@ -62,6 +111,8 @@ def stream(
             array = weights[name].read()
             arrays[name] = array.astype(dtype) if dtype is not None else array
             mx.eval(arrays[name])
+            if noticed is not None:
+                noticed.look(name, array, arrays[name])
             done += weights[name].nbytes
             if on_progress:
                 on_progress("convert", done, total)

@@ -1,16 +1,19 @@
 """Turns what a user asks for, a kind of draft and a width, into a drafter and a policy."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.utils import load as load_mlx_lm
+from mlx_lm.utils import load_model
 
 from ..checkpoints import reader as checkpoint
 from ..checkpoints.eagle_head import build_head, read_frequent, read_head
 from ..checkpoints.hub import download, is_local
+from ..checkpoints.links import refuse_links
 from ..checkpoints.load import load, model_folder
+from ..checkpoints.tokenizer_files import open_tokenizer
 from .cost import draft_cost, pass_cost
 from .drafter import Drafter
 from .eagle_drafter import EagleDrafter
@@ -50,6 +53,7 @@ def make_drafter(
     path = model_folder(spec) if is_local(spec) else download(str(spec))
     if not (path / "config.json").is_file():
         raise ValueError(f"no draft at {path}: give auto, none, lookup, or a draft's folder")
+    refuse_links(path)
     if "fc.weight" in checkpoint.open_checkpoint(path):
         return load_draft(path, model)
     return load_draft_model(path, model, tokenizer)
@@ -88,7 +92,7 @@ def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDrafter:
     if "expert_size" in config:
         draft, draft_tokenizer = load(str(path))
     else:
-        draft, draft_tokenizer = load_mlx_lm(str(path))[:2]
+        draft, draft_tokenizer = load_mlx_lm(path)
     if tokenizer is None or draft_tokenizer is None:
         same = draft.args.vocab_size == model.args.vocab_size
     else:
@@ -113,6 +117,20 @@ def model_drafter(draft: nn.Module, model: Any) -> ModelDrafter:
             f"{model.args.vocab_size}: take one of the same family, or lookup"
         )
     return ModelDrafter(draft, model.args.vocab_size)
+
+
+def load_mlx_lm(path: Path) -> tuple[Any, Any]:
+    """A model that mlx-lm has the code for, and its tokenizer; code in the folder never runs."""
+    try:
+        # mlx-lm searches with the folder's name as a pattern, so that it gets one without signs.
+        with tempfile.TemporaryDirectory() as place:
+            link = Path(place) / "model"
+            link.symlink_to(path.resolve(), target_is_directory=True)
+            draft, _ = load_model(link, trust_remote_code=False)
+    except Exception as error:  # whatever a config of any kind leads to
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the draft model {path} cannot be loaded ({reason})") from error
+    return draft, open_tokenizer(path)
 
 
 def make_policy(

@@ -13,6 +13,7 @@ from ..arrays import named_arrays
 from ..checkpoints.atomic_folder import check_target
 from ..checkpoints.folder import special_ids, write_folder
 from ..checkpoints.reader import read_json
+from ..checkpoints.tokenizer_files import open_tokenizer
 from ..device import physical_memory
 from ..models.blockffn import Model, ModelArgs
 from .config import Data, Initialisation, TrainingConfig
@@ -20,7 +21,7 @@ from .data import Corpus, read_files
 from .lora import add_lora, merge_lora
 from .packed import read_packed
 from .text import read_documents
-from .tokenizer import keep_tokenizer, kept_tokenizer, open_tokenizer, train_tokenizer
+from .tokenizer import keep_tokenizer, kept_tokenizer, train_tokenizer
 
 
 def build_model(args: ModelArgs, settings: Initialisation, seed: int) -> Model:

@@ -5,30 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import load_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from ..checkpoints.atomic_folder import atomic_folder
-
-
-def open_tokenizer(path_or_repo: str | Path) -> TokenizerWrapper:
-    """Loads a tokenizer's files; code beside them is never run, and nobody is asked about it.
-
-    Raises:
-        ValueError: There is none that works without its own code.
-    """
-    # Given a config, transformers reads only the tokenizer's own files.
-    extra: dict[str, Any] = {"trust_remote_code": False, "config": PreTrainedConfig()}
-    try:
-        return load_tokenizer(path_or_repo, extra)
-    except OSError:
-        raise
-    except Exception as error:  # the libraries raise whatever their parsers do
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path_or_repo} holds no tokenizer that can be used ({reason})."
-        ) from error
+from ..checkpoints.tokenizer_files import open_tokenizer
 
 
 def kept_tokenizer(folder: Path) -> TokenizerWrapper | None:

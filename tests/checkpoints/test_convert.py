@@ -276,7 +276,7 @@ def test_bad_input_ends_in_one_line(capsys, monkeypatch, tmp_path):
     (source / "config.json").unlink()
     assert_refused(capsys, monkeypatch, tmp_path, "no config.json")
     shutil.rmtree(source)
-    assert_refused(capsys, monkeypatch, tmp_path, "is no folder")
+    assert_refused(capsys, monkeypatch, tmp_path, "is not a folder")
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_full_disk_is_seen_before_the_download(fake_hub, monkeypatch):
 
 @pytest.mark.parametrize("path", ["./missing", "missing", "a/b/c"])
 def test_missing_folder(path):
-    with pytest.raises(OSError, match="is no folder"):
+    with pytest.raises(OSError, match="is not a folder"):
         bf.load(path)
 
 
