@@ -1,4 +1,5 @@
 // Down projection: y = sum over the union's experts of h down^T.
+#pragma once
 #include <metal_stdlib>
 #include "tile.metal"
 using namespace metal;
@@ -47,14 +48,21 @@ struct DownOperands {
   }
 };
 
-// One threadgroup: outputs [group * 8 * OCTETS, ...) of every token. An empty union gives zeros.
+// What becomes of a sum: a function of its place in y and of the sum.
+struct AsSummed {
+  float operator()(uint, float sum) const thread {
+    return sum;
+  }
+};
+
+// One threadgroup: outputs [group * 8 * OCTETS, ...) of every token. An empty union sums to zeros.
 //   h, active: as up_projection leaves them   down: [EXPERTS, HIDDEN, EXPERT_SIZE]
 //   y: [tokens, HIDDEN]
 template <
     typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD,
-    int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights, typename Active>
+    int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights, typename Active, typename Finish>
 void down_projection(
-    const device T* h, Active active, Weights down, device T* y, uint tokens,
+    const device T* h, Active active, Weights down, device T* y, uint tokens, Finish finish,
     threadgroup float* partials, uint group, uint simdgroup, uint lane) {
   const int ROWS = 8 * OCTETS;
   const uint first_row = group * ROWS;
@@ -68,6 +76,7 @@ void down_projection(
   for (uint i = simdgroup * 32 + lane; i < tokens * ROWS; i += SIMDGROUPS * 32) {
     const uint token = i / ROWS, row = i % ROWS;
     const float sum = add_partials<SIMDGROUPS, TOKENS, ROWS>(partials, token, row);
-    y[token * HIDDEN + first_row + row] = T(sum);
+    const uint at = token * HIDDEN + first_row + row;
+    y[at] = T(finish(at, sum));
   }
 }

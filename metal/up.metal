@@ -1,4 +1,5 @@
 // Up projection of the union's experts: h = score * act(x up^T), 0 where the score is 0.
+#pragma once
 #include <metal_stdlib>
 #include "tile.metal"
 #include "union.metal"

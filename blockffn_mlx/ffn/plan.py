@@ -6,7 +6,19 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import device
-from ..kernels import MAX_EXPERTS, MAX_TOKENS, Call, Sizes, covers, down, probe, route, up
+from ..kernels import (
+    MAX_EXPERTS,
+    MAX_TOKENS,
+    Call,
+    Sizes,
+    covers,
+    down,
+    probe,
+    residual_down,
+    route,
+    routed_up,
+    up,
+)
 from ..kernels.registry import KERNELS
 from ..kernels.tiles import tuned_tables
 from ..quantisation import ExpertWeights
@@ -32,6 +44,10 @@ BACKENDS = {
 }
 
 
+# The kernels of a layer, and the fused ones.
+UNION_KERNELS = {False: ("route", "up", "down"), True: ("routed_up", "residual_down")}
+
+
 class Plan(NamedTuple):
     """How a feed-forward layer is computed for a chunk, with the kernels' arguments made.
 
@@ -40,7 +56,10 @@ class Plan(NamedTuple):
             the chunk uses. "grouped": each expert for its own tokens.
         backend: Whose kernels compute it, "metal" or "cuda"; None for plain operations.
         act: The experts' activation.
-        route, up, down: Launches, where kernels compute the union.
+        route, up, down: Launches, where kernels compute the union. `fused` ones have no route: `up`
+            takes the router's logits, norm and eps in place of scores, and `down` takes the
+            residual and its factor behind the list.
+        fused: Whether they are.
     """
 
     strategy: str
@@ -49,6 +68,7 @@ class Plan(NamedTuple):
     route: Call | None = None
     up: Call | None = None
     down: Call | None = None
+    fused: bool = False
 
     def run(
         self, x: mx.array, scores: mx.array, up_weights: ExpertWeights, down_weights: ExpertWeights
@@ -66,7 +86,9 @@ class Plan(NamedTuple):
         return dense_ffn(x, scores, up_weights, down_weights, act=self.act)
 
 
-def make_plan(sizes: Sizes, act: str, backend: str = "auto", *, training: bool = False) -> Plan:
+def make_plan(
+    sizes: Sizes, act: str, backend: str = "auto", *, training: bool = False, fused: bool = False
+) -> Plan:
     """The plan for a chunk; the same one for the same arguments.
 
     Args:
@@ -74,6 +96,7 @@ def make_plan(sizes: Sizes, act: str, backend: str = "auto", *, training: bool =
         act: The experts' activation.
         backend: "auto" or one of BACKENDS.
         training: Whether gradients may be asked for; every expert takes part in those.
+        fused: Whether kernels are wanted that take the router's norm and the residual with them.
 
     Raises:
         ValueError: For an unknown backend, or kernels that do not take these sizes.
@@ -83,6 +106,7 @@ def make_plan(sizes: Sizes, act: str, backend: str = "auto", *, training: bool =
         act,
         backend,
         training,
+        fused,
         device.kernel_backend(),
         device.compute_backend(),
     )
@@ -94,11 +118,12 @@ def _make_plan(
     act: str,
     asked: str,
     training: bool,
+    fused: bool,
     kernel_backend: str | None,
     compute_backend: str,
 ) -> Plan:
     if asked == "auto":
-        strategy, backend = choose(sizes, training, kernel_backend, compute_backend)
+        strategy, backend = choose(sizes, training, fused, kernel_backend, compute_backend)
     elif asked in BACKENDS:
         strategy, backend = BACKENDS[asked]
     else:
@@ -111,6 +136,15 @@ def _make_plan(
         raise ValueError(
             f"the kernels take 1 to {MAX_TOKENS} tokens, up to {MAX_EXPERTS} experts, sizes that "
             "are multiples of 32, and plain or affine 4-bit or 8-bit weights in the dtype of x"
+        )
+    if fused:
+        return Plan(
+            strategy,
+            backend,
+            act,
+            up=routed_up.arguments(sizes, act=act, backend=backend),
+            down=residual_down.arguments(sizes, backend=backend),
+            fused=True,
         )
     return Plan(
         strategy,
@@ -125,6 +159,7 @@ def _make_plan(
 def choose(
     sizes: Sizes,
     training: bool,
+    fused: bool,
     kernel_backend: str | None,
     compute_backend: str,
 ) -> tuple[str, str | None]:
@@ -136,15 +171,16 @@ def choose(
         reads = compute_backend == "cpu" or kernel_backend  # the loads, on the host, once a layer
         grouped = reads and least is not None and sizes.num_tokens >= least
         return ("grouped" if grouped else "dense"), None
-    if kernel_backend and covers(sizes) and kernels_work(sizes, kernel_backend):
+    if kernel_backend and covers(sizes) and kernels_work(sizes, kernel_backend, fused):
         return "union", kernel_backend
     # Reading the union on the host costs a GPU more, once a layer, than the experts that it saves.
     return ("union" if compute_backend == "cpu" else "dense"), None
 
 
-def kernels_work(sizes: Sizes, backend: str) -> bool:
+def kernels_work(sizes: Sizes, backend: str, fused: bool) -> bool:
     """Whether the kernels of a chunk give right results here."""
-    asked = (("route", None), ("up", sizes.up.packing), ("down", sizes.down.packing))
+    packings = {"up": sizes.up.packing, "down": sizes.down.packing}
+    asked = [(name, packings.get(KERNELS[name].projection)) for name in UNION_KERNELS[fused]]
     return all(
         probe.works(KERNELS[name], sizes.num_tokens, sizes.dtype, packing, backend=backend)
         for name, packing in asked
@@ -162,5 +198,5 @@ def forget():
     """Drops every plan: for tests, and when tiles or verdicts have changed."""
     _make_plan.cache_clear()
     tuned_tables.cache_clear()
-    for module in (route, up, down):
+    for module in (route, up, down, routed_up, residual_down):
         module.arguments.cache_clear()

@@ -6,7 +6,7 @@ was measured. `KERNELS` lists them all.
 """
 
 from .. import device
-from . import combine, down, probe, route, up
+from . import combine, down, probe, residual_down, route, routed_up, up
 from .kernel import Call, Kernel, Sample, build_kernel
 from .registry import KERNELS
 from .samples import RandomLayer, random_layer
@@ -34,7 +34,9 @@ __all__ = [
     "kernel_text",
     "probe",
     "random_layer",
+    "residual_down",
     "route",
+    "routed_up",
     "up",
 ]
 

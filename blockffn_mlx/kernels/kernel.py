@@ -25,7 +25,8 @@ class Kernel:
         launch: Runs it: (*operands, backend=..., **settings) -> outputs.
         twin: The same in plain operations: (*operands, **settings) -> outputs.
         sample: Operands and settings from a random layer.
-        projection: Whether it takes a projection's weights, plain or packed, and is cut in tiles.
+        projection: "up" or "down" if it takes that projection's weights, plain or packed, and is
+            cut in its tiles; None for others.
         written: Sets what it leaves unwritten to 0, so that outputs can be compared.
     """
 
@@ -36,7 +37,7 @@ class Kernel:
     launch: Callable[..., Outputs]
     twin: Callable[..., Outputs]
     sample: Callable[[Any], "Sample"]
-    projection: bool = False
+    projection: str | None = None
     written: Callable[..., Outputs] = lambda *outputs: outputs
 
     def run(self, sample: "Sample", backend: str | None = None) -> tuple[mx.array, ...]:

@@ -88,7 +88,7 @@ def tile_classes(
     """Every class of a kernel, by chunk length."""
     if not kernel.projection:
         return [TileClass(kernel.name, backend, dtype)]
-    tiles = [getattr(t, kernel.name) for t in tile_table(backend, dtype, packing)]
+    tiles = [getattr(t, kernel.projection) for t in tile_table(backend, dtype, packing)]
     shortest = [1, *(tile.tokens + 1 for tile in tiles)]
     return [
         TileClass(kernel.name, backend, dtype, packing, tile, first)

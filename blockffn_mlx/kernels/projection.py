@@ -20,7 +20,7 @@ def arguments(
     """A launch of a projection.
 
     Args:
-        kernel: UP or DOWN.
+        kernel: One with a projection's weights.
         sizes: The layer and the chunk.
         backend: "metal" or "cuda".
         rows: Rows of the product, over all experts that may be active.
@@ -29,10 +29,10 @@ def arguments(
         most_threads: Whether no more threadgroups start than fill the machine.
         constants: What else the kernel is compiled for.
     """
-    packing = getattr(sizes, kernel.name).packing
+    packing = getattr(sizes, kernel.projection).packing
     if tile is None:
         tiles = choose_tiles(sizes.num_tokens, backend, sizes.dtype, packing)
-        tile = getattr(tiles, kernel.name)
+        tile = getattr(tiles, kernel.projection)
     groups = rows // (8 * tile.octets)
     if most_threads:
         groups = min(groups, max_threads(backend) // (32 * tile.simdgroups))

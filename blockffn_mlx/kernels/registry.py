@@ -3,7 +3,11 @@
 from .combine import COMBINE
 from .down import DOWN
 from .kernel import Kernel
+from .residual_down import RESIDUAL_DOWN
 from .route import ROUTE
+from .routed_up import ROUTED_UP
 from .up import UP
 
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (ROUTE, UP, DOWN, COMBINE)}
+KERNELS: dict[str, Kernel] = {
+    kernel.name: kernel for kernel in (ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, COMBINE)
+}

@@ -106,6 +106,6 @@ UP = Kernel(
     launch=launch,
     twin=twin,
     sample=sample,
-    projection=True,
+    projection="up",
     written=written,
 )

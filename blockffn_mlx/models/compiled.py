@@ -15,7 +15,7 @@ import mlx.nn as nn
 
 from .. import device
 from ..ffn import BlockFFN, Plan, make_plan
-from ..kernels import MAX_TOKENS, Sizes, route
+from ..kernels import MAX_TOKENS, Sizes, residual_down, route
 from ..kernels.graph import one_launch
 from ..quantisation import Quantization
 from .attend import scaled_dot_product_attention
@@ -88,7 +88,7 @@ class Exit(NamedTuple):
     def plan(self, shape: Shape) -> Plan:
         """How the experts are computed."""
         sizes = self.sizes._replace(num_tokens=shape.batch_size * shape.num_tokens)
-        return make_plan(sizes, self.act, shape.backend)
+        return make_plan(sizes, self.act, shape.backend, fused=True)
 
     def __call__(
         self,
@@ -116,12 +116,13 @@ class Exit(NamedTuple):
             h = add_scaled(h, product(x, output, self.packing), self.residual_scale)
         x = mx.fast.rms_norm(h, norm, self.eps)
         logits = product(x, router, self.router_packing)
-        scores = plan.route(logits, router_norm, route.epsilon(self.router_eps))[0]
-        hidden, active = plan.up(x, scores, *up)
-        h = add_scaled(h, plan.down(hidden, active, *down)[0], self.residual_scale)
+        hidden, active = plan.up(x, logits, router_norm, route.epsilon(self.router_eps), *up)
+        factor = residual_down.factor_array(self.residual_scale)
+        (h,) = plan.down(hidden, active, h, factor, *down)
         h = h.reshape(batch_size, num_tokens, hidden_size)
         if not watched:
             return (h,)
+        scores = route.twin(logits, router_norm, eps=self.router_eps)
         return h, *(seen.reshape(batch_size, num_tokens, -1) for seen in (logits, scores))
 
 
@@ -246,7 +247,7 @@ class CompiledPasses:
         if known and known[0][0] is plans[0]:
             return known[1]
         plans += [part.exit.plan(shape) for part in parts[1:]]
-        if not all(plan.route and plan.up and plan.down for plan in plans):
+        if not all(plan.fused for plan in plans):
             return None
         made: dict[Any, Callable] = {}
 

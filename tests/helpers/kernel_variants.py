@@ -59,7 +59,7 @@ def variants(table: str = "metal") -> Iterator[Variant]:
         if not kernel.projection:
             yield Variant(kernel.name, dtype)
             continue
-        tiles = dict.fromkeys(getattr(pair, kernel.name) for pair in TILES[table])
+        tiles = dict.fromkeys(getattr(pair, kernel.projection) for pair in TILES[table])
         for tile, packing in product(tiles, PACKINGS):
             yield Variant(kernel.name, dtype, tile, packing)
 

@@ -29,11 +29,14 @@ def compiled(monkeypatch):
 
     def call(self: Call, *inputs: mx.array):
         constants, settings = dict(self.template), {}
-        if self.kernel.name == "route":
-            *inputs, eps = inputs
-            settings["eps"] = eps.item()
+        for name in ("eps", "factor"):
+            if name in self.kernel.inputs:
+                at = self.kernel.inputs.index(name)
+                settings[name] = inputs[at].item()
+                inputs = (*inputs[:at], *inputs[at + 1 :])
         if self.kernel.projection:
-            first, arrays = inputs[: len(self.kernel.inputs)], inputs[len(self.kernel.inputs) :]
+            names = [name for name in self.kernel.inputs if name not in settings]
+            first, arrays = inputs[: len(names)], inputs[len(names) :]
             if self.packed:
                 weights = Packed(*arrays, constants["GROUP_SIZE"], constants["BITS"], "affine")
             else:
