@@ -79,7 +79,6 @@ def test_a_layer_of_ours_launches_as_little_as_it_can(bits, launches):
     """2 norms, 3 products, rotation, 2 cache writes, attention, 2 kernels; packed, a residual."""
     graph = decode(small(SPARSE, 4) | dict(expert_size=32, num_experts=16), bits)
     assert graph.launches_per_layer(4) == launches
-    assert len(graph.launches) == 4 * launches + (5 if bits is None else 8)
 
 
 def test_views_cost_nothing_and_what_moves_data_is_a_copy():
