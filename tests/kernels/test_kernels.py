@@ -1,7 +1,6 @@
 """The kernels against float64: on Metal or CUDA where there is one, else in the Metal harness."""
 
 import itertools
-from contextlib import contextmanager
 from dataclasses import replace
 
 import mlx.core as mx
@@ -20,55 +19,24 @@ from blockffn_mlx.models.activation import record_router_scores
 from blockffn_mlx.quantisation import expert_weights
 from helpers.demo_text import PASSAGE, greedy
 from helpers.ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error
+from helpers.kernel_runs import (
+    BACKEND,
+    ON_GPU,
+    check,
+    in_harness,
+    needs_gpu_or_compiler,
+    result,
+    running,
+)
 from helpers.models import TINY
 
-ON_GPU = mx.metal.is_available() or mx.cuda.is_available()
-BACKEND = "cuda" if mx.cuda.is_available() else "metal"
-pytestmark = pytest.mark.skipif(
-    not ON_GPU and metal_host.compiler() is None, reason=metal_host.NO_COMPILER
-)
-in_harness = pytest.mark.skipif(ON_GPU, reason="shows what only the harness can see")
+pytestmark = needs_gpu_or_compiler
 
 TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64)
 EXPERTS = (1, 9, 40, 56, 128, 180, 256)
 EXPERT_SIZES = (32, 64, 96, 128)
 HIDDEN_SIZES = (64, 96, 128, 192, 256, 320, 512, 1024, 2048)
 PACKINGS = ((0, 64), *itertools.product((4, 8), (32, 64, 128)))  # bits, group size
-
-
-@contextmanager
-def running(mode: str = "fast", **options):
-    """Runs kernels on this machine's GPU, or in the harness; yields its runs, if any."""
-    kernels.build_kernel.cache_clear()
-    try:
-        if ON_GPU:
-            yield []
-        else:
-            with metal_host.harness(mode, **options) as runs:
-                yield runs
-            assert runs, "no kernel came to the harness"
-    finally:
-        kernels.build_kernel.cache_clear()
-
-
-def result(case: Case, operands) -> mx.array:
-    x, scores, up, down = operands
-    out = bf.ffn.chunk_union_ffn(x, scores, up, down, act=case.act, backend=BACKEND)
-    mx.eval(out)
-    assert out.dtype == case.dtype and out.shape == x.shape
-    return out
-
-
-def check(case: Case, mode: str = "fast", **options) -> list[metal_host.Run]:
-    *operands, expected = case.operands()
-    with running(mode, **options) as runs:
-        out = result(case, operands)
-    if case.union == "empty":
-        assert mx.array_equal(out, mx.zeros_like(out))
-    silent = float64(operands[1]).any(-1)  # tokens without any expert get exact zeros
-    assert not float64(out)[~silent].any()
-    assert relative_error(out, expected) < TOLERANCE[case.dtype]
-    return runs
 
 
 def sample(count_of_each: int, most_work: float, seed: int) -> list[Case]:

@@ -8,13 +8,13 @@ import warnings
 
 import mlx.core as mx
 import pytest
-from test_kernels import BACKEND, in_harness, running
 
 import metal_host
 from blockffn_mlx import device, kernels
 from blockffn_mlx.ffn import plan
 from blockffn_mlx.kernels import Call, probe, text, verdicts
 from blockffn_mlx.quantisation import Quantization
+from helpers.kernel_runs import BACKEND, in_harness, running
 from helpers.models import tiny_model
 
 pytestmark = pytest.mark.skipif(

@@ -1,17 +1,15 @@
 """The sizes at which a kernel goes another way, and the tiles that other machines take."""
 
-import metal_host
 import mlx.core as mx
 import pytest
-from ffn_cases import TOLERANCE, Case
-from test_kernels import BACKEND, ON_GPU, check, in_harness, running
 
-from blockffn_mlx import doctor, kernels
+from blockffn_mlx import kernels
+from blockffn_mlx.analysis import doctor
 from blockffn_mlx.kernels import KERNELS, TILES, random_layer
+from helpers.ffn_cases import TOLERANCE, Case
+from helpers.kernel_runs import BACKEND, ON_GPU, check, in_harness, needs_gpu_or_compiler, running
 
-pytestmark = pytest.mark.skipif(
-    not ON_GPU and metal_host.compiler() is None, reason=metal_host.NO_COMPILER
-)
+pytestmark = needs_gpu_or_compiler
 
 
 @pytest.mark.parametrize("case", [
