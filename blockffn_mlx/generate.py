@@ -1,7 +1,7 @@
 """Text generation over mlx-lm's generate_step and GenerationResponse."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -50,7 +50,7 @@ def stream_generate(
     draft_stats: speculative.SpeculationStats | None = None,
     draft_model: nn.Module | None = None,
     num_draft_tokens: int | None = None,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     """Generates token by token, or by rounds that verify a draft.
 
     Args:
@@ -126,7 +126,8 @@ def stream_generate(
         tokens = speculative.stream(
             ids, model, drafter, policy=policy, stats=draft_stats, **options
         )
-    with wired_limit(model, [generation_stream]), closing(tokens):
+    streams: list[Any] = [generation_stream]
+    with wired_limit(model, streams), closing(tokens):
         ends = ((*asked.stop, *stop), asked.stop_ids)
         yield from respond(tokens, tokenizer, ids.size, max_tokens, *ends)
 

@@ -238,7 +238,7 @@ def packed_settings(entry: Any) -> tuple[Quantization, dict[str, Any]]:
 
     if not isinstance(entry, dict):
         raise ValueError(f"config.json: quantization {str(entry)[:40]!r} makes no sense.")
-    own = {}
+    own: dict[str, Any] = {}
     for path, settings in entry.items():
         if isinstance(settings, dict):
             own[path] = checked(settings, f" of {path[:80]}")._asdict()

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +13,7 @@ from .. import device
 from ..analysis.doctor import seconds_per_call
 from ..analysis.passes import trace_layer
 from ..checkpoints.load import model_folder
-from ..ffn import make_plan
+from ..ffn import Plan, make_plan
 from ..kernels import MAX_TOKENS, Sizes, random_layer
 from ..kernels.graph import Graph
 from ..kernels.predict import CHIPS, find_chip, launch_seconds
@@ -156,9 +156,7 @@ def measurement(args: argparse.Namespace) -> dict[str, Any]:
         )
         weights, chunk = (scores, up, down), Sizes.of(x, up, down)
         plans = [make_plan(chunk, "silu", backend) for backend in ("auto", "dense")]
-        union, dense = (
-            seconds_per_call(lambda x, p=plan, w=weights: p.run(x, *w), x) for plan in plans
-        )
+        union, dense = (seconds_per_call(runner(plan, weights), x) for plan in plans)
         rows.append(
             {
                 "tokens": tokens,
@@ -179,6 +177,11 @@ def measurement(args: argparse.Namespace) -> dict[str, Any]:
         "layer each time, so a large cache helps",
         "rows": rows,
     }
+
+
+def runner(plan: Plan, weights: tuple) -> Callable[[mx.array], mx.array]:
+    """A plan with its scores and weights, as a function of x."""
+    return lambda x: plan.run(x, *weights)
 
 
 def tune_tiles(args: argparse.Namespace, lengths: list[int] | None) -> int:

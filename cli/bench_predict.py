@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 
 from ..analysis.passes import model_from_config, read_config, trace_passes
@@ -119,7 +119,7 @@ def draw(document: dict[str, Any]):
     for model in document["models"]:
         table = Table(box=None, padding=(0, 2, 0, 0), title=model["model"], title_justify="left")
         for name in columns:
-            justify = "left" if name in ("chip", "pass") else "right"
+            justify: JustifyMethod = "left" if name in ("chip", "pass") else "right"
             table.add_column(name, justify=justify, no_wrap=True)
         for row in model["rows"]:
             table.add_row(*(cell(row) for cell in columns.values()))

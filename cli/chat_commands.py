@@ -105,7 +105,7 @@ def edit(chat: "Chat", argument: str):
     if argument:
         chat.reply_to(argument)
     else:
-        chat.draft_message = question
+        chat.draft_message = question or ""
 
 
 def system(chat: "Chat", argument: str):

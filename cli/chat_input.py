@@ -55,6 +55,7 @@ class LineInput:
         if stream is not None and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
         self.stream, self.prompt = stream, prompt
+        self.problem: str | None = None
 
     def read(self, text: str = "") -> str | None:
         """The next message, or None at the end. `text` cannot be edited here and is left out."""
@@ -201,9 +202,9 @@ class CommandCompleter(Completer):
             return
         name, space, rest = text.partition(" ")
         if not space:
-            for command, about in self.commands.items():
-                if command.startswith(name):
-                    yield Completion(command, -len(name), display_meta=about.help)
+            for word, about in self.commands.items():
+                if word.startswith(name):
+                    yield Completion(word, -len(name), display_meta=about.help)
         elif (command := self.commands.get(name)) is None:
             return
         elif command.words is None:

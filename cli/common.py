@@ -135,7 +135,7 @@ def load_for_text(args: argparse.Namespace, lazy: bool = False) -> tuple[Model, 
         raise ValueError(f"{args.model} has no tokenizer files: text needs them.")
     if (args.quantize or args.dtype) and model.origin.folder == model.origin.checkpoint:
         note(f"{args.model} is converted already: -q and --dtype change nothing")
-    add_end_tokens(tokenizer, getattr(args, "extra_eos_token", ()))
+    add_end_tokens(tokenizer, getattr(args, "extra_eos_token", None) or [])
     return model, tokenizer
 
 

@@ -170,11 +170,13 @@ def examine_class(
         reference,
         TOLERANCE[tile_class.dtype],
     )
-    *sizes, active = SIZES
+    num_experts, expert_size, hidden_size, active = SIZES
     try:
         for tokens in sorted(lengths):
             packing = PACKINGS[weights or "plain"]
-            layer = random_layer(tokens, *sizes, active, tile_class.dtype, packing)
+            layer = random_layer(
+                tokens, num_experts, expert_size, hidden_size, active, tile_class.dtype, packing
+            )
             sample = kernel.sample(layer)
             found, exact = kernel.run(sample, tile_class.backend), kernel.run(sample.widened())
             verdict.errors[tokens] = relative_error(found, exact)

@@ -1,6 +1,6 @@
 """A conversation kept in the prompt cache: each turn prefills only what is new."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +96,7 @@ class Conversation:
         if not any(role == "system" for role, _ in messages):
             messages = [(m.role, m.content) for m in self.messages if m.role == "system"] + messages
         self.messages = [Message(role, clean(text), clean(text)) for role, text in messages]
-        self.dropped: list[Message] = []
+        self.dropped = []
         self.answer_span: tuple[int, int] | None = None
 
     def clear_cache(self):
@@ -152,7 +152,7 @@ class Conversation:
         should_stop: Callable[[], bool] = lambda: False,
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         **options: Any,
-    ) -> Iterator[GenerationResponse]:
+    ) -> Generator[GenerationResponse, None, None]:
         """Answers the last message, which `ask` has added.
 
         When the iterator ends or is closed, what was said so far is the answer, and the cache

@@ -68,7 +68,7 @@ def convert_draft(
         head.set_dtype(getattr(mx, dtype))
     if settings:
         plan = plan_quantization(head, settings)
-        quantization = quantization_config(settings, plan)
+        quantization: dict[str, Any] | None = quantization_config(settings, plan)
         nn.quantize(head, class_predicate=lambda name, _: name in plan and plan[name]._asdict())
     else:
         quantization = config.get("quantization")

@@ -39,7 +39,7 @@ def commit_of(repo: str, revision: str | None = None) -> str:
         OSError: If the Hub cannot be reached and the repository was never downloaded.
     """
     try:
-        return HfApi().model_info(repo, revision=revision).sha
+        return HfApi().model_info(repo, revision=revision).sha or revision or "main"
     except Exception as error:  # the HTTP library's errors are neither ValueError nor OSError
         _explain(error, repo, revision)
         config = try_to_load_from_cache(repo, "config.json", revision=revision)

@@ -76,7 +76,7 @@ def load(
         ValueError: If the model cannot be used.
         OSError: If files are missing or unreadable, the network is down or the disk is full.
     """
-    settings = {
+    settings: dict[str, Any] = {
         "quantize": quantize,
         "q_bits": q_bits,
         "q_group_size": q_group_size,
@@ -200,6 +200,7 @@ def _load_folder(
             mx.eval(model.parameters())
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{folder} cannot be loaded ({str(error)[:200]}).") from error
+    assert isinstance(model, Model)
     model.eval()
     model.origin = origin
     if not (folder / "tokenizer.json").exists():
@@ -237,7 +238,7 @@ def _quantization(config: dict[str, Any]) -> dict[str, Any]:
     return own
 
 
-def unpack(model: Model):
+def unpack(model: nn.Module):
     """Turns packed weights into plain float32 ones, with which MLX is much faster on a CPU."""
     model.set_dtype(mx.float32)  # scales first, so that unpacking does not round
     plain = [

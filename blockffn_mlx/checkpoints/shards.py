@@ -14,7 +14,7 @@ from .canonical import LAYER, Weight
 from .hub import Progress
 
 
-def plan_quantization(model: Model, settings: Quantization) -> dict[str, Quantization]:
+def plan_quantization(model: nn.Module, settings: Quantization) -> dict[str, Quantization]:
     """Settings of each module that will be quantised: its width may need a smaller group.
 
     Raises:
@@ -121,7 +121,7 @@ def stream(
         yield arrays
 
 
-def _leaf_modules(model: Model) -> dict[str, nn.Module]:
+def _leaf_modules(model: nn.Module) -> dict[str, nn.Module]:
     return dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
 
 

@@ -79,7 +79,7 @@ def read_tokenizer(source: Path, vocab_size: int) -> TokenizerFiles | None:
     fast, slow = source / "tokenizer.json", source / "tokenizer.model"
     if not fast.exists() and not slow.exists():
         return None
-    settings = {}
+    settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (source / name).exists():
             settings |= read_json(source / name)
@@ -87,7 +87,8 @@ def read_tokenizer(source: Path, vocab_size: int) -> TokenizerFiles | None:
     tokenizer = _read_fast(fast, vocab_size) if fast.exists() else _from_sentencepiece(slow)
     if not fast.exists() or str(settings.get("tokenizer_class")).startswith("Llama"):
         _set_added_tokens(tokenizer, settings, special)
-    tokenizer.no_padding(), tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     check_ids(tokenizer, vocab_size, source)
     num_tokens = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     warnings = []
@@ -159,7 +160,9 @@ def _build_fast(data: bytes, path: Path) -> Tokenizer:
             if piece.type in (CONTROL, USER_DEFINED)
         ]
     )
-    spec, steps, strip = proto.normalizer_spec, [], []
+    spec = proto.normalizer_spec
+    steps: list[Any] = []
+    strip: list[Any] = []
     if spec.precompiled_charsmap:
         check_charsmap(spec.precompiled_charsmap, path)
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))

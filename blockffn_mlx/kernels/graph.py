@@ -79,7 +79,7 @@ class Graph:
             max_elements: Mi elements of distinct arrays, counted whole (MLX_MAX_MB_PER_BUFFER).
         """
         commits, operations = 0, 0
-        seen: dict[int, int] = {}
+        seen: dict[str, int] = {}
         for launch in self.launches:
             operations += 1
             seen |= launch.arrays
@@ -130,7 +130,7 @@ def _stand_in(
     name: str, arrays: list[mx.array], shape: tuple[int, ...], dtype: mx.Dtype
 ) -> mx.array:
     """A node of the graph with a name of ours."""
-    kernel = mx.fast.metal_kernel(
+    kernel: Any = mx.fast.metal_kernel(
         name=STAND_IN + name,
         input_names=[f"in{i}" for i in range(len(arrays))],
         output_names=["out"],

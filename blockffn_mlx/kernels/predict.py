@@ -8,6 +8,7 @@ how far predictions were off wherever a measurement could be compared.
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from .graph import Graph, Launch
 
@@ -56,8 +57,10 @@ class Chip:
     encode_product: tuple[float, float] = (0.61, 0.61)
 
 
-def _large(*values: float, **settings) -> Chip:
-    return Chip(*values, limits=(50, 50), **settings)
+def _large(
+    published: float, bandwidth: float, teraflops: float, launch: float = 4.0, **settings: Any
+) -> Chip:
+    return Chip(published, bandwidth, teraflops, launch, limits=(50, 50), **settings)
 
 
 CHIPS = {
@@ -183,7 +186,7 @@ def predict_pass(
     """
     limits = limits or chip.limits
     launches = graph.launches
-    buffers = graph.command_buffers(*limits) if chip.limits else 0
+    buffers = graph.command_buffers(*limits) if chip.limits and limits else 0
     gpu = sum(launch_seconds(chip, launch, active) for launch in launches)
     encode = sum(_encode(chip, launch) for launch in launches)
     flops = sum(

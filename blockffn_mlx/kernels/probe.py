@@ -163,8 +163,11 @@ def largest_error(kernel: Kernel, tile_class: TileClass, length: int) -> str | N
     """Runs a kernel and its twin on a chunk of that length."""
     packing = tile_class.packing
     bits = (packing.bits, packing.group_size) if packing else (0, 0)
-    *sizes, active = SIZES
-    sample = kernel.sample(random_layer(length, *sizes, active, tile_class.dtype, bits))
+    num_experts, expert_size, hidden_size, active = SIZES
+    layer = random_layer(
+        length, num_experts, expert_size, hidden_size, active, tile_class.dtype, bits
+    )
+    sample = kernel.sample(layer)
     found = kernel.run(sample, tile_class.backend)
     mx.eval(found)
     right = agree(found, kernel.run(sample.widened()), tile_class.dtype)

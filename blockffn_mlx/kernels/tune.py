@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import mlx.core as mx
 
@@ -64,7 +65,8 @@ def fits(tile: Tile, backend: str, dtype: mx.Dtype) -> bool:
 
 def neighbours(tile: Tile, field: str, backend: str, dtype: mx.Dtype) -> list[Tile]:
     """The tiles that differ from one in a field only."""
-    others = (tile._replace(**{field: value}) for value in VALUES[field])
+    changes: list[dict[str, Any]] = [{field: value} for value in VALUES[field]]
+    others = (tile._replace(**change) for change in changes)
     return [t for t in others if t != tile and fits(t, backend, dtype)]
 
 
@@ -151,7 +153,7 @@ class Bench:
                 *sample.operands, **sample.settings, backend=self.backend, tile=tile
             )
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            found = KERNELS[kernel].written(*outputs)
+            found = list(KERNELS[kernel].written(*outputs))
             mx.eval(found)
             right = probe.agree(found, self.exact[kernel], self.dtype)
         except Exception as error:  # whatever MLX raises when it builds or runs a kernel

@@ -156,7 +156,7 @@ class MLAttention(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        mask: mx.array | None,
+        mask: mx.array | str | None,
         cache: Any | None,
         positions: Positions,
     ) -> mx.array:
@@ -172,6 +172,7 @@ class MLAttention(nn.Module):
 
         # The rotary half of the scores enters the attention as its additive mask.
         pe_scores = (q_pe * self.scale) @ k_pe.swapaxes(-1, -2)
+        assert not isinstance(mask, str), "MLA asks for masks as arrays"
         if mask is not None:
             lowest = mx.array(mx.finfo(pe_scores.dtype).min, pe_scores.dtype)
             pe_scores = mx.where(mask, pe_scores, lowest)

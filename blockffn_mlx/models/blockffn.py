@@ -30,7 +30,7 @@ class ModelArgs(BaseModelArgs):
     num_hidden_layers: int = 32
     attention_type: str = "vanilla"
     num_attention_heads: int = 32
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int = 0
     q_lora_rank: int = 768
     kv_lora_rank: int = 256
     qk_nope_head_dim: int = 64
@@ -54,8 +54,7 @@ class ModelArgs(BaseModelArgs):
     chat_tuned: bool = False
 
     def __post_init__(self):
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         choices = {
             "attention_type": ("vanilla", "mla"),
             "ffn_type": ("block", "block_linear"),
@@ -259,7 +258,7 @@ class Model(nn.Module):
 
 def linear_rows(head: nn.Module, rows: mx.array) -> nn.Module:
     """A linear map with some rows of an output head or an embedding, quantised like it."""
-    linear = nn.Linear(1, 1, bias=False)
+    linear: nn.Module = nn.Linear(1, 1, bias=False)
     if isinstance(head, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         settings = {name: getattr(head, name) for name in ("group_size", "bits", "mode")}
         linear = nn.QuantizedLinear(512, 1, bias=False, **settings)

@@ -116,6 +116,7 @@ class Exit(NamedTuple):
             h = add_scaled(h, product(x, output, self.packing), self.residual_scale)
         x = mx.fast.rms_norm(h, norm, self.eps)
         logits = product(x, router, self.router_packing)
+        assert plan.up and plan.down, "pieces() takes no other plan"
         hidden, active = plan.up(x, logits, router_norm, route.epsilon(self.router_eps), *up)
         factor = residual_down.factor_array(self.residual_scale)
         (h,) = plan.down(hidden, active, h, factor, *down)
@@ -136,7 +137,12 @@ def product(x: mx.array, weights: Arrays, packing: Quantization | None) -> mx.ar
     """x times the transpose of a linear map's weight, plain or packed."""
     if packing is None:
         return x @ weights[0].T
-    return mx.quantized_matmul(x, *weights, transpose=True, **packing._asdict())
+    weight, scales = weights[:2]
+    biases = weights[2] if len(weights) > 2 else None
+    group_size, bits, mode = packing
+    return mx.quantized_matmul(
+        x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode
+    )
 
 
 class LayerParts(NamedTuple):
@@ -210,7 +216,7 @@ class CompiledPasses:
                 )
             else:
                 h, *seen = pieces[i + 1](h, attended, part.exit_arrays, model.norm.weight)
-            if seen:
+            if seen and part.mlp.observer is not None:
                 part.mlp.observer(*seen)
         return h
 
@@ -224,8 +230,8 @@ class CompiledPasses:
             unchanged = False
         if not unchanged:
             self.tables.clear()
-            parts = [layer_parts(layer) for layer in model.layers]
-            self.parts = None if None in parts else parts
+            parts = [part for layer in model.layers if (part := layer_parts(layer)) is not None]
+            self.parts = parts if len(parts) == len(model.layers) else None
             self.slots = [(model.layers, i) for i in range(len(model.layers))]
             for layer in model.layers:
                 self.slots += [(module, key) for module in layer.modules() for key in module]
@@ -282,9 +288,11 @@ def layer_parts(layer: nn.Module) -> LayerParts | None:
     if not all(name in attention for name in names) or mlp.norm_after_router != "rms":
         return None
     linears = [attention[name] for name in (*names, "o_proj")] + [mlp.router_proj]
+    if not all(map(is_plain, linears)):
+        return None
     packings = [packing_of(linear) for linear in linears]
     rope = attention.rope
-    if "unknown" in packings or len(set(packings[:3])) > 1 or rope.type == "dynamic":
+    if len(set(packings[:3])) > 1 or rope.type == "dynamic":
         return None
     weights = join(linears[:3])
     if weights is None:
@@ -311,15 +319,16 @@ def layer_parts(layer: nn.Module) -> LayerParts | None:
     )
 
 
-def packing_of(linear: nn.Module) -> Quantization | str | None:
-    """How a linear map without a bias is packed; "unknown" for any other module."""
-    if "bias" in linear:
-        return "unknown"
-    if type(linear) is nn.Linear:
-        return None
-    if type(linear) is nn.QuantizedLinear:
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a module is a linear map of MLX's own without a bias."""
+    return type(linear) in (nn.Linear, nn.QuantizedLinear) and "bias" not in linear
+
+
+def packing_of(linear: nn.Module) -> Quantization | None:
+    """How a linear map is packed."""
+    if isinstance(linear, nn.QuantizedLinear):
         return Quantization(linear.group_size, linear.bits, linear.mode)
-    return "unknown"
+    return None
 
 
 def arrays_of(linear: nn.Module) -> list[mx.array]:
@@ -333,7 +342,7 @@ def join(linears: list[nn.Module]) -> Arrays | None:
     None where nothing can be computed now, as inside mx.compile over the weights.
     """
     columns = list(zip(*(arrays_of(linear) for linear in linears), strict=True))
-    joined = tuple(mx.concatenate(column) for column in columns)
+    joined = tuple(mx.concatenate(list(column)) for column in columns)
     sizes = [len(linear["weight"]) for linear in linears]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
     views = [mx.split(array, ends) for array in joined]

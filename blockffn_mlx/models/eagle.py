@@ -17,7 +17,8 @@ class HeadArgs(BaseModelArgs):
     """A draft head's config.json; RoPE and the norms' eps follow the target's.
 
     Attributes:
-        head_dim: Width of a head; hidden_size / num_attention_heads if None.
+        num_key_value_heads: As many as num_attention_heads if 0.
+        head_dim: Width of a head; hidden_size / num_attention_heads if 0.
         fc_bias: Whether `fc` has a bias. This and `input_norms` are read off the tensors.
         input_norms: Whether embedding and hidden state are normalised on the way in.
     """
@@ -26,8 +27,8 @@ class HeadArgs(BaseModelArgs):
     intermediate_size: int
     num_attention_heads: int
     vocab_size: int | None = None
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0
+    head_dim: int = 0
     num_hidden_layers: int = 1
     attention_bias: bool = False
     mlp_bias: bool = False
