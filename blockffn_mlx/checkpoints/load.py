@@ -12,6 +12,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import dequantize_model, load_adapters
 
+from ..arrays import load_arrays
 from ..ffn.experts import ExpertLinear, QuantizedExpertLinear
 from ..models.blockffn import Model, ModelArgs
 from ..paths import expand
@@ -103,7 +104,7 @@ def load(
     if path_or_repo == DEMO and mx.default_device() == mx.cpu:
         unpack(model)
     if adapter_path is not None:
-        model = load_adapters(model, str(adapter_path))
+        load_adapters(model, str(adapter_path))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
@@ -130,11 +131,12 @@ def _find(
         if not checkpoint.is_dir():
             raise FileNotFoundError(f"{checkpoint} is not a folder: give a model folder or Hub id.")
         checkpoint = checkpoint.resolve()
-        source, state = str(checkpoint), folder_state(checkpoint)
+        source = str(checkpoint)
+        state: Any = folder_state(checkpoint)
     else:
         source = str(path_or_repo)
-        checkpoint = snapshot_folder(source, revision)
-        state = revision
+        state = revision or ""
+        checkpoint = snapshot_folder(source, state)
     cached = cached_path(source, state, settings)
     if cached.exists():
         return Origin(cached, checkpoint)
@@ -181,9 +183,9 @@ def _load_folder(
     tensors = open_checkpoint(folder)  # names what is missing or truncated, which mlx-lm does not
     try:
         model = _build(config, set(tensors))
-        weights = {}
+        weights: dict[str, mx.array] = {}
         for file in sorted({info.path for info in tensors.values()}):
-            weights.update(mx.load(str(file)))
+            weights.update(load_arrays(file))
         weights = model.sanitize(weights)
         if settings := _quantization(config):
             nn.quantize(
@@ -200,7 +202,6 @@ def _load_folder(
             mx.eval(model.parameters())
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         raise ValueError(f"{folder} cannot be loaded ({str(error)[:200]}).") from error
-    assert isinstance(model, Model)
     model.eval()
     model.origin = origin
     if not (folder / "tokenizer.json").exists():

@@ -82,7 +82,7 @@ def _counted(found: dict[str, int]) -> str:
 def count_not_finite(array: mx.array) -> int:
     if not mx.issubdtype(array.dtype, mx.floating):
         return 0
-    return int((~mx.isfinite(array)).sum().item())
+    return int((~mx.isfinite(array)).sum())
 
 
 def stream(

@@ -180,7 +180,7 @@ def choose(
 def kernels_work(sizes: Sizes, backend: str, fused: bool) -> bool:
     """Whether the kernels of a chunk give right results here."""
     packings = {"up": sizes.up.packing, "down": sizes.down.packing}
-    asked = [(name, packings.get(KERNELS[name].projection)) for name in UNION_KERNELS[fused]]
+    asked = [(name, packings.get(KERNELS[name].projection or "")) for name in UNION_KERNELS[fused]]
     return all(
         probe.works(KERNELS[name], sizes.num_tokens, sizes.dtype, packing, backend=backend)
         for name, packing in asked

@@ -29,6 +29,7 @@ def arguments(
         most_threads: Whether no more threadgroups start than fill the machine.
         constants: What else the kernel is compiled for.
     """
+    assert kernel.projection, f"{kernel.name} multiplies by no weights"
     packing = getattr(sizes, kernel.projection).packing
     if tile is None:
         tiles = choose_tiles(sizes.num_tokens, backend, sizes.dtype, packing)

@@ -52,7 +52,7 @@ def head_args(settings: Head, target: Model) -> HeadArgs:
         hidden_size=args.hidden_size,
         intermediate_size=settings.intermediate_size,
         num_attention_heads=args.num_attention_heads,
-        num_key_value_heads=None if args.attention_type == "mla" else args.num_key_value_heads,
+        num_key_value_heads=0 if args.attention_type == "mla" else args.num_key_value_heads,
         vocab_size=args.vocab_size,
         num_hidden_layers=settings.num_hidden_layers,
         fc_bias=settings.fc_bias,
