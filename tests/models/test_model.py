@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import BatchKVCache
 
 import blockffn_mlx as bf
-from blockffn_mlx.models.attention import RoPE
+from blockffn_mlx.models.attention import Positions, RoPE
 from helpers import oracle
 from helpers.models import GOLDEN_MODELS, tiny_model
 
@@ -126,10 +126,10 @@ def test_mla_norms_keep_their_own_eps():
 def test_rope_turns_halves_and_is_exact_far_out():
     """Element 0 turns with element dims / 2; angles at position 4000 stay good."""
     rope = RoPE(4, bf.ModelArgs(rope_theta=10000.0))
-    at = bf.model.Positions(1, None, 1)
+    at = Positions(1, None, 1)
     turned = np.array(rope(mx.array([[[[1.0, 0, 0, 0]]]]), at))[0, 0, 0]
     np.testing.assert_allclose(turned, [np.cos(1), 0, np.sin(1), 0], atol=1e-6)
-    far = bf.model.Positions(4000, None, 1)
+    far = Positions(4000, None, 1)
     wide = RoPE(64, bf.ModelArgs(rope_theta=10000.0))
     x = np.ones((1, 1, 64))
     expected = oracle.rope(x, np.array([4000.0]), bf.ModelArgs())
