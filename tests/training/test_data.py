@@ -1,8 +1,6 @@
 """Readers and samplers of training text."""
 
-import hashlib
 import json
-import lzma
 
 import numpy as np
 import pytest
@@ -19,10 +17,7 @@ from blockffn_mlx.training.packed import read_packed
 from blockffn_mlx.training.sampling import DocumentPacker, WindowSampler, validation_windows
 from blockffn_mlx.training.text import read_documents
 from blockffn_mlx.training.tokenizer import train_tokenizer
-
-BOS, EOS, PAD, USER, ASSISTANT, END = 1, 2, 3, 4, 5, 6
-CHAT = [BOS, USER, 10, END, ASSISTANT, 11, 12, END, USER, 13, END, ASSISTANT, 14, END]
-CHAT_TURNS = [0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 1, 1]
+from helpers.packed_text import ASSISTANT, BOS, CHAT, CHAT_TURNS, END, EOS, PAD
 
 
 def source(name: str, *documents: list[int]) -> Source:
@@ -38,30 +33,6 @@ def counting(name: str, first: int, lengths: list[int]) -> Source:
         documents.append([BOS, *range(at, at + length - 1)])
         at += length - 1
     return source(name, *documents)
-
-
-@pytest.fixture
-def packed(tmp_path):
-    """A folder of packed tokens with two training sources and one for validation."""
-    a, b, validation = CHAT * 3, [BOS, 20, 21, BOS, 22], [BOS, 30, 31, 32]
-
-    def pack(name: str, tokens: list[int], parts: list[tuple]) -> dict:
-        data = np.array(tokens, np.uint16).tobytes()
-        (tmp_path / name).write_bytes(lzma.compress(data) if name.endswith("xz") else data)
-        keys = ("source", "split", "offset", "tokens")
-        return {
-            "file": name,
-            "sha256_raw": hashlib.sha256(data).hexdigest(),
-            "parts": [dict(zip(keys, part, strict=True)) for part in parts],
-        }
-
-    packs = {
-        "a": pack("a.u16.xz", a + b, [("a", "train", 0, 42), ("b", "train", 42, 5)]),
-        "v": pack("v.u16", validation, [("a", "val", 0, 4)]),
-    }
-    special = {"bos": BOS, "eos": EOS, "pad": PAD, "assistant": ASSISTANT, "end": END}
-    (tmp_path / "manifest.json").write_text(json.dumps({"special": special, "packs": packs}))
-    return tmp_path
 
 
 def test_read_packed(packed):

@@ -9,13 +9,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_trainer import CONFIG, SENTENCES, folder, log_of, make_trainer, weights_of  # noqa: F401
 
 from blockffn_mlx.training.build import prepare
 from blockffn_mlx.training.config import load_config
 from blockffn_mlx.training.run_folder import ChangedRun, hold_folder
 from blockffn_mlx.training.state import DamagedState, find_states, read_state, save_state
 from blockffn_mlx.training.tokenizer import open_tokenizer
+from helpers.small_run import log_of, make_trainer, weights_of
 
 SHORT = ["stage.0.steps=8", "stage.1.steps=0", "keep_checkpoints=3", "checkpoint_interval=2"]
 EVIL = """
@@ -33,7 +33,7 @@ def command(*arguments: str, typed: str = "") -> subprocess.CompletedProcess:
 
 
 @pytest.fixture
-def trained(folder):  # noqa: F811
+def trained(folder):
     """A finished short run."""
     make_trainer(folder, *SHORT).train()
     return folder
@@ -86,13 +86,13 @@ def test_what_is_written_when_may_change(trained, override):
     assert make_trainer(trained, *SHORT, override).train()
 
 
-def test_a_finished_model_of_somebody_elses_is_not_taken_for_ours(folder):  # noqa: F811
+def test_a_finished_model_of_somebody_elses_is_not_taken_for_ours(folder):
     (folder / "run" / "model").mkdir(parents=True)
     with pytest.raises(ValueError, match="no training run of this folder wrote it"):
         make_trainer(folder, *SHORT).train()
 
 
-def test_a_held_folder_is_refused_at_once(folder):  # noqa: F811
+def test_a_held_folder_is_refused_at_once(folder):
     code = (
         "import sys; from pathlib import Path\n"
         "from blockffn_mlx.training.run_folder import hold_folder\n"
@@ -237,7 +237,7 @@ def test_pruning_removes_only_what_the_run_wrote(tmp_path):
 
 
 def test_a_copy_with_a_name_of_its_own_is_not_taken_up(trained):
-    folder = trained / "run" / "checkpoints"  # noqa: F811
+    folder = trained / "run" / "checkpoints"
     shutil.copytree(folder / "step-00000004", folder / "step-zzz")
     shutil.copytree(folder / "step-00000004", folder / "step-00000099-best")
     trainer = make_trainer(trained, *SHORT)
@@ -254,7 +254,7 @@ def test_a_damaged_state_names_itself(tmp_path):
 
 
 @pytest.mark.parametrize("left", [[], ["tokenizer_config.json"], ["tokenizer.json"]])
-def test_half_a_tokenizer_does_not_block_the_next_run(folder, left):  # noqa: F811
+def test_half_a_tokenizer_does_not_block_the_next_run(folder, left):
     kept = folder / "run" / "tokenizer"
     kept.mkdir(parents=True)
     for name in left:
@@ -264,7 +264,7 @@ def test_half_a_tokenizer_does_not_block_the_next_run(folder, left):  # noqa: F8
     assert again.encode("the fox") == tokenizer.encode("the fox")
 
 
-def test_a_killed_run_leaves_a_whole_tokenizer_or_none(folder, monkeypatch):  # noqa: F811
+def test_a_killed_run_leaves_a_whole_tokenizer_or_none(folder, monkeypatch):
     from transformers import PreTrainedTokenizerFast
 
     def killed(self, path):

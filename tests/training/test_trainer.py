@@ -22,88 +22,7 @@ from blockffn_mlx.training.evaluate import evaluate
 from blockffn_mlx.training.objective import objective, token_losses
 from blockffn_mlx.training.sampling import Batch
 from blockffn_mlx.training.step import GroupedAdamW
-from blockffn_mlx.training.trainer import Trainer
-
-CONFIG = """
-output = "{folder}/run"
-log_interval = 1
-eval_interval = 10
-checkpoint_interval = 4
-[model]
-vocab_size = 300
-hidden_size = 32
-num_hidden_layers = 2
-num_attention_heads = 4
-num_key_value_heads = 2
-num_experts = 8
-expert_size = 8
-norm_after_router = "rms"
-rms_norm_eps = 1e-5
-dim_model_base = 16
-scale_depth = 1.4
-[data]
-path = ["{folder}/text.txt", "{folder}/lines.jsonl"]
-vocab_size = 300
-held_out = 0.2
-[optimizer]
-dtype = "float32"
-[sparsity]
-chunk_length = 16
-hold = 8
-interval = 4
-[[stage]]
-name = "first"
-steps = 12
-batch_size = 4
-context = 32
-lr = 5e-3
-warmup = 3
-[[stage]]
-name = "second"
-steps = 8
-batch_size = 4
-context = 16
-lr = 2e-3
-decay = 8
-final_lr = 1e-4
-packing = "documents"
-isolate = true
-accumulate = 2
-freeze_factor = true
-"""
-
-SENTENCES = [
-    f"the {animal} {verb} the {place}. "
-    for animal in ("mouse", "fox", "owl", "hare")
-    for verb in ("saw", "left", "found")
-    for place in ("forest", "river", "old mill")
-]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    order = np.random.default_rng(0).integers(len(SENTENCES), size=400)
-    (tmp_path / "text.txt").write_text("".join(SENTENCES[i] for i in order))
-    lines = [json.dumps({"text": sentence * (1 + i % 3)}) for i, sentence in enumerate(SENTENCES)]
-    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
-    (tmp_path / "run.toml").write_text(CONFIG.format(folder=tmp_path))
-    return tmp_path
-
-
-def make_trainer(folder: Path, *overrides: str, **callbacks) -> Trainer:
-    config = load_config(folder / "run.toml", overrides)
-    model, corpus, _ = prepare(config)
-    return Trainer(config, model, corpus, **callbacks)
-
-
-def weights_of(trainer: Trainer) -> dict[str, np.ndarray]:
-    return {name: np.array(w) for name, w in tree_flatten(trainer.model.parameters())}
-
-
-def log_of(trainer: Trainer) -> list[dict]:
-    timings = ("seconds", "tokens_per_second", "peak_memory_gb")
-    lines = (trainer.output / "log.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in timings} for line in lines]
+from helpers.small_run import log_of, make_trainer, weights_of
 
 
 class Killed(Exception):
@@ -297,13 +216,13 @@ PARALLEL = """
 import sys
 import numpy as np
 sys.path.insert(0, sys.argv[3])
-import test_trainer
+from helpers.small_run import make_trainer, weights_of
 from pathlib import Path
-trainer = test_trainer.make_trainer(Path(sys.argv[1]), f"output='{sys.argv[2]}'", *SHORT)
+trainer = make_trainer(Path(sys.argv[1]), f"output='{sys.argv[2]}'", *SHORT)
 trainer.train()
 assert trainer.group.size() == int(sys.argv[4])
 if trainer.group.rank() == 0:
-    np.savez(sys.argv[2] + ".npz", **test_trainer.weights_of(trainer))
+    np.savez(sys.argv[2] + ".npz", **weights_of(trainer))
 """
 
 

@@ -5,7 +5,6 @@ import lzma
 import os
 
 import pytest
-from test_data import packed  # noqa: F401
 
 from blockffn_mlx.training.data import read_files
 from blockffn_mlx.training.packed import read_packed
@@ -116,7 +115,7 @@ MANIFESTS = [
 
 
 @pytest.mark.parametrize(("change", "reason"), MANIFESTS)
-def test_manifests_of_any_shape_are_refused_in_one_line(packed, change, reason):  # noqa: F811
+def test_manifests_of_any_shape_are_refused_in_one_line(packed, change, reason):
     path = packed / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -127,13 +126,13 @@ def test_manifests_of_any_shape_are_refused_in_one_line(packed, change, reason):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000])
-def test_a_manifest_that_is_no_object_is_refused(packed, text):  # noqa: F811
+def test_a_manifest_that_is_no_object_is_refused(packed, text):
     (packed / "manifest.json").write_text(text)
     with pytest.raises(ValueError, match="manifest.json"):
         read_packed(packed)
 
 
-def test_damaged_and_swollen_packs_are_refused(packed):  # noqa: F811
+def test_damaged_and_swollen_packs_are_refused(packed):
     path = packed / "a.u16.xz"
     whole = path.read_bytes()
     for damaged in (whole[:-9], whole[:20], b"", b"no xz at all"):
