@@ -2,29 +2,62 @@
 
 import mlx.core as mx
 
-from ..quantisation import ExpertWeights
+from ..quantisation import ExpertWeights, Packed
 from .experts import weigh
+
+# Chunks up to here multiply the weights as they are stored, by backend: packed ones stay packed,
+# and the down projection is a product an expert, summed afterwards, without the transposed copy
+# that one large product needs. For long chunks the copy is cheaper than the sums.
+STORED_TOKENS = {"cpu": 4, "metal": 64, "cuda": 64}
 
 
 def dense_ffn(
-    x: mx.array, scores: mx.array, up: ExpertWeights, down: ExpertWeights, *, act: str = "silu"
+    x: mx.array,
+    scores: mx.array,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    *,
+    act: str = "silu",
+    as_stored: bool = False,
 ) -> mx.array:
     """Computes every expert for every token.
 
     Args:
-        x: [..., H].
-        scores: [..., E], finished router scores; 0 means inactive.
+        x: [T, H].
+        scores: [T, E], finished router scores; 0 means inactive.
         up: [E, d, H].
         down: [E, H, d].
         act: "silu" or "relu".
+        as_stored: Whether the weights are multiplied as they are stored (see STORED_TOKENS).
 
     Returns:
-        [..., H]: the sum over experts of (score * act(x @ up.T)) @ down.T. An inactive expert
-        adds exactly 0, even where its activation is infinite.
+        [T, H]: the sum over experts of (score * act(x @ up.T)) @ down.T. An inactive expert adds
+        exactly 0, even where its activation is infinite.
     """
     num_experts, expert_size, hidden_size = up.shape
-    hidden = x @ up.plain().reshape(-1, hidden_size).T
+    if as_stored:
+        hidden = product(x, flattened(up))
+    else:
+        hidden = x @ up.plain().reshape(-1, hidden_size).T
     hidden = weigh(hidden.reshape(*scores.shape, expert_size), scores, act)
+    if as_stored:
+        return product(hidden.swapaxes(0, 1), down).sum(axis=0)
     # [E, H, d] -> [E * d, H]: one product over all experts instead of a sum of E outputs.
     flat_down = down.plain().swapaxes(1, 2).reshape(-1, hidden_size)
-    return hidden.reshape(*scores.shape[:-1], num_experts * expert_size) @ flat_down
+    return hidden.reshape(-1, num_experts * expert_size) @ flat_down
+
+
+def product(x: mx.array, weights: ExpertWeights) -> mx.array:
+    """x times the transpose of weights, which stay packed if they are; both may have experts."""
+    if isinstance(weights, Packed):
+        *arrays, group_size, bits, mode = weights
+        return mx.quantized_matmul(
+            x, *arrays, transpose=True, group_size=group_size, bits=bits, mode=mode
+        )
+    return x @ weights.weight.swapaxes(-1, -2)
+
+
+def flattened(weights: ExpertWeights) -> ExpertWeights:
+    """[E, out, in] as one matrix [E * out, in]."""
+    arrays = [array.reshape(-1, array.shape[-1]) for array in weights.arrays]
+    return weights._replace(**dict(zip(weights._fields, arrays, strict=False)))

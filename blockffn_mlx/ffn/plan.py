@@ -22,7 +22,7 @@ from ..kernels import (
 from ..kernels.registry import KERNELS
 from ..kernels.tiles import tuned_tables
 from ..quantisation import ExpertWeights
-from .dense import dense_ffn
+from .dense import STORED_TOKENS, dense_ffn
 from .grouped import grouped_ffn
 from .union import union_ffn
 
@@ -83,7 +83,8 @@ class Plan(NamedTuple):
             return grouped_ffn(
                 x, scores, up_weights, down_weights, act=self.act, backend=self.backend
             )
-        return dense_ffn(x, scores, up_weights, down_weights, act=self.act)
+        stored = len(x) <= STORED_TOKENS[device.compute_backend()]
+        return dense_ffn(x, scores, up_weights, down_weights, act=self.act, as_stored=stored)
 
 
 def make_plan(

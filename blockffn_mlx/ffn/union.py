@@ -6,7 +6,7 @@ The kernels do the same without reading the union on the host: `plan.Plan`.
 import mlx.core as mx
 
 from ..quantisation import ExpertWeights
-from .dense import dense_ffn
+from .dense import STORED_TOKENS, dense_ffn
 from .experts import host_values, weigh
 
 
@@ -32,4 +32,5 @@ def union_ffn(
         hidden = weigh(hidden, scores.T, act)
         rows = mx.arange(len(union))
         return mx.gather_mm(hidden, down.plain().swapaxes(1, 2), rows, index).sum(axis=0)
-    return dense_ffn(x, scores, up.take(index), down.take(index), act=act)
+    stored = len(x) <= STORED_TOKENS["cpu"]
+    return dense_ffn(x, scores, up.take(index), down.take(index), act=act, as_stored=stored)

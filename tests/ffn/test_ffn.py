@@ -8,9 +8,9 @@ import pytest
 
 import blockffn_mlx as bf
 from blockffn_mlx import device
-from blockffn_mlx.ffn import BlockFFN, ExpertLinear, chunk_union_ffn, make_plan
+from blockffn_mlx.ffn import BlockFFN, ExpertLinear, chunk_union_ffn, dense_ffn, make_plan
 from blockffn_mlx.kernels import Sizes
-from blockffn_mlx.quantisation import expert_weights, largest_group_size
+from blockffn_mlx.quantisation import Plain, expert_weights, largest_group_size, quantized
 from helpers.ffn_cases import TOLERANCE, relative_error
 
 BACKENDS = ("dense", "ops")
@@ -57,6 +57,16 @@ def test_quantised_experts(backend, bits, group_size):
     plain = [mx.dequantize(*w, group_size, bits) for w in packed]
     out = chunk_union_ffn(x, scores, *packed, backend=backend)
     assert relative_error(out, reference(x, scores, *plain)) < TOLERANCE[mx.float32]
+
+
+@pytest.mark.parametrize("bits, mode", [(None, None), (3, "affine"), (4, "affine"), (4, "mxfp4")])
+@pytest.mark.parametrize("num_tokens", [1, 9])
+def test_weights_as_stored_give_what_the_large_product_gives(bits, mode, num_tokens):
+    x, scores, up, down = case(num_tokens, expert_size=64, hidden_size=128)
+    weights = [Plain(w) if bits is None else quantized(w, 32, bits, mode) for w in (up, down)]
+    stored = dense_ffn(x, scores, *weights, as_stored=True)
+    large = dense_ffn(x, scores, *weights, as_stored=False)
+    assert relative_error(stored, np.array(large, np.float64)) < TOLERANCE[mx.float32]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -218,7 +228,7 @@ def test_expert_quantisation_takes_the_largest_group_that_divides():
 
 def test_sparse_decoding_is_faster_than_dense():
     """One token, an eighth of the experts, float32: at most a quarter of the dense time."""
-    x, scores, up, down = case(1, num_experts=64, expert_size=64, hidden_size=512)
+    x, scores, up, down = case(1, num_experts=128, expert_size=64, hidden_size=1024)
     scores = mx.zeros_like(scores)
     scores[:, ::8] = 1.0
     mx.eval(x, scores, up, down)
