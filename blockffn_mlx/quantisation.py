@@ -59,6 +59,14 @@ class Plain(NamedTuple):
         """[E, out, in], not packed."""
         return self.weight
 
+    def flattened(self) -> "Plain":
+        """All experts as one matrix [E * out, in]."""
+        return Plain(_joined(self.weight))
+
+    def multiply(self, x: mx.array) -> mx.array:
+        """x [..., in] times the transpose of the weights, of each expert its own if x has them."""
+        return x @ self.weight.swapaxes(-1, -2)
+
     def take(self, index: mx.array) -> "Plain":
         """The experts of `index`, in its order."""
         return Plain(self.weight[index])
@@ -110,6 +118,26 @@ class Packed(NamedTuple):
             self.weight, self.scales, self.biases, self.group_size, self.bits, mode=self.mode
         )
 
+    def flattened(self) -> "Packed":
+        """All experts as one matrix [E * out, in]."""
+        biases = None if self.biases is None else _joined(self.biases)
+        return self._replace(
+            weight=_joined(self.weight), scales=_joined(self.scales), biases=biases
+        )
+
+    def multiply(self, x: mx.array) -> mx.array:
+        """x [..., in] times the transpose of the weights, which stay packed."""
+        return mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+
     def take(self, index: mx.array) -> "Packed":
         """The experts of `index`, in its order."""
         biases = None if self.biases is None else self.biases[index]
@@ -122,6 +150,10 @@ class Packed(NamedTuple):
 
 
 ExpertWeights = Plain | Packed
+
+
+def _joined(array: mx.array) -> mx.array:
+    return array.reshape(-1, array.shape[-1])
 
 
 def expert_weights(

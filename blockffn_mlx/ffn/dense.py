@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from ..quantisation import ExpertWeights, Packed
+from ..quantisation import ExpertWeights
 from .experts import weigh
 
 # Chunks up to here multiply the weights as they are stored, by backend: packed ones stay packed,
@@ -36,28 +36,12 @@ def dense_ffn(
     """
     num_experts, expert_size, hidden_size = up.shape
     if as_stored:
-        hidden = product(x, flattened(up))
+        hidden = up.flattened().multiply(x)
     else:
         hidden = x @ up.plain().reshape(-1, hidden_size).T
     hidden = weigh(hidden.reshape(*scores.shape, expert_size), scores, act)
     if as_stored:
-        return product(hidden.swapaxes(0, 1), down).sum(axis=0)
+        return down.multiply(hidden.swapaxes(0, 1)).sum(axis=0)
     # [E, H, d] -> [E * d, H]: one product over all experts instead of a sum of E outputs.
     flat_down = down.plain().swapaxes(1, 2).reshape(-1, hidden_size)
     return hidden.reshape(-1, num_experts * expert_size) @ flat_down
-
-
-def product(x: mx.array, weights: ExpertWeights) -> mx.array:
-    """x times the transpose of weights, which stay packed if they are; both may have experts."""
-    if isinstance(weights, Packed):
-        *arrays, group_size, bits, mode = weights
-        return mx.quantized_matmul(
-            x, *arrays, transpose=True, group_size=group_size, bits=bits, mode=mode
-        )
-    return x @ weights.weight.swapaxes(-1, -2)
-
-
-def flattened(weights: ExpertWeights) -> ExpertWeights:
-    """[E, out, in] as one matrix [E * out, in]."""
-    arrays = [array.reshape(-1, array.shape[-1]) for array in weights.arrays]
-    return weights._replace(**dict(zip(weights._fields, arrays, strict=False)))

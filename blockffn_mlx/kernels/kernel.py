@@ -38,14 +38,14 @@ class Kernel:
     twin: Callable[..., Outputs]
     sample: Callable[[Any], "Sample"]
     projection: str | None = None
-    written: Callable[..., Outputs] = lambda *outputs: outputs
+    written: Callable[..., tuple[mx.array, ...]] = lambda *outputs: outputs
 
     def run(self, sample: "Sample", backend: str | None = None) -> tuple[mx.array, ...]:
         """The outputs for a sample, of the kernel or (without a backend) of its twin."""
         function, extra = (self.launch, {"backend": backend}) if backend else (self.twin, {})
         outputs = function(*sample.operands, **sample.settings, **extra)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return tuple(self.written(*outputs))
+        return self.written(*outputs)
 
 
 class Sample(NamedTuple):
