@@ -7,6 +7,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
+from blockffn_mlx import device
 from blockffn_mlx.analysis.passes import (
     model_from_config,
     read_config,
@@ -222,3 +223,12 @@ def test_command_refuses_in_one_line(monkeypatch, capsys, flags, message):
     status, out, err = run(monkeypatch, capsys, *flags)
     assert status == 1 and not out
     assert message in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_the_limits_save_most_commits_of_a_pass(bits):
+    """Counted on the graph of a token through the 3B model, by MLX's own rule."""
+    graph = decode(SPARSE, bits)
+    limits = device.command_buffer_limits("Apple M4 Max", 64 << 30).values()
+    before, after = graph.command_buffers(50, 50), graph.command_buffers(*limits)
+    assert after <= 8 and (before >= 4 * after if bits is None else before >= 2 * after)

@@ -1,7 +1,6 @@
 """The machine: chips by Metal's names, and how much goes into a command buffer."""
 
 import pytest
-from test_passes import SPARSE, decode
 
 from blockffn_mlx import device
 
@@ -49,12 +48,3 @@ def test_a_users_own_limits_stay(monkeypatch):
     assert device.os.environ["MLX_MAX_OPS_PER_BUFFER"] == "7"
     assert device.os.environ["MLX_MAX_MB_PER_BUFFER"] == "1000"
     monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER")
-
-
-@pytest.mark.parametrize("bits", [None, 4])
-def test_the_limits_save_most_commits_of_a_pass(bits):
-    """Counted on the graph of a token through the 3B model, by MLX's own rule."""
-    graph = decode(SPARSE, bits)
-    limits = device.command_buffer_limits("Apple M4 Max", 64 * GIB).values()
-    before, after = graph.command_buffers(50, 50), graph.command_buffers(*limits)
-    assert after <= 8 and (before >= 4 * after if bits is None else before >= 2 * after)
