@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..quantisation import Quantization
-from . import down, probe, up
+from . import probe, residual_down, route, routed_up
 from .registry import KERNELS
 from .samples import RandomLayer, random_layer
 from .tiles import Sizes, Tile, Tiles, keep_table, tile_table
@@ -22,6 +22,8 @@ VALUES = {
     "depth": (1, 2, 4),
     "ahead": (False, True),
 }
+# The kernels that are measured for a projection's tile: those of a compiled pass.
+FUSED = {"up": "routed_up", "down": "residual_down"}
 THREADGROUP_BYTES = {"metal": 32 << 10, "cuda": 48 << 10}
 ACTIVE_SHARE = 5 / 16  # of the experts, as a chunk of eight uses
 NUM_LAYERS = 3  # whose weights no cache holds together
@@ -122,7 +124,10 @@ class Bench:
         self.layers, self.backend, self.dtype = layers, backend, dtype
         self.tried = 0
         self.wrong: list[str] = []
-        self.samples = {name: KERNELS[name].sample(layers[0]) for name in ("up", "down")}
+        # of the experts that the scores choose
+        self.logits = [mx.where(layer.scores != 0, 1, -1).astype(dtype) for layer in layers]
+        mx.eval(self.logits)
+        self.samples = {name: KERNELS[name].sample(layers[0]) for name in FUSED.values()}
         self.exact = {
             name: KERNELS[name].run(sample.widened()) for name, sample in self.samples.items()
         }
@@ -147,15 +152,16 @@ class Bench:
 
     def is_right(self, kernel: str, tile: Tile) -> bool:
         """Whether a tile builds and gives its twin's results."""
-        sample = self.samples[kernel]
+        name = FUSED[kernel]
+        sample = self.samples[name]
         try:
-            outputs = KERNELS[kernel].launch(
+            outputs = KERNELS[name].launch(
                 *sample.operands, **sample.settings, backend=self.backend, tile=tile
             )
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            found = list(KERNELS[kernel].written(*outputs))
+            found = KERNELS[name].written(*outputs)
             mx.eval(found)
-            right = probe.agree(found, self.exact[kernel], self.dtype)
+            right = probe.agree(found, self.exact[name], self.dtype)
         except Exception as error:  # whatever MLX raises when it builds or runs a kernel
             self.wrong.append(f"{kernel} {tuple(tile)}: {' '.join(str(error).split())[:100]}")
             return False
@@ -179,17 +185,16 @@ class Bench:
         """A function that runs the layers one after the other, each on the result before."""
         first = self.layers[0]
         sizes = Sizes.of(first.x, first.up, first.down)
-        calls = (
-            up.arguments(sizes, act="silu", backend=self.backend, tile=tiles.up),
-            down.arguments(sizes, backend=self.backend, tile=tiles.down),
-        )
+        up = routed_up.arguments(sizes, act="silu", backend=self.backend, tile=tiles.up)
+        down = residual_down.arguments(sizes, backend=self.backend, tile=tiles.down)
+        eps, factor = route.epsilon(1e-5), residual_down.factor_array(0.1)
 
         def run() -> mx.array:
             x = first.x
             for _ in range(ROUNDS):
-                for layer in self.layers:
-                    h, active = calls[0](x, layer.scores, *layer.up.arrays)
-                    (x,) = calls[1](h, active, *layer.down.arrays)
+                for layer, logits in zip(self.layers, self.logits, strict=True):
+                    h, active = up(x, logits, layer.norm, eps, *layer.up.arrays)
+                    (x,) = down(h, active, x, factor, *layer.down.arrays)
             return x
 
         return run

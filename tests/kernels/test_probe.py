@@ -106,7 +106,10 @@ FAULTS = {
 @in_harness
 @pytest.mark.parametrize("said", FAULTS)
 def test_generation_goes_on_without_a_faulty_class(monkeypatch, said):
-    """The right tokens, one line for a class, and the next start knows without trying."""
+    """The right tokens, one line for a class, and the next start knows without trying.
+
+    Fused kernels that are off give way to the others, and those to plain operations.
+    """
     model = tiny_model(hidden_size=64, expert_size=32, num_attention_heads=4)
     prompt, step = mx.array([[5, 9, 2, 17, 30, 4, 8]]), mx.array([[11]])
     cache = model.make_cache()
@@ -126,12 +129,12 @@ def test_generation_goes_on_without_a_faulty_class(monkeypatch, said):
             mx.eval(found)
             kernels_seen = [run.name for run in runs]
         lines = [str(w.message) for w in caught if w.category is probe.KernelWarning]
-        assert len(lines) == len(set(lines)) == 1 and "5 to 8 tokens" in lines[0]
-        assert re.search(said, lines[0])
+        assert 1 <= len(lines) == len(set(lines)) <= 4  # two fused kernels, two others
+        assert all("5 to 8 tokens" in line and re.search(said, line) for line in lines)
         for mine, theirs in zip(found, expected, strict=True):
             assert mx.array_equal(mine.argmax(-1), theirs.argmax(-1))
             assert mx.abs(mine - theirs).max() < 1e-4 * mx.abs(theirs).max()
-        assert "blockffn_up" in kernels_seen[tried:]  # one token: its classes are right
+        assert "blockffn_routed_up" in kernels_seen[tried:]  # one token: its classes are right
         assert start == "first" or tried == 0
         probe.verdict.cache_clear()
         plan.forget()
