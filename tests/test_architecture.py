@@ -86,7 +86,10 @@ def test_what_is_imported_is_declared():
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "README.md", "docs/architecture.md"])
+PAGES = ["CONTRIBUTING.md", "README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_guides_name_files_that_exist(page):
     text = (ROOT / page).read_text()
     named = re.findall(r"`((?:blockffn_mlx|cli|metal|tests|docs|examples|bench)/[\w./-]*)`", text)

@@ -1,6 +1,7 @@
 """Every kernel in every tile, dtype and packing, as the text that MLX would compile on a Mac.
 
-`python tests/kernel_variants.py FOLDER` writes them as .metal files, for Apple's own compiler.
+`PYTHONPATH=tests python -m helpers.kernel_variants FOLDER` writes them as .metal files, for
+Apple's own compiler.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Records a real chat as an SVG picture: python tests/record_chat.py docs/chat.svg [FLAGS ...]
+"""Records a real chat as an SVG picture.
+
+    PYTHONPATH=tests python -m helpers.record_chat docs/chat.svg [FLAGS ...]
 
 The command runs in a pseudo-terminal; what its screen shows at the end is exported by rich.
 """
