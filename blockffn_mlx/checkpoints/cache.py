@@ -14,7 +14,7 @@ from typing import Any
 
 from ..device import cache_folder
 from ..version import __version__
-from .atomic_folder import remove_leftovers
+from .atomic_folder import MARK, remove_leftovers
 from .reader import read_json
 
 
@@ -25,12 +25,14 @@ class CachedModel:
     Attributes:
         path: Its folder.
         source: Hub id or folder name it came from.
+        origin: What its config.json says of that, such as the Hub's commit ("revision").
         nbytes: Size on disk.
         modified: When it was written, in seconds since 1970.
     """
 
     path: Path
     source: str
+    origin: dict[str, Any]
     nbytes: int
     modified: float
 
@@ -87,19 +89,30 @@ def cached_models() -> list[CachedModel]:
     models = []
     for folder in _folders():
         try:
-            mark = read_json(folder / "config.json").get("blockffn_mlx")
-            source = mark.get("source") if isinstance(mark, dict) else None
+            mark = read_json(folder / "config.json").get(MARK)
         except (ValueError, OSError):
-            source = None  # damaged: `load` makes it anew
+            mark = None  # damaged: `load` makes it anew
+        origin = mark if isinstance(mark, dict) else {}
         models.append(
             CachedModel(
                 path=folder,
-                source=str(source or folder.name),
+                source=str(origin.get("source") or folder.name),
+                origin=origin,
                 nbytes=_size(folder),
                 modified=folder.stat().st_mtime,
             )
         )
     return sorted(models, key=lambda model: -model.modified)
+
+
+def kept_commit(repo: str, revision: str | None) -> str | None:
+    """The commit of the newest conversion of a Hub id that is kept, if it is the one asked for."""
+    for model in cached_models():
+        commit = model.origin.get("revision")
+        if model.source == repo and isinstance(commit, str):
+            if revision is None or (len(revision) > 6 and commit.startswith(revision)):
+                return commit
+    return None
 
 
 def clear_cache() -> int:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from ..models.blockffn import Model
 from ..paths import expand
 from ..quantisation import resolve_quantization
-from .atomic_folder import MODEL_FILE, check_target
+from .atomic_folder import MODEL_FILE, check_target, written_files
 from .canonical import canonicalize
 from .folder import SPECIAL_IDS, model_card, special_ids, write_folder
 from .hub import Progress, download, is_local, upload
@@ -144,7 +144,7 @@ def convert(
             "positive; other implementations may drop those experts, this one keeps them."
         )
     if upload_repo is not None:
-        upload(target, upload_repo)
+        upload(target, upload_repo, sorted(written_files(target) or ()))
     return ConversionReport(
         path=str(target),
         source=name,

@@ -18,8 +18,9 @@ def refuse_links(folder: Path):
     """
     inside = folder.resolve()
     places = [inside]
-    if inside.parent.name == "snapshots":
-        places.append(inside.parent.parent / "blobs")
+    for snapshot in (inside, inside.parent):  # a model, or the draft inside one
+        if snapshot.parent.name == "snapshots":
+            places.append(snapshot.parent.parent / "blobs")
     for file in folder.iterdir():
         if not file.is_symlink() or not any(fnmatch(file.name, pattern) for pattern in READ):
             continue

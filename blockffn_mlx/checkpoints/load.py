@@ -18,11 +18,11 @@ from ..models.blockffn import Model, ModelArgs
 from ..paths import expand
 from ..quantisation import BITS, MODE_DEFAULTS
 from .atomic_folder import MODEL_FILE, TargetBusy, TargetExists
-from .cache import cached_path, folder_state, is_cached, writable_path
+from .cache import cached_path, folder_state, is_cached, kept_commit, writable_path
 from .canonical import LAYER, checked_config
 from .convert import convert
 from .folder import Origin, end_ids
-from .hub import Progress, commit_of, download, is_local, snapshot_folder
+from .hub import Progress, commit_of, download, is_local, remember, snapshot_folder
 from .links import refuse_links
 from .reader import open_checkpoint, read_json
 from .tokenizer_files import open_tokenizer
@@ -86,10 +86,13 @@ def load(
     }
     if not quantize and (q_bits or q_group_size or q_mode != "affine"):
         raise ValueError("bits, group size and mode are settings of quantising: ask for that too.")
-    if path_or_repo != DEMO and not is_local(path_or_repo):
-        revision = commit_of(str(path_or_repo), revision)
+    asked, on_hub = revision, path_or_repo != DEMO and not is_local(path_or_repo)
+    if on_hub:
+        revision = _commit(str(path_or_repo), revision)
 
     origin = _find(path_or_repo, revision, settings, on_progress)
+    if on_hub and revision and snapshot_folder(str(path_or_repo), revision).is_dir():
+        remember(str(path_or_repo), asked, revision)
     changes = tokenizer_config, model_config
     try:
         model, tokenizer, config = _load_folder(origin, lazy, *changes)
@@ -111,6 +114,16 @@ def load(
 def model_folder(path: str | Path) -> Path:
     """The folder that a local model's name stands for: the demo's own, or the path."""
     return DEMO_FOLDER if path == DEMO else expand(path)
+
+
+def _commit(repo: str, revision: str | None) -> str:
+    """The commit of a revision; without a network, that of a conversion that was kept."""
+    try:
+        return commit_of(repo, revision)
+    except OSError:
+        if kept := kept_commit(repo, revision):
+            return kept
+        raise
 
 
 def _find(

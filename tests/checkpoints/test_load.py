@@ -1,28 +1,27 @@
-"""Loading: MLX folders, checkpoints that are converted once and kept, and the Hub's answers."""
+"""Loading: MLX folders, and checkpoints that are converted once and kept."""
 
+import contextlib
 import json
+import os
 import shutil
 import sys
-from types import SimpleNamespace
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from huggingface_hub.errors import (
-    DryRunError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
 import blockffn_mlx as bf
 from blockffn_mlx.checkpoints import cache as model_cache
-from blockffn_mlx.checkpoints import hub
+from blockffn_mlx.checkpoints.atomic_folder import atomic_folder
+from blockffn_mlx.checkpoints.folder import end_ids
+from blockffn_mlx.checkpoints.reader import load_checkpoint
+from blockffn_mlx.checkpoints.tokenizer_files import open_tokenizer
 from blockffn_mlx.cli.convert import main as convert_main
 from helpers.models import GOLDEN
 
-REPO = "someone/BlockFFN-Test-SFT"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -33,55 +32,6 @@ def cache(tmp_path, monkeypatch):
     convert_module = sys.modules["blockffn_mlx.cli.convert"]
     monkeypatch.setattr(convert_module, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache"
-
-
-class FakeHub:
-    """Stands where the network would: one repository in a folder, and errors to raise."""
-
-    def __init__(self, monkeypatch, snapshots, source):
-        self.folder = snapshots / COMMIT
-        shutil.copytree(GOLDEN / source, self.folder)
-        self.error = None
-        self.file_size = 1000
-        self.downloads = 0
-        monkeypatch.setattr(hub, "HfApi", lambda: SimpleNamespace(model_info=self.model_info))
-        monkeypatch.setattr(hub, "snapshot_download", self.snapshot_download)
-        monkeypatch.setattr(hub, "try_to_load_from_cache", lambda *args, **kwargs: None)
-
-    def model_info(self, repo, revision=None):
-        if self.error:
-            raise self.error
-        return SimpleNamespace(sha=COMMIT)
-
-    def snapshot_download(self, repo, dry_run=False, **kwargs):
-        if self.error:
-            raise self.error
-        if dry_run:
-            return [
-                SimpleNamespace(filename=name, file_size=self.file_size, will_download=True)
-                for name in ("config.json", "pytorch_model.bin", "model.safetensors")
-            ]
-        assert kwargs["ignore_patterns"] == ["*.safetensors", "*.pt"]
-        assert "*.bin" in kwargs["allow_patterns"] and "*.py" not in kwargs["allow_patterns"]
-        self.downloads += 1
-        bar = kwargs["tqdm_class"](name="huggingface_hub.snapshot_download", total=10, unit="B")
-        bar.update(10)
-        return str(self.folder)
-
-
-@pytest.fixture
-def fake_hub(monkeypatch, tmp_path):
-    return FakeHub(monkeypatch, tmp_path / "snapshots", "mla_linear")
-
-
-def hub_error(kind: type, cause: bool = False) -> Exception:
-    """An error as the Hub's client raises it for a dry run, or directly."""
-    error = kind("no", response=SimpleNamespace(headers={}, request=None, status_code=401))
-    if not cause:
-        return error
-    outer = DryRunError("dry run")
-    outer.__cause__ = error
-    return outer
 
 
 def test_mlx_folder_loads_as_it_is(converted, cache):
@@ -114,6 +64,156 @@ def test_cache_key_holds_the_version(monkeypatch):
     assert model_cache.cached_path("a/b", COMMIT, {}) != before
 
 
+def test_cache_names_stay_inside_the_cache():
+    for source in ("/model", "/", "/a/b/..", "a/b\n[1]*", ".hidden/.x"):
+        path = model_cache.cached_path(source, [], {})
+        assert path.parent == model_cache.cache_folder(), source
+        assert model_cache.is_cached(path) and not set(path.name) & set("\n[]*/")
+
+
+def test_other_weights_of_the_same_size_and_time_are_another_model(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "gqa_block", source)
+    before = model_cache.folder_state(source)
+    weights = source / "model.safetensors"
+    times = weights.stat().st_atime_ns, weights.stat().st_mtime_ns
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-4] + bytes(4))
+    os.utime(weights, ns=times)
+    assert weights.stat().st_mtime_ns == times[1] and weights.stat().st_size == len(data)
+    assert model_cache.folder_state(source) != before
+
+
+@pytest.mark.parametrize("damage", ["config", "weights", "emptied"])
+def test_a_damaged_conversion_is_made_anew(cache, damage):
+    source = GOLDEN / "gqa_block"
+    bf.load(source)
+    (kept,) = cache.iterdir()
+    if damage == "config":
+        (kept / "config.json").write_text("{")
+    elif damage == "weights":
+        (kept / "model.safetensors").write_bytes(b"x" * 100)
+    else:
+        for file in kept.iterdir():
+            file.unlink()
+    assert model_cache.cached_models()[0].path == kept  # nor does a list of them fail
+    with pytest.warns(UserWarning, match="damaged and made anew"):
+        bf.load(source)
+    bf.load(source)
+
+
+@pytest.mark.parametrize("how", ["a file", "no home"])
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, how):
+    place = tmp_path / "cache" if how == "a file" else Path("/proc/no/cache")
+    if how == "a file":
+        place.touch()
+    monkeypatch.setattr(model_cache, "cache_folder", lambda: place)
+    with pytest.warns(UserWarning, match="the cache cannot be written"):
+        model, _ = bf.load(GOLDEN / "gqa_block")
+    assert model.args.num_experts == 12
+
+
+def test_two_that_convert_the_same_model_wait_for_each_other(cache):
+    source = str(GOLDEN / "gqa_block")
+    settings = dict(quantize=False, q_bits=None, q_group_size=None, dtype=None, q_mode="affine")
+    kept = model_cache.cached_path(source, model_cache.folder_state(Path(source)), settings)
+    holding, done = threading.Event(), threading.Event()
+
+    def first():
+        with atomic_folder(kept) as fresh:
+            holding.set()
+            done.wait(5)
+            shutil.copytree(other, fresh, dirs_exist_ok=True)
+
+    other = cache.parent / "other"
+    bf.convert(source, other)
+    with ThreadPoolExecutor() as pool:
+        job = pool.submit(first)
+        holding.wait(5)
+        threading.Timer(0.5, done.set).start()
+        bf.load(source)
+        job.result()
+    assert [folder.name for folder in cache.iterdir()] == [kept.name]
+
+
+def test_a_conversion_that_another_finished_first_is_used(monkeypatch):
+    module = sys.modules["blockffn_mlx.checkpoints.load"]
+    real = module.convert
+
+    def late(*args, **settings):
+        real(*args, **settings)  # the other process
+        return real(*args, **settings)
+
+    monkeypatch.setattr(module, "convert", late)
+    assert bf.load(GOLDEN / "gqa_block")[0].args.num_experts == 12
+
+
+def test_what_the_conversion_on_the_way_in_found_is_told(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "gqa_block", source)
+    tensors = load_checkpoint(source)
+    tensors["model.norm.weight"][3] = float("nan")
+    mx.save_safetensors(str(source / "model.safetensors"), tensors)
+    with pytest.warns(UserWarning, match="1 value in model.norm.weight is NaN or infinite"):
+        bf.load(source)
+
+
+def test_settings_that_change_nothing_are_not_silent(converted):
+    with pytest.warns(UserWarning, match="is converted already and is taken as it is"):
+        bf.load(converted("gqa_block"), quantize=True)
+    with pytest.raises(ValueError, match="are settings of quantising"):
+        bf.load(GOLDEN / "gqa_block", q_bits=2)
+
+
+def test_mlx_lms_arguments_are_taken(converted, tmp_path):
+    folder = converted("gqa_block")
+    model, tokenizer, config = bf.load(
+        folder,
+        tokenizer_config={"trust_remote_code": True, "eos_token": "<unk>"},
+        model_config={"scale_depth": 2.8},
+        adapter_path=None,
+        lazy=True,
+        return_config=True,
+        trust_remote_code=True,
+    )
+    assert model.args.scale_depth == config["scale_depth"] == 2.8
+    assert tokenizer.eos_token == "<unk>"
+    assert model.origin.folder == folder == model.origin.checkpoint
+
+
+def test_folders_with_signs_of_patterns_load_their_own_weights(converted, tmp_path):
+    for name in ("m1", "m[1]", "m*", "m?"):
+        shutil.copytree(converted("gqa_block"), tmp_path / name)
+    tensors = load_checkpoint(tmp_path / "m1")
+    for name in ("m[1]", "m*", "m?"):
+        changed = {**tensors, "model.norm.weight": tensors["model.norm.weight"] + 1}
+        mx.save_safetensors(str(tmp_path / name / "model.safetensors"), changed)
+        loaded = bf.load(tmp_path / name)[0].model.norm.weight
+        assert mx.array_equal(loaded, changed["model.norm.weight"]), name
+
+
+@pytest.mark.parametrize("place", ["outside", "absolute", "through a folder"])
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
+def test_links_out_of_a_folder_are_refused(tmp_path, converted, place, name):
+    secret = tmp_path / "secret.json"
+    secret.write_text('{"password": "1234"}')
+    (tmp_path / "way").symlink_to(tmp_path)
+    target = {"outside": "../secret.json", "absolute": secret, "through a folder": "../way"}[place]
+    target = "../way/secret.json" if place == "through a folder" else target
+    for source in (GOLDEN / "gqa_block", converted("gqa_block")):
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder)
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(target)
+        for call in (bf.load, lambda path: bf.convert(path, tmp_path / "out")):
+            with pytest.raises(ValueError, match="is a link to a file outside its folder"):
+                call(folder)
+        assert not (tmp_path / "out").exists()
+        (folder / name).unlink()
+        (folder / name).symlink_to("config.json")  # within the folder, for what it may be good
+        bf.load(folder)
+
+
 def test_folder_without_tokenizer(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / "gqa_block", source, ignore=shutil.ignore_patterns("token*"))
@@ -121,75 +221,6 @@ def test_folder_without_tokenizer(tmp_path):
     assert any("no tokenizer" in warning for warning in report.warnings)
     model, tokenizer = bf.load(tmp_path / "m")
     assert tokenizer is None and isinstance(model, bf.Model)
-
-
-def test_hub_model_is_downloaded_and_converted_once(fake_hub):
-    stages = []
-    model, tokenizer = bf.load(REPO, on_progress=lambda *call: stages.append(call))
-    assert model.args.attention_type == "mla" and model.args.chat_tuned
-    assert ("download", 10, 10) in stages and stages[-1][0] == "convert"
-    downloads = fake_hub.downloads
-    bf.load(REPO)
-    assert fake_hub.downloads == downloads
-    (cached,) = model_cache.cached_models()
-    origin = json.loads((cached.path / "config.json").read_text())["blockffn_mlx"]
-    assert origin["source"] == REPO and origin["revision"] == COMMIT
-    assert f"base_model: {REPO}" in (cached.path / "README.md").read_text()
-
-
-def test_hub_model_that_is_converted_already(fake_hub, converted, cache):
-    shutil.rmtree(fake_hub.folder)
-    shutil.copytree(converted("gqa_block"), fake_hub.folder)
-    assert bf.load(REPO)[0].args.num_experts == 12
-    assert not cache.exists()
-
-
-@pytest.mark.parametrize(
-    "error, reason",
-    [
-        (hub_error(RepositoryNotFoundError), f"knows no {REPO}"),
-        (hub_error(RepositoryNotFoundError, cause=True), f"knows no {REPO}"),
-        (hub_error(GatedRepoError, cause=True), "is gated"),
-        (hub_error(RevisionNotFoundError), "no revision v9"),
-        (DryRunError("no network"), "cannot be reached"),
-        (LocalEntryNotFoundError("not here"), "cannot be reached"),
-        (RuntimeError("the HTTP library's own"), "cannot be reached"),
-    ],
-)
-def test_hub_errors_are_one_sentence(fake_hub, cache, tmp_path, error, reason):
-    fake_hub.error = error
-    for call in (
-        lambda: bf.load(REPO, revision="v9"),
-        lambda: bf.convert(REPO, tmp_path / "m", revision="v9"),
-    ):
-        with pytest.raises((ValueError, OSError), match=reason) as caught:
-            call()
-        assert "\n" not in str(caught.value)
-    assert not cache.exists() and not (tmp_path / "m").exists()
-
-
-def test_upload(fake_hub, monkeypatch, tmp_path):
-    calls = []
-    api = SimpleNamespace(
-        create_repo=lambda repo, exist_ok: calls.append((repo, exist_ok)),
-        upload_folder=lambda folder_path, repo_id: calls.append((str(folder_path), repo_id)),
-    )
-    monkeypatch.setattr(hub, "HfApi", lambda: api)
-    bf.convert(GOLDEN / "gqa_block", tmp_path / "m", upload_repo="me/mine")
-    assert calls == [("me/mine", True), (str(tmp_path / "m"), "me/mine")]
-    api.create_repo = None
-    with pytest.raises(OSError, match="is written, but me/mine could not be uploaded"):
-        bf.convert(GOLDEN / "gqa_block", tmp_path / "m2", upload_repo="me/mine")
-    assert (tmp_path / "m2" / "config.json").exists()
-
-
-def test_full_disk_is_seen_before_the_download(fake_hub, monkeypatch):
-    usage = shutil.disk_usage(".")._replace(free=10**9)
-    monkeypatch.setattr(hub.shutil, "disk_usage", lambda place: usage)
-    fake_hub.file_size = 10**9  # of two files that will come; the third is not wanted
-    with pytest.raises(OSError, match="download of 2.0 GB but .* has only 1.0 GB free"):
-        bf.load(REPO)
-    assert fake_hub.downloads == 0
 
 
 @pytest.mark.parametrize("path", ["./missing", "missing", "a/b/c"])
@@ -212,6 +243,89 @@ def test_damaged_mlx_folder_is_named(tmp_path, converted):
     weights.unlink()
     with pytest.raises(OSError, match="missing"):
         bf.load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_attention_heads": 0},
+        {"dim_model_base": 0},
+        {"rope_theta": "1e4"},
+        {"scale_emb": {}},
+        {"hidden_size": 10**12},
+        {"quantization": {"group_size": 64, "bits": 4, "model.norm": {"bits": 0}}},
+        {"quantization": {"group_size": 0, "bits": 4}},
+        {"quantization": {"bits": 4}},
+        {"quantization": 5},
+        {"hidden_act": []},
+    ],
+)
+def test_a_converted_config_that_makes_no_sense_is_refused(tmp_path, converted, changes):
+    folder = tmp_path / "m"
+    shutil.copytree(converted("gqa_block"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ValueError):
+        bf.load(folder)
+
+
+@pytest.mark.parametrize("value", [[[2]], [2, 2.5], [[2], ["x"]], 5.5, "2", {"a": 1}, True, -1, []])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_end_tokens_of_any_shape(tmp_path, name, value):
+    source = tmp_path / "source"
+    shutil.copytree(GOLDEN / "gqa_block", source)
+    if name == "config.json":
+        (source / "generation_config.json").unlink()
+    config = json.loads((source / name).read_text())
+    (source / name).write_text(json.dumps({**config, "eos_token_id": value}))
+    report = bf.convert(source, tmp_path / "m")
+    # What is no id is left out; then the tokenizer's own holds, which is 2 here.
+    assert bf.load(tmp_path / "m")[1].eos_token_ids == {2}
+    if name == "generation_config.json" and end_ids(value) == []:
+        assert any("eos_token_id" in warning for warning in report.warnings) or value == []
+    # A folder that others wrote so loads as well.
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "eos_token_id": value}))
+    assert bf.load(tmp_path / "m")[1].eos_token_ids == {2}
+
+
+CODE = """
+open({mark!r}, "w")
+from transformers import PreTrainedTokenizerFast
+class Evil(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("config", [True, False])
+def test_no_tokenizer_runs_code_or_asks(tmp_path, converted, monkeypatch, config):
+    folder, mark = tmp_path / "m", tmp_path / "this ran"
+    shutil.copytree(converted("gqa_block"), folder)
+    (folder / "evil.py").write_text(CODE.format(mark=str(mark)))
+    auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}
+    changes = {"auto_map": auto_map, "tokenizer_class": "Evil"}
+    for name in ["tokenizer_config.json"] + ["config.json"] * config:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **changes}))
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asked"))
+    for call in (open_tokenizer, bf.load):
+        with contextlib.suppress(ValueError):
+            call(folder)
+    assert not mark.exists()
+
+
+def test_a_folders_model_file_is_never_followed(tmp_path, converted):
+    folder = tmp_path / "m"
+    shutil.copytree(converted("gqa_block"), folder)
+    (folder / "blockffn_model.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    bf.load(folder)
+    for name in ("other.py", "../x.py", "blockffn_model"):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "model_file": name}))
+        with contextlib.suppress(ValueError):
+            bf.load(folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_code_in_a_folder_never_runs(tmp_path, converted):
