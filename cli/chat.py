@@ -12,6 +12,7 @@ import mlx.core as mx
 from ..analysis.footprint import memory_need
 from ..chat.conversation import Conversation
 from ..checkpoints.load import DEMO
+from ..ffn.warm import Warmup
 from .chat_commands import COMMANDS, Leave, is_command, run_command
 from .chat_input import LineInput, TerminalInput, make_input
 from .chat_stats import measured
@@ -107,6 +108,7 @@ class Chat:
             settings.chat_template_config,
         )
         self.model, self.tokenizer, self.drafting = model, tokenizer, drafting
+        self.is_warm = False
         self.conversation, self.settings = conversation, settings
         self.update_sampler()
 
@@ -156,7 +158,7 @@ class Chat:
         warned = False
         while True:
             try:
-                line = self.input.read(self.draft_message)
+                line = self._read_line()
                 self.draft_message = ""
                 if line is None:
                     return
@@ -171,6 +173,17 @@ class Chat:
                     return
                 warned = True
                 self.view.note("Ctrl-C again, or Ctrl-D, leaves")
+
+    def _read_line(self) -> str | None:
+        """The next line; kernels are built while a person types it."""
+        warmup = Warmup(self.model)
+        if self.is_interactive and not self.is_warm:
+            warmup.start()
+        try:
+            return self.input.read(self.draft_message)
+        finally:
+            warmup.stop()
+            self.is_warm = True
 
     def take(self, line: str):
         """A message or a command; what is wrong with it becomes one line."""

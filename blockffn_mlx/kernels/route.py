@@ -3,7 +3,6 @@
 from functools import cache
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from .kernel import Call, Kernel, Sample, prepare
 from .samples import RandomLayer
@@ -49,7 +48,7 @@ def launch(logits: mx.array, weight: mx.array, *, eps: float, backend: str) -> m
 
 def twin(logits: mx.array, weight: mx.array | None, *, eps: float) -> mx.array:
     """`launch` in plain operations, for logits of any shape [..., E]; weight None means 1."""
-    return mx.fast.rms_norm(nn.relu(logits), weight, eps)
+    return mx.fast.rms_norm(mx.maximum(logits, 0), weight, eps)
 
 
 def sample(layer: RandomLayer) -> Sample:

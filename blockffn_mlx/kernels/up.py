@@ -73,7 +73,9 @@ def twin(
     wide = weights.plain()[order].astype(mx.float32)
     scores = scores.T[order][..., None].astype(mx.float32)
     z = x.astype(mx.float32) @ wide.swapaxes(1, 2)
-    h = mx.where(scores != 0, ACTIVATIONS[act](z) * scores, 0).astype(x.dtype)
+    # Not nn's functions: they are compiled, and a thread that has compiled aborts at its end.
+    activated = z * mx.sigmoid(z) if act == "silu" else mx.maximum(z, 0)
+    h = mx.where(scores != 0, activated * scores, 0).astype(x.dtype)
     count = used.sum(keepdims=True)
     listed = mx.where(index < count, order, 0)
     return h, mx.concatenate([count, listed]).astype(mx.uint32)
