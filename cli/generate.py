@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
         **drafting,
     )
     show = args.verbose and not args.json
-    if show:
-        print(RULE)
     pieces, tokens = [], []
     for response in responses:
+        if show and not tokens:  # not before it is certain that there is an answer
+            print(RULE)
         pieces.append(response.text)
         tokens.append(response.token)
         if show:
