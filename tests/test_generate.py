@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +12,7 @@ import blockffn_mlx as bf
 from blockffn_mlx.generate import StopTexts, respond
 from blockffn_mlx.prompt import as_prompt
 from blockffn_mlx.speculative import SpeculationStats
+from helpers.commands import run
 from helpers.models import tiny_model
 from helpers.toy_chat import toy_folder, toy_model, toy_tokenizer
 
@@ -212,14 +211,6 @@ def test_limit_of_zero_is_refused():
         tokens_of(tiny_model(), PROMPT, 0)
 
 
-def run(command: str, *args, **options) -> subprocess.CompletedProcess:
-    code = f"import sys; from blockffn_mlx.cli.{command} import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "80"}, **options,
-    )  # fmt: skip
-
-
 def test_command_prints_like_mlx_lm(converted):
     result = run("generate", "--model", converted("gqa_block"), "-p", "abc", "-m", 6)
     assert result.returncode == 0, result.stderr
@@ -378,8 +369,5 @@ def test_inspect_says_what_it_leaves_out(converted, tmp_path):
 
 
 def test_closed_standard_input_is_named(converted):
-    code = (
-        "import sys; sys.stdin = None; from blockffn_mlx.cli.generate import main; sys.exit(main())"
-    )
-    command = [sys.executable, "-c", code, "--model", str(converted("gqa_block")), "-p", "-"]
-    assert "standard input" in refused(subprocess.run(command, capture_output=True, text=True))
+    result = run("generate", "--model", converted("gqa_block"), "-p", "-", input=None)
+    assert "standard input" in refused(result)

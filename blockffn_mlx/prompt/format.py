@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
+from .template import apply_template
 from .tokens import BREAK, END_MARK, MARK, clean, encode_text
 
 ROLES = ("system", "user", "assistant")
@@ -91,11 +90,11 @@ class ChatFormat(Format):
             raise ValueError("this model has no chat template: it can only complete plain text")
         self.options = dict(options or {})
         system, question, answer = ("system", _mark(0)), ("user", _mark(1)), _mark(2)
+        layout = self._apply([question, ("assistant", answer), ("user", _mark(3))])
         try:
             self.has_system = system[1] in self._apply([system, question])
         except ValueError:
             self.has_system = False
-        layout = self._apply([question, ("assistant", answer), ("user", _mark(3))])
         markers, added = self._markers(layout), _added_tokens(tokenizer)
         self.stop = tuple(text for text in markers if text not in added)
         self.stop_ids = tuple(added[text][0] for text in markers if text in added)
@@ -152,15 +151,7 @@ class ChatFormat(Format):
         return [(role, f"{system}\n\n{text}"), *later]
 
     def _apply(self, messages: list[tuple[str, str]]) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                [{"role": role, "content": text} for role, text in messages],
-                tokenize=False,
-                add_generation_prompt=True,
-                **self.options,
-            )
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template fails: {error}") from error
+        return apply_template(self.tokenizer, messages, self.options)
 
     def _markers(self, layout: str) -> tuple[str, ...]:
         """What stands around the messages of a laid-out question, answer and question."""

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import mlx.core as mx
 import pytest
@@ -23,6 +21,7 @@ from blockffn_mlx.speculative import (
     make_policy,
 )
 from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
+from helpers import commands
 from helpers.models import GOLDEN, tiny_model
 
 HEAD = str(GOLDEN / "gqa_block_eagle")
@@ -38,10 +37,7 @@ def one_price(monkeypatch):
 
 
 def run(*flags):
-    code = "import sys; from blockffn_mlx.cli.generate import main; sys.exit(main())"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, flags)], capture_output=True, text=True
-    )
+    return commands.run("generate", *flags)
 
 
 def test_every_flag_reaches_the_engine(converted, monkeypatch, one_price, capsys):

@@ -1,8 +1,11 @@
 """From messages to ids and ends: one way for every command, and no message that forges a turn."""
 
 import json
-import subprocess
+import resource
+import signal
 import sys
+import threading
+import time
 
 import mlx.core as mx
 import pytest
@@ -12,6 +15,8 @@ from blockffn_mlx.chat.conversation import Conversation
 from blockffn_mlx.checkpoints.tokenizer import CHAT_TEMPLATE
 from blockffn_mlx.generate import respond
 from blockffn_mlx.prompt import BREAK, ChatFormat, Prompt, RawFormat, as_prompt, clean, encode_text
+from blockffn_mlx.prompt import template as limits
+from helpers.commands import run
 from helpers.toy_chat import toy_folder, toy_model, toy_tokenizer
 
 NO_SYSTEM = (
@@ -32,9 +37,7 @@ def published(golden):
 
 
 def generated(folder, *flags) -> dict:
-    code = "import sys; from blockffn_mlx.cli.generate import main; sys.exit(main())"
-    command = [sys.executable, "-c", code, "--model", str(folder), "--json", "-m", "4", *flags]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    result = run("generate", "--model", folder, "--json", "-m", 4, *flags)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -185,3 +188,73 @@ def test_a_stored_truncation_does_not_cut_a_prompt(tokenizer):
     tokenizer = toy_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(4)
     assert len(encode_text(tokenizer, "one two three four five six seven").ids) > 4
+
+
+# Chat templates that raise, loop, print without end, take all memory, or are none.
+FAULTY = [
+    "{{ raise_exception('no') }}",
+    "{{ 1/0 }}",
+    "{{ 1 + 'a' }}",
+    "{{ messages[99].content.strip() }}",
+    "{{ messages.nothing.at_all }}",
+    "{{ no_such_function() }}",
+    "{{ messages|no_such_filter }}",
+    "{% for m in %}",
+    "{% if true %}",
+    "{{ ''.__class__.__mro__ }}{{ cycler.__init__.__globals__.os }}",
+    "{% include '/etc/passwd' %}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{% for i in range(10**9) %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 10**10 }}",
+    "{{ 'a'.ljust(10**10) }}{{ '%10000000000d' % 1 }}",
+    "{{ 9**9**9 }}",
+    "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
+    "{% for i in range(9999) %}{{ messages[0].content * 999 }}{% endfor %}",
+    "nothing of the messages",
+    "{{ messages[0].content }}",
+    "{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}",
+    5,
+]
+
+
+@pytest.mark.parametrize("template", FAULTY, ids=lambda template: str(template)[:50])
+@pytest.mark.parametrize("in_main_thread", [True, False])
+def test_what_is_wrong_with_a_template_is_one_sentence(monkeypatch, template, in_main_thread):
+    if not in_main_thread and "9**9" in str(template):
+        pytest.skip("a long computation in C ends by a timer, which only the main thread has")
+    monkeypatch.setattr(limits, "SECONDS", 0.5)
+    tokenizer, told = toy_tokenizer(), []
+    tokenizer._tokenizer.chat_template = template
+
+    def use():
+        try:
+            ChatFormat(tokenizer).render([("user", "hi")])
+        except ValueError as error:
+            told.append(str(error))
+
+    start = time.perf_counter()
+    if in_main_thread:
+        use()
+    else:
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    assert told and "chat template" in told[0] and "\n" not in told[0]
+    assert time.perf_counter() - start < 10
+
+
+def test_limits_leave_everything_as_it_was(tokenizer):
+    def state():
+        handler, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+        return handler, timer, resource.getrlimit(resource.RLIMIT_AS), sys.gettrace()
+
+    before = state()
+    ChatFormat(tokenizer).render([("user", "hi")])
+    assert state() == before
+
+
+@pytest.mark.parametrize("options", [{"messages": 5}, {"tokenize": True}, {"tools": 5}])
+def test_arguments_that_a_template_cannot_take(tokenizer, options):
+    with pytest.raises(ValueError, match="chat template"):
+        ChatFormat(tokenizer, options)

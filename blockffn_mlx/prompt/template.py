@@ -1,0 +1,119 @@
+"""Chat templates are programs that come with a model: they run within limits of time and memory."""
+
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+SECONDS = 5.0
+CHECK_INTERVAL = 0.05  # seconds
+MEMORY = 512 << 20  # bytes beyond what the process holds
+# Characters of what a template may add to the messages, and how often it may repeat them.
+ADDED, REPEATED = 1 << 20, 4
+PAGE = os.sysconf("SC_PAGE_SIZE")
+STATM = "/proc/self/statm"  # on Linux: pages of the address space
+
+
+def apply_template(
+    tokenizer: Any, messages: Sequence[tuple[str, str]], options: Mapping[str, Any]
+) -> str:
+    """The text that a tokenizer's chat template makes of (role, text) pairs.
+
+    Args:
+        tokenizer: mlx-lm's TokenizerWrapper with a chat template.
+        messages: The conversation; the text ends where the next answer begins.
+        options: More arguments of the template.
+
+    Raises:
+        ValueError: If the template refuses the messages, fails, or goes beyond the limits.
+    """
+    conversation = [{"role": role, "content": text} for role, text in messages]
+    try:
+        with limits():
+            text = tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=True, **options
+            )
+    except BeyondLimits as error:
+        raise ValueError(f"the model's chat template {error}") from None
+    except MemoryError:
+        raise ValueError("the model's chat template takes too much memory") from None
+    except Exception as error:  # whatever the program does wrong
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"the model's chat template fails: {reason}") from error
+    if len(text) > ADDED + REPEATED * sum(len(text) for _, text in messages):
+        raise ValueError("the model's chat template writes without end")
+    return text
+
+
+class BeyondLimits(BaseException):
+    """Ends a template; no `except Exception` inside it keeps this."""
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Ends what runs inside the block with BeyondLimits or MemoryError if it takes too much."""
+    end, most = time.monotonic() + SECONDS, _peak_memory() + MEMORY
+
+    def check(*signal_and_frame):
+        if time.monotonic() > end:
+            raise BeyondLimits(f"takes more than {SECONDS:.0f} seconds")
+        if _peak_memory() > most:
+            raise BeyondLimits("takes too much memory")
+
+    with _small_address_space(), _called_often(check):
+        yield
+
+
+@contextmanager
+def _called_often(check) -> Iterator[None]:
+    """By a timer, which stops long computations in C too; in other threads at every line."""
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGALRM, check)
+        timer = signal.setitimer(signal.ITIMER_REAL, CHECK_INTERVAL, CHECK_INTERVAL)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, *timer)
+            signal.signal(signal.SIGALRM, before)
+        return
+
+    def trace(*event):
+        check()
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@contextmanager
+def _small_address_space() -> Iterator[None]:
+    """Where the system keeps to such a limit: a single huge string cannot be made either."""
+    if not os.path.exists(STATM):
+        yield
+        return
+    with open(STATM) as file:
+        size = int(file.read().split()[0]) * PAGE
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = size + MEMORY
+    if soft != resource.RLIM_INFINITY:
+        wanted = min(wanted, soft)
+    resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _peak_memory() -> int:
+    """The most bytes that the process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
