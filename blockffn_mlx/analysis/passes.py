@@ -95,7 +95,7 @@ def read_config(model: str) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON ({error})") from error
+        raise ValueError(f"{file} is not JSON ({error})") from error
     if not isinstance(config, dict) or "model_type" not in config:
         raise ValueError(f"{file} names no model_type")
     return config

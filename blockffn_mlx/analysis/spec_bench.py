@@ -260,11 +260,12 @@ def read_questions(path: Path) -> list[Question]:
         texts: list[Any] = turns if isinstance(turns, list) and turns else [None]
         if not isinstance(category, str) or not all(isinstance(t, str) and t for t in texts):
             raise ValueError(
-                f'{path}, line {number} is no question: {{"category": "qa", "turns": ["..."]}}'
+                f"{path}, line {number} is not a question: it looks like "
+                '{"category": "qa", "turns": ["..."]}'
             )
         questions.append(Question(MULTI_TURN if category in MT_BENCH else category, texts))
     if not questions:
-        raise ValueError(f"{path} holds no questions")
+        raise ValueError(f"there are no questions in {path}")
     return questions
 
 

@@ -39,7 +39,7 @@ def read_head(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     named = dict(zip(strip_prefixes(tensors), tensors.values(), strict=True))
     raw_names = dict(zip(named, tensors, strict=False))
     if "fc.weight" not in named:
-        raise ValueError(f"{path} is no draft of a known kind: an EAGLE head has fc.weight")
+        raise ValueError(f"{path} is not a draft of a known kind: an EAGLE head has fc.weight")
     args = _checked_args(path, config)
     query_rows = args.num_attention_heads * args.head_dim
     split_fused(named, raw_names, "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), query_rows)
@@ -165,7 +165,7 @@ def frequency_lists(path: Path, vocab_size: int) -> dict[int, list[int]]:
     for file in sorted(path.glob("freq_*")):
         ids = read_ids(file)
         if not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-            raise ValueError(f"{file} is no list of token ids below {vocab_size}")
+            raise ValueError(f"{file} is not a list of token ids below {vocab_size}")
         if len(set(ids)) < len(ids):
             raise ValueError(f"{file} lists a token twice")
         lists[len(ids)] = ids
@@ -197,4 +197,4 @@ def _read_npy(file: Path) -> list[int]:
             raise ValueError("no integers")
         return np.frombuffer(data.read(), dtype, math.prod(shape)).tolist()
     except Exception as error:  # its header is read as Python, with whatever that raises
-        raise ValueError(f"{file} is no NumPy array of integers: fetch it again.") from error
+        raise ValueError(f"{file} is not a NumPy array of integers: fetch it again.") from error

@@ -87,7 +87,9 @@ def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDrafter:
     """A language model as the drafter: a BlockFFN, or whatever mlx-lm runs."""
     config = checkpoint.read_json(path / "config.json")
     if "model_type" not in config:
-        raise ValueError(f"{path} is no draft of a known kind: neither EAGLE head nor model")
+        raise ValueError(
+            f"{path} is neither an EAGLE head nor a model: it is not a draft of a known kind"
+        )
     draft: nn.Module
     if "expert_size" in config:
         draft, draft_tokenizer = load(str(path))

@@ -187,7 +187,7 @@ def test_unknown_drafts_are_refused(tmp_path):
     model = tiny_model()
     (tmp_path / "config.json").write_text("{}")
     mx.save_safetensors(str(tmp_path / "model.safetensors"), {"x": mx.zeros(1)})
-    with pytest.raises(ValueError, match="no draft of a known kind"):
+    with pytest.raises(ValueError, match="not a draft of a known kind"):
         make_drafter(str(tmp_path), model)
     assert make_drafter("none", model) is None and make_drafter(None, model) is None
     drafter = LookupDrafter()

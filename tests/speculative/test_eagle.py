@@ -302,7 +302,7 @@ def test_heads_for_other_models_are_refused(tmp_path):
     medusa.mkdir()
     mx.save_safetensors(str(medusa / "model.safetensors"), {"0.0.linear.weight": mx.zeros((2, 2))})
     shutil.copy(HEAD / "config.json", medusa)
-    with pytest.raises(ValueError, match="no draft of a known kind"):
+    with pytest.raises(ValueError, match="not a draft of a known kind"):
         load_draft(medusa, model)
 
 
@@ -377,6 +377,6 @@ def test_a_conversion_that_fails_writes_nothing(tmp_path):
         convert_draft(HEAD, tmp_path / "out", model)
     save_head(tmp_path / "head", random_head(model))
     (tmp_path / "head" / "freq_1.json").write_text("[99]")
-    with pytest.raises(ValueError, match="freq_1.json is no list of token ids below 61"):
+    with pytest.raises(ValueError, match="freq_1.json is not a list of token ids below 61"):
         convert_draft(tmp_path / "head", tmp_path / "out", model)
     assert [f.name for f in tmp_path.iterdir()] == ["head"]
