@@ -84,7 +84,7 @@ class Chat:
     def __init__(self, args: argparse.Namespace, view: View):
         self.settings, self.view = args, view
         self.draft_message = ""
-        self.input: TerminalInput | LineInput | None = None
+        self.input: TerminalInput | LineInput = LineInput(None)
         self._take_model(args)
 
     def _take_model(self, settings: argparse.Namespace):

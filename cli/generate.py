@@ -75,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
         **drafting,
     )
     show = args.verbose and not args.json
-    pieces, tokens = [], []
+    pieces: list[str] = []
+    tokens: list[int] = []
     for response in responses:
         if show and not tokens:  # not before it is certain that there is an answer
             print(RULE)

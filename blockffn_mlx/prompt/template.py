@@ -86,12 +86,12 @@ def _called_often(check) -> Iterator[None]:
         check()
         return trace
 
-    before = sys.gettrace()
+    traced_before = sys.gettrace()
     sys.settrace(trace)
     try:
         yield
     finally:
-        sys.settrace(before)
+        sys.settrace(traced_before)
 
 
 @contextmanager
