@@ -80,7 +80,7 @@ class OptimizerSettings:
 
     def __post_init__(self):
         if self.dtype not in ("bfloat16", "float16", "float32"):
-            raise ValueError(f"dtype {self.dtype!r} is not bfloat16, float16 or float32.")
+            raise ValueError(f"dtype {self.dtype!r:.80} is not bfloat16, float16 or float32.")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are two numbers from 0 to below 1, not {self.betas}.")
         check_ranges(self, at_least={"eps": 0, "weight_decay": 0})
@@ -168,7 +168,7 @@ class Stage:
 
     def __post_init__(self):
         if self.packing not in ("windows", "documents"):
-            raise ValueError(f"packing {self.packing!r} is not 'windows' or 'documents'.")
+            raise ValueError(f"packing {self.packing!r:.80} is not 'windows' or 'documents'.")
         if self.steps < 0 or min(self.batch_size, self.context, self.accumulate) < 1:
             raise ValueError("steps, batch_size, context and accumulate must be positive.")
         check_ranges(self, at_least={"lr": 0, "warmup": 0, "decay": 0, "final_lr": 0})
@@ -179,7 +179,7 @@ class Stage:
         if self.batch_size % self.accumulate:
             raise ValueError("accumulate must divide batch_size.")
         if self.shape not in ("exponential", "linear"):
-            raise ValueError(f"shape {self.shape!r} is not 'exponential' or 'linear'.")
+            raise ValueError(f"shape {self.shape!r:.80} is not 'exponential' or 'linear'.")
         if self.shape == "exponential" and self.decay and self.final_lr <= 0:
             raise ValueError("an exponential decay needs a final_lr above 0.")
 

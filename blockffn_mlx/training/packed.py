@@ -61,7 +61,12 @@ def read_packed(folder: str | Path) -> Corpus:
 def _read_tokens(folder: Path, pack: dict, manifest: Path, size: int) -> np.ndarray:
     """The ids of a pack, of which its parts name ``size`` bytes; no more than that is unpacked."""
     name = pack.get("file")
-    if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+    if (
+        not isinstance(name, str)
+        or Path(name).name != name
+        or name in (".", "..")
+        or len(name) > 255
+    ):
         raise ValueError(f"{manifest}: file must name a file of its own folder, not {name!r:.80}.")
     path = folder / name
     if path.exists() and not path.is_file():

@@ -16,7 +16,7 @@ def override_setting(table: dict, override: str):
     """
     name, equals, text = override.partition("=")
     if not equals:
-        raise ValueError(f"{override!r}: write it as table.key=value.")
+        raise ValueError(f"{override!r:.80}: write it as table.key=value.")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except (ValueError, RecursionError):
@@ -26,11 +26,11 @@ def override_setting(table: dict, override: str):
         try:
             table = table[int(parent)] if isinstance(table, list) else table.setdefault(parent, {})
         except (IndexError, ValueError):
-            raise ValueError(f"{override!r}: there is no stage {parent}.") from None
+            raise ValueError(f"{override!r:.80}: there is no stage {parent}.") from None
         if not isinstance(table, dict | list):
-            raise ValueError(f"{override!r}: {parent} is not a table.")
+            raise ValueError(f"{override!r:.80}: {parent} is not a table.")
     if isinstance(table, list):
-        raise ValueError(f"{override!r}: name a setting of the stage, as stage.0.steps=100.")
+        raise ValueError(f"{override!r:.80}: name a setting of the stage, as stage.0.steps=100.")
     table[key] = value
 
 
@@ -41,7 +41,7 @@ def build_table(kind: Any, value: Any, where: str) -> Any:
         return None if value is None else build_table(kind, value, where)
     if is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected a table, got {value!r}.")
+            raise ValueError(f"{where}: expected a table, got {value!r:.80}.")
         hints = get_type_hints(kind)
         _refuse_unknown(value, set(hints), where)
         built = {
@@ -59,7 +59,7 @@ def build_table(kind: Any, value: Any, where: str) -> Any:
         return [build_table(get_args(kind)[0], item, where) for item in items]
     if get_origin(kind) is dict:
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected a table, got {value!r}.")
+            raise ValueError(f"{where}: expected a table, got {value!r:.80}.")
         inner = get_args(kind)[1]
         return {key: build_table(inner, item, f"{where}.{key}") for key, item in value.items()}
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -67,7 +67,7 @@ def build_table(kind: Any, value: Any, where: str) -> Any:
     # TOML's true is a Python int as well.
     fits = kind is Any or (isinstance(value, kind) and isinstance(value, bool) == (kind is bool))
     if not fits:
-        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r}.")
+        raise ValueError(f"{where}: expected {kind.__name__}, got {value!r:.80}.")
     return value
 
 

@@ -370,6 +370,8 @@ class Trainer:
         try:
             step, seconds = int(state["step"]), float(state["seconds"])
             index, first_step = map(int, state["stage"])
+            if min(index, first_step) < 0 or first_step > step or step < 1:
+                raise ValueError("its steps cannot be")
             stage = self.config.stage[index]
             sampler = self._make_sampler(stage, seed=[self.config.seed, index])
             sampler.load_state_dict(state["sampler"])
@@ -379,7 +381,9 @@ class Trainer:
             high, low = (int(half) for half in state["random"])
             mx.random.seed(high << 32 | low)
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
-            raise DamagedState(f"{path} is damaged ({type(error).__name__}: {error})") from error
+            raise DamagedState(
+                f"{path} is damaged ({type(error).__name__}: {str(error)[:200]})"
+            ) from error
         self.model.update(arrays["parameters"])
         self.optimizer.state = arrays["optimizer"]
         self.stage_index, self.stage_first_step, self.sampler = index, first_step, sampler
