@@ -86,7 +86,7 @@ def test_one_prompt_and_exit_statuses(run, folder, tmp_path):
     status, out, err = run("--model", folder, "--prompt", "word " * 9000)
     assert status == 1 and not out and "too long" in err.splitlines()[-1]
     for flags, complaint in (
-        (("--model", tmp_path / "nowhere"), "is no folder"),
+        (("--model", tmp_path / "nowhere"), "is not a folder"),
         (("--model", folder, "-m", 0), "max-tokens"),
         (("--model", folder, "--prompt", "x", "--draft", "/nowhere"), "no draft"),
     ):
@@ -97,7 +97,7 @@ def test_one_prompt_and_exit_statuses(run, folder, tmp_path):
 def test_a_missing_demo_is_one_line(run, monkeypatch, tmp_path):
     monkeypatch.setattr(sys.modules["blockffn_mlx.checkpoints.load"], "DEMO_FOLDER", tmp_path)
     status, _, err = run()
-    assert status == 1 and "--model" in one_line(err)
+    assert status == 1 and "name another model" in one_line(err)
 
 
 def test_flags_that_end_an_answer_and_shape_the_format(run):
