@@ -1,5 +1,8 @@
-"""Files that a user names: home folders, and what is a plain file."""
+"""Files that a user names: home folders, what is a plain file, and writing one as a whole."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 
@@ -29,3 +32,21 @@ def plain_file(path: str | Path) -> Path:
     if file.exists() and not file.is_file():
         raise ValueError(f"{path} is not a plain file")
     return file
+
+
+def replace_text(path: Path, text: str):
+    """Writes a text file whole or not at all; on the way it has a fresh name, which no link has.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    handle, part = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        if path.exists():
+            shutil.copymode(path, part)
+        os.replace(part, path)
+    except BaseException:
+        os.unlink(part)
+        raise

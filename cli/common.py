@@ -18,7 +18,6 @@ from rich.text import Text
 
 from ..checkpoints.convert import DTYPES
 from ..checkpoints.load import load
-from ..kernels.probe import KernelWarning
 from ..models.blockffn import Model
 from ..version import __version__
 from . import launch
@@ -45,7 +44,7 @@ def run_main(prog: str, command: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever the locale, nothing is unprintable
             stream.reconfigure(errors="replace")
-    say_kernel_warnings(prog)
+    say_warnings(prog)
     try:
         launch.interruptible()
         return command() or 0
@@ -66,12 +65,12 @@ def run_main(prog: str, command: Callable[[], int | None]) -> int:
         return launch.INTERRUPTED
 
 
-def say_kernel_warnings(prog: str):
-    """What happens to a kernel is one line, without the place in the code that warned."""
+def say_warnings(prog: str):
+    """What the library warns of is one line each, without the place in the code that warned."""
     others = warnings.showwarning
 
     def show(message, category, *rest, **more):
-        if issubclass(category, KernelWarning):
+        if issubclass(category, UserWarning):
             complain(prog, str(message))
         else:
             others(message, category, *rest, **more)
@@ -120,7 +119,7 @@ def load_for_text(args: argparse.Namespace, lazy: bool = False) -> tuple[Model, 
     """
     if not args.quantize and (args.q_bits is not None or args.q_group_size is not None):
         raise ValueError("--q-bits and --q-group-size need -q")
-    with loading_progress() as progress:
+    with loading_progress(shown=not getattr(args, "json", False)) as progress:
         model, tokenizer = load(
             args.model,
             revision=args.revision,
@@ -133,8 +132,6 @@ def load_for_text(args: argparse.Namespace, lazy: bool = False) -> tuple[Model, 
         )
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer files: text needs them.")
-    if (args.quantize or args.dtype) and model.origin.folder == model.origin.checkpoint:
-        note(f"{args.model} is converted already: -q and --dtype change nothing")
     add_end_tokens(tokenizer, getattr(args, "extra_eos_token", None) or [])
     return model, tokenizer
 
@@ -154,7 +151,7 @@ def read_stdin() -> str:
 
 @contextmanager
 def loading_progress(
-    amount: ProgressColumn | None = None,
+    amount: ProgressColumn | None = None, shown: bool = True
 ) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for downloads and conversions; nothing shows until the first report.
 
@@ -162,6 +159,7 @@ def loading_progress(
 
     Args:
         amount: How far it is; in bytes if None.
+        shown: False where only one document of JSON is to come out.
 
     Yields:
         The function to hand to `load` or `convert`: (stage, bytes done, bytes in all).
@@ -173,7 +171,7 @@ def loading_progress(
     tasks = {}
 
     def report(stage: str, done: int, total: int):
-        if not console.is_interactive:
+        if not (shown and console.is_interactive):
             return
         if stage not in tasks:
             progress.start()

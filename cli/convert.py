@@ -7,13 +7,14 @@ import time
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from ..checkpoints.cache import cache_folder, cached_models, clear_cache
 from ..checkpoints.convert import DTYPES, ConversionReport, convert
 from ..checkpoints.convert_draft import convert_draft
 from ..checkpoints.load import load
 from ..quantisation import BITS, MODE_DEFAULTS
-from .common import loading_progress, make_parser, print_json, run_main
+from .common import loading_progress, make_parser, print_json, printable, run_main
 
 PROG = "blockffn-convert"
 
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace):
         raise ValueError("the --q settings need -q.")
     if args.draft_for and args.upload_repo:
         raise ValueError("--upload-repo uploads models only: leave it out with --draft-for.")
-    with loading_progress() as progress:
+    with loading_progress(shown=not args.json) as progress:
         settings = dict(
             quantize=args.quantize,
             q_bits=args.q_bits,
@@ -92,10 +93,10 @@ def show_report(report: ConversionReport):
         ("min(router_norm.weight)", "no router norm" if smallest is None else f"{smallest:.4g}"),
         ("written to", report.path),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(printable(value)))
     console.print(table)
     for warning in report.warnings:
-        console.print(f"warning: {warning}", style="yellow", markup=False)
+        console.print(f"warning: {printable(warning)}", style="yellow", markup=False)
 
 
 def manage_cache(args: argparse.Namespace):
@@ -114,7 +115,8 @@ def manage_cache(args: argparse.Namespace):
     table = Table("source", "size", "converted", "folder")
     for model in models:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.modified))
-        table.add_row(model.source, decimal(model.nbytes), date, model.path.name)
+        source = Text(printable(model.source))
+        table.add_row(source, decimal(model.nbytes), date, model.path.name)
     print(f"{len(models)} models in {cache_folder()}")
     if models:
         Console(highlight=False).print(table)

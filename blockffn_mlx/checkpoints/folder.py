@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -217,7 +218,8 @@ class ShardWriter:
             if name.endswith("router_norm.weight"):
                 smallest = float(array.min())
                 least = self.min_router_norm
-                self.min_router_norm = smallest if least is None else min(smallest, least)
+                if math.isfinite(smallest):
+                    self.min_router_norm = smallest if least is None else min(smallest, least)
 
     def finish(self, parameters: int):
         """Writes what is left, gives the shards their names and writes the index."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.constants import ENDPOINT, HF_HUB_CACHE, HF_HUB_OFFLINE
@@ -239,8 +238,8 @@ def _explained(error: Exception, repo: str, revision: str | None) -> ValueError 
     chain = list(_chain(error))
     kinds = {type(cause).__name__ for cause in chain}
     text = " ".join(str(cause) for cause in chain)
-    responses: list[Any] = [getattr(cause, "response", None) for cause in chain]
-    status = next((r.status_code for r in responses if hasattr(r, "status_code")), 0)
+    codes = (getattr(getattr(cause, "response", None), "status_code", None) for cause in chain)
+    status = next((code for code in codes if isinstance(code, int)), 0)
 
     def is_any(*types: type) -> bool:
         return any(isinstance(cause, types) for cause in chain)

@@ -1,7 +1,6 @@
 """What the kernels take, and how a projection is cut into tiles, by backend and chunk length."""
 
 import json
-import os
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from .. import device
+from ..paths import replace_text
 from ..quantisation import GROUP_SIZES, ExpertWeights, Format, Quantization
 from . import verdicts
 
@@ -186,7 +186,7 @@ def tuned_tables() -> dict[str, list[Tiles]]:
             name: [Tiles(Tile(*up), Tile(*down)) for up, down in table]
             for name, table in kept.items()
         }
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
     return {name: table for name, table in tables.items() if _is_whole(table)}
 
@@ -209,9 +209,7 @@ def keep_table(backend: str, dtype: mx.Dtype, packing: Quantization | None, tabl
     tables = {**tuned_tables(), table_name(backend, dtype, packing): table}
     file = _tuned_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps(tables, indent=1))
-    part.replace(file)
+    replace_text(file, json.dumps(tables, indent=1))
     tuned_tables.cache_clear()
 
 

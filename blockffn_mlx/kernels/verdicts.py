@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from .. import device
+from ..paths import replace_text
 from ..version import __version__
 
 RIGHT = "right"
@@ -50,9 +51,7 @@ def keep(name: str, verdict: str):
         file.parent.mkdir(parents=True, exist_ok=True)
         facts = {"device": device.name(), "mlx": device.MLX_VERSION, "blockffn_mlx": __version__}
         document = {**facts, "verdicts": {**_read(), name: verdict}}
-        part = file.with_suffix(f".{os.getpid()}")
-        part.write_text(json.dumps(document, indent=1))
-        part.replace(file)
+        replace_text(file, json.dumps(document, indent=1))
         for note in _notes(name):
             if not _alive(int(note.suffixes[-2][1:])):
                 note.unlink(missing_ok=True)
@@ -84,7 +83,7 @@ def _read() -> dict[str, str]:
     try:
         found = json.loads((folder() / f"{fingerprint()}.json").read_text())["verdicts"]
         return {str(name): str(verdict) for name, verdict in found.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 

@@ -2,11 +2,12 @@
 
 import hashlib
 import json
-import os
 import time
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import numpy as np
 from mlx_lm.models.cache import KVCache
 
 from ..arrays import named_arrays
+from ..checkpoints.files import read_json
 from ..device import MLX_VERSION, cache_folder
 from ..device import name as device_name
+from ..paths import replace_text
 from .drafter import Drafter
 from .target import Target
 from .tree import MAX_NODES, Tree
@@ -134,7 +137,7 @@ def draft_cost(drafter: Drafter, target: Target, folder: Path | None = None) -> 
     name = f"{fingerprint(target)}-{fingerprint(network)}.json"
     file = (folder or cache_folder() / "widths") / name
     try:
-        kept = {int(width): float(s) for width, s in json.loads(file.read_text())["draft"].items()}
+        kept = {int(width): float(s) for width, s in read_json(file)["draft"].items()}
         if kept and min(kept.values()) > 0:
             return kept
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -145,20 +148,19 @@ def draft_cost(drafter: Drafter, target: Target, folder: Path | None = None) -> 
 
 
 def keep(file: Path, figures: dict[str, Any]):
-    """Writes what was measured, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}")
-    part.write_text(json.dumps({"device": device_name(), "mlx": MLX_VERSION, **figures}))
-    part.replace(file)
+    """Keeps what was measured; where the disk does not let us, it serves this process only."""
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(file, json.dumps({"device": device_name(), "mlx": MLX_VERSION, **figures}))
 
 
 def read_cost(file: Path) -> PassCost | None:
     """A kept table; None if there is none or it is damaged."""
     try:
-        kept = json.loads(file.read_text())
+        kept = read_json(file)
         cost = PassCost(**{name: kept[name] for name in PassCost.__dataclass_fields__})
         columns = asdict(cost).values()
-        whole = all(len(c) == len(cost.widths) and min(c) >= 0 for c in columns)
+        whole = all(len(c) == len(cost.widths) and 0 <= min(c) <= max(c) < inf for c in columns)
         return cost if whole and cost.widths[0] == 1 else None
     except (OSError, ValueError, TypeError, KeyError, IndexError):
         return None

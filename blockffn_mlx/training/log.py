@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from .run_folder import replace_text
+from ..paths import replace_text
 
 
 class RunLog:

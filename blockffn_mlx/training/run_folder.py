@@ -17,6 +17,7 @@ import numpy as np
 
 from ..arrays import named_arrays
 from ..checkpoints.reader import read_json
+from ..paths import replace_text
 from ..version import __version__
 from .config import TrainingConfig
 from .data import Corpus
@@ -112,16 +113,6 @@ def claim_folder(folder: Path, own: dict[str, Any], accept_changes: bool):
             "choose another output."
         )
     replace_text(path, json.dumps(own, indent=1))
-
-
-def replace_text(path: Path, text: str):
-    """Writes a text file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _changes(recorded: dict[str, Any], own: dict[str, Any]) -> list[str]:

@@ -1,7 +1,9 @@
 """Conversion: what is written, what quantisation keeps, and what bad input gets."""
 
+import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -120,6 +122,53 @@ def test_negative_router_norm_is_kept_and_warned_about(tmp_path):
     shutil.copy(GOLDEN / "gqa_block" / "config.json", tmp_path / "s")
     report = bf.convert(tmp_path / "s", tmp_path / "m")
     assert report.min_router_norm == -0.5 and "-0.5" in report.warnings[-1]
+
+
+def with_tensors(tmp_path, **changes) -> Path:
+    """A golden checkpoint with values put into some of its tensors: {name: {index: value}}."""
+    tensors = load_checkpoint(GOLDEN / "gqa_block")
+    for name, values in changes.items():
+        for index, value in values.items():
+            tensors[name.replace("__", ".")][index] = value
+    (tmp_path / "s").mkdir()
+    mx.save_safetensors(str(tmp_path / "s" / "model.safetensors"), tensors)
+    shutil.copy(GOLDEN / "gqa_block" / "config.json", tmp_path / "s")
+    return tmp_path / "s"
+
+
+Q_PROJ, NORM = "model__layers__0__self_attn__q_proj__weight", "model__norm__weight"
+ROUTER_NORMS = [f"model__layers__{i}__mlp__router_norm__weight" for i in (0, 1)]
+
+
+@pytest.mark.parametrize("place", ROUTER_NORMS)
+@pytest.mark.parametrize("value", [0.0, -0.0, -1e-9])
+def test_a_router_norm_of_zero_is_reported(tmp_path, place, value):
+    report = bf.convert(with_tensors(tmp_path, **{place: {3: value}}), tmp_path / "m")
+    assert report.min_router_norm == pytest.approx(value, abs=1e-12)
+    assert "some scores are not positive" in report.warnings[-1]
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_values_too_large_for_float16_are_counted(tmp_path, quantize):
+    source = with_tensors(tmp_path, **{Q_PROJ: {0: 1e6}, NORM: {1: -7e4, 2: 65504.0}})
+    report = bf.convert(source, tmp_path / "m", dtype="float16", quantize=quantize)
+    (warning,) = [warning for warning in report.warnings if "float16" in warning]
+    assert "129 values in model.layers.0.self_attn.q_proj.weight, model.norm.weight" in warning
+    assert "became infinite" in warning
+    for dtype in (None, "bfloat16", "float32"):
+        report = bf.convert(source, tmp_path / "m", dtype=dtype, overwrite=True)
+        assert not any("infinite" in warning for warning in report.warnings)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_no_numbers_are_counted(tmp_path, value):
+    source = with_tensors(tmp_path, **{NORM: {1: value}, ROUTER_NORMS[0]: {2: value}})
+    for dtype in (None, "float16"):
+        report = bf.convert(source, tmp_path / "m", dtype=dtype, overwrite=True)
+        (warning,) = [w for w in report.warnings if "NaN or infinite in the source" in w]
+        assert warning.startswith("2 values in model.layers.0.mlp.router_norm.weight, model.norm")
+        assert not any("too large" in warning for warning in report.warnings)
+    json.dumps(dataclasses.asdict(report), allow_nan=False)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

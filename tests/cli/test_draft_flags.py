@@ -1,12 +1,17 @@
 """From the flags to the engine: every one arrives, and what cannot work is refused."""
 
+import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 
 import blockffn_mlx as bf
+from blockffn_mlx.checkpoints.convert_draft import convert_draft
 from blockffn_mlx.checkpoints.folder import Origin
 from blockffn_mlx.cli import draft as draft_flags
 from blockffn_mlx.cli import generate as command
@@ -181,6 +186,50 @@ def test_a_draft_model_with_another_tokenizer_is_refused(golden, converted):
 
     with pytest.raises(ValueError, match="another tokenizer than the model"):
         make_drafter(str(converted("mla_linear")), model, Other())
+
+
+@pytest.mark.parametrize("where", ["tokenizer_config.json", "config.json", "model_file"])
+def test_a_draft_models_folder_runs_no_code_and_asks_nothing(
+    tmp_path, monkeypatch, golden, converted, where
+):
+    model, tokenizer, _ = golden("gqa_block")
+    folder, mark = tmp_path / "draft", tmp_path / "this ran"
+    folder.mkdir()
+    sizes = dict(hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_attention_heads=2)
+    config = {**sizes, "model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 384}
+    weights = dict(tree_flatten(llama.Model(llama.ModelArgs.from_dict(config)).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    for file in converted("gqa_block").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    code = f"open({str(mark)!r}, 'w')\nfrom transformers import PreTrainedTokenizerFast as Evil\n"
+    (folder / "evil.py").write_text(code)
+    auto_map = {"AutoTokenizer": ["evil.Evil", "evil.Evil"], "AutoConfig": "evil.Evil"}
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    if where == "model_file":
+        config["model_file"] = "evil.py"
+    else:
+        settings |= {"auto_map": auto_map, "tokenizer_class": "Evil"}
+        config |= {"auto_map": auto_map} if where == "config.json" else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("it asked"))
+    with contextlib.suppress(ValueError):
+        make_drafter(str(folder), model, tokenizer)
+    assert not mark.exists()
+
+
+def test_draft_folders_do_not_lead_elsewhere(tmp_path, golden, converted):
+    model, tokenizer, _ = golden("gqa_block")
+    for source in (Path(HEAD), converted("mla_linear")):
+        folder = tmp_path / source.name
+        shutil.copytree(source, folder)
+        shutil.copy(folder / "config.json", tmp_path / "secret.json")
+        (folder / "config.json").unlink()
+        (folder / "config.json").symlink_to("../secret.json")
+        with pytest.raises(ValueError, match="is a link to a file outside its folder"):
+            make_drafter(str(folder), model, tokenizer)
+    with pytest.raises(ValueError, match="is a link to a file outside its folder"):
+        convert_draft(tmp_path / Path(HEAD).name, tmp_path / "out", model)
 
 
 def test_unknown_drafts_are_refused(tmp_path):

@@ -1,7 +1,9 @@
 """The width policy on simulated machines and drafts, and the kept cost tables."""
 
 import json
+import math
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,7 +282,9 @@ def test_costs_are_measured_once_and_kept(tmp_path):
     kept = json.loads(file.read_text())
     assert kept["device"] == cost.device_name() and kept["mlx"] == cost.MLX_VERSION
 
-    for damaged in ("", "{", "[]", '{"widths": []}', file.read_text().replace("[1, 2, 4]", "[1]")):
+    infinite = json.dumps({**json.loads(file.read_text()), "shared": [1, 1, math.inf]})
+    short = file.read_text().replace("[1, 2, 4]", "[1]")
+    for damaged in ("", "{", "[]", '{"widths": []}', short, infinite, "[" * 100000):
         file.write_text(damaged)
         assert cost.read_cost(file) is None
 
@@ -292,6 +296,14 @@ def test_measuring_leaves_the_random_numbers_alone():
     cost.mx.random.seed(5)
     cost.measure(model, (1, 2), repeats=1)
     assert cost.mx.random.uniform(shape=(4,)).tolist() == expected
+
+
+def test_where_nothing_can_be_kept_it_is_measured_each_time(tmp_path):
+    place = tmp_path / "a file"
+    place.touch()
+    for folder in (place, place / "below", Path("/proc/none")):
+        table = cost.pass_cost(tiny_model(), folder=folder, widths=(1, 2), repeats=1)
+        assert table.widths == [1, 2]
 
 
 def test_tables_are_kept_apart_by_model_and_precision():
