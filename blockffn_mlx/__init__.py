@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from . import checkpoints as checkpoint
     from . import ffn, kernels, speculative, training
     from .analysis.sparsity import router_scores, sparsity
+    from .batch import batch_generate
     from .checkpoints.convert import convert
     from .checkpoints.load import load
     from .generate import generate, stream_generate
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Model": ".models.blockffn",
     "ModelArgs": ".models.blockffn",
+    "batch_generate": ".batch",
     "convert": ".checkpoints.convert",
     "generate": ".generate",
     "load": ".checkpoints.load",
@@ -38,6 +40,7 @@ __all__ = [
     "Model",
     "ModelArgs",
     "__version__",
+    "batch_generate",
     "checkpoint",
     "convert",
     "ffn",

@@ -18,7 +18,7 @@ FLOORS = [
     {"checkpoints"},
     {"speculative"},
     {"prompt"},
-    {"generate"},
+    {"generate", "batch"},
     {"chat", "analysis", "training"},
     {"cli"},
 ]

@@ -285,6 +285,7 @@ def test_environment_turns_kernels_off(monkeypatch):
     device.kernels_turned_off.cache_clear()
 
 
+COVERED_LAYER = dict(hidden_size=64, num_experts=9, expert_size=32)
 COVERED = Case(5, 9, 32, 64)
 NOT_COVERED = {
     "65 tokens": replace(COVERED, tokens=65),
@@ -313,3 +314,24 @@ def test_what_the_kernels_do_not_cover_goes_to_plain_operations(name, monkeypatc
 def covered_sizes() -> kernels.Sizes:
     x, _, up, down, _ = COVERED.operands()
     return kernels.Sizes.of(x, expert_weights(up, 64), expert_weights(down, 32))
+
+
+def test_a_batch_takes_the_kernels(monkeypatch):
+    """Up to 64 tokens over all sequences, and the observer still sees [B, T, E]."""
+    layer = bf.ffn.BlockFFN(bf.ModelArgs(**{**TINY, **COVERED_LAYER})).eval()
+    x, seen = mx.random.normal((3, 5, 64)), []
+    monkeypatch.setattr(device, "kernel_backend", lambda: None)
+    expected = layer(x)
+    monkeypatch.setattr(device, "kernel_backend", lambda: BACKEND)
+    monkeypatch.setattr(probe, "works", lambda *_, **__: True)
+    layer.observer = lambda logits, scores: seen.append((logits.shape, scores.shape))
+    with running() as runs:
+        out = layer(x)
+        mx.eval(out)
+    assert ON_GPU or [run.name for run in runs] == [
+        "blockffn_route",
+        "blockffn_up",
+        "blockffn_down",
+    ]
+    assert seen == [((3, 5, 9), (3, 5, 9))] and out.shape == x.shape
+    assert relative_error(out, float64(expected)) < TOLERANCE[mx.float32]
