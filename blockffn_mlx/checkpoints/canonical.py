@@ -13,6 +13,8 @@ import mlx.core as mx
 
 from ..arrays import named_arrays
 from ..models.blockffn import Model, ModelArgs
+from . import canonical_deco
+from .canonical_deco import is_deco, read_deco
 from .names import split_fused, strip_prefixes
 from .tensor_info import TensorInfo
 
@@ -97,7 +99,7 @@ class CanonicalCheckpoint:
         warnings: One sentence per contradiction between config and tensors.
     """
 
-    args: ModelArgs
+    args: Any
     weights: dict[str, Weight]
     layout: str
     warnings: list[str]
@@ -134,6 +136,10 @@ def canonicalize(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Cano
         raise ValueError("the checkpoint is quantised already: convert the original instead.")
     if any(".lora_A." in name for name in tensors):
         raise ValueError("the checkpoint holds a LoRA adapter: merge it into the model first.")
+    if is_deco(tensors, config):
+        args, found, layout, warnings = read_deco(tensors, config)
+        weights = {name: Weight(*parts) for name, parts in found.items()}
+        return CanonicalCheckpoint(args, weights, layout, warnings)
     bmtrain = "dim_model" in config
     config = checked_config(_from_bmtrain(config) if bmtrain else config)
     named, raw_names = _rename(tensors)
@@ -152,7 +158,7 @@ def canonicalize(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Cano
     is_split = sizes.has("self_attn.embed_q.weight")
     expected = model_shapes(args) if is_split else published_shapes(args)
     _check_names(expected, named, raw_names)
-    weights: dict[str, Weight] = {}
+    weights = {}
     for name, shape in expected.items():
         source_shape, transform = transforms.get(name.rpartition(".mlp.")[2], (shape, None))
         if named[name].shape != source_shape:
@@ -222,6 +228,8 @@ def checked_config(config: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: If one is of another type, or not positive where it has to be.
     """
+    if is_deco({}, config):
+        return canonical_deco.checked_config(config)
     if config.get("ffn_type") == "moe" or config.get("num_shared_experts"):
         raise ValueError("this is a baseline mixture of experts, not a BlockFFN model.")
     if config.get("ffn_type", "block") not in ("vanilla", "block", "block_linear"):
@@ -242,7 +250,7 @@ def checked_config(config: dict[str, Any]) -> dict[str, Any]:
         if not good:
             raise ValueError(f"config.json: {field.name} {str(value)[:40]!r} makes no sense.")
         checked[field.name] = value
-    return {**checked, "model_type": "blockffn"}
+    return {**checked, "model_type": "blockffn", "ffn_type": "block"}
 
 
 def _is_positive(value: Any) -> bool:

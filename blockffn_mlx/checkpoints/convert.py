@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.blockffn import Model
+from ..models import find_architecture
 from ..paths import expand
 from ..quantisation import resolve_quantization
 from .atomic_folder import MODEL_FILE, check_target, written_files
@@ -119,7 +119,8 @@ def convert(
         args.chat_tuned = has_template or CHAT_NAME.search(name.lower()) is not None
     origin |= {"source": name, "layout": canonical.layout}
 
-    model = Model(args)
+    model_class, _ = find_architecture(dataclasses.asdict(args))
+    model = model_class(args)
     plan = plan_quantization(model, settings) if settings else {}
     quantization = quantization_config(settings, plan) if settings else None
     parameters = sum(math.prod(weight.shape) for weight in canonical.weights.values())

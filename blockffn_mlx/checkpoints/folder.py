@@ -9,12 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..models import home
 from ..version import __version__
 from .atomic_folder import CARD_SIGN, MARK, MODEL_FILE, atomic_folder, check_target
 
 MODEL_FILE_TEXT = '''"""Lets stock mlx-lm run this folder: mlx_lm.generate --trust-remote-code."""
 
-from blockffn_mlx.model import Model, ModelArgs  # noqa: F401
+from {module} import Model, ModelArgs  # noqa: F401
 '''
 SHARD_BYTES = 512 << 20  # what is held in memory before it is written
 # Of a draft head: read off the tensors or taken from the target whenever it is loaded.
@@ -98,7 +99,8 @@ def write_folder(
         if save_tokenizer is not None:
             save_tokenizer(folder)
         if is_model:
-            (folder / MODEL_FILE).write_text(MODEL_FILE_TEXT, encoding="utf-8")
+            text = MODEL_FILE_TEXT.format(module=home(config))
+            (folder / MODEL_FILE).write_text(text, encoding="utf-8")
             config = {**config, "model_file": MODEL_FILE, "torch_dtype": shards.dtype}
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")

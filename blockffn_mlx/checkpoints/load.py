@@ -14,7 +14,8 @@ from mlx_lm.utils import dequantize_model, load_adapters
 
 from ..arrays import load_arrays
 from ..ffn.experts import ExpertLinear, QuantizedExpertLinear
-from ..models.blockffn import Model, ModelArgs
+from ..models import find_architecture
+from ..models.blockffn import Model
 from ..paths import expand
 from ..quantisation import BITS, MODE_DEFAULTS
 from .atomic_folder import MODEL_FILE, TargetBusy, TargetExists
@@ -228,11 +229,12 @@ def _load_folder(
 
 def _build(config: dict[str, Any], names: set[str]) -> Model:
     """A model of the config's sizes, which are checked before anything of such a size is made."""
-    args = ModelArgs.from_dict({**checked_config(config), "ffn_type": "block"})
+    model_class, args_class = find_architecture(config)
+    args = args_class.from_dict(checked_config(config))
     layers = len({match[1] for name in names if (match := LAYER.match(name))})
     if args.num_hidden_layers != layers:
         raise ValueError(f"num_hidden_layers {args.num_hidden_layers}, but weights of {layers}")
-    return Model(args)
+    return model_class(args)
 
 
 def _quantization(config: dict[str, Any]) -> dict[str, Any]:

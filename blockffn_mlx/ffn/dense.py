@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from ..quantisation import ExpertWeights
-from .experts import weigh
+from .experts import Activation, weigh
 
 # Chunks up to here multiply the weights as they are stored, by backend: packed ones stay packed,
 # and the down projection is a product an expert, summed afterwards, without the transposed copy
@@ -17,7 +17,8 @@ def dense_ffn(
     up: ExpertWeights,
     down: ExpertWeights,
     *,
-    act: str = "silu",
+    act: Activation = "silu",
+    shift: mx.array | None = None,
     as_stored: bool = False,
 ) -> mx.array:
     """Computes every expert for every token.
@@ -27,7 +28,8 @@ def dense_ffn(
         scores: [T, E], finished router scores; 0 means inactive.
         up: [E, d, H].
         down: [E, H, d].
-        act: "silu" or "relu".
+        act: "silu", "relu", or a function.
+        shift: [T], taken from a token's every hidden unit before the activation.
         as_stored: Whether the weights are multiplied as they are stored (see STORED_TOKENS).
 
     Returns:
@@ -39,7 +41,8 @@ def dense_ffn(
         hidden = up.flattened().multiply(x)
     else:
         hidden = x @ up.plain().reshape(-1, hidden_size).T
-    hidden = weigh(hidden.reshape(*scores.shape, expert_size), scores, act)
+    hidden = hidden.reshape(*scores.shape, expert_size)
+    hidden = weigh(hidden, scores, act, None if shift is None else shift[:, None])
     if as_stored:
         return down.multiply(hidden.swapaxes(0, 1)).sum(axis=0)
     # [E, H, d] -> [E * d, H]: one product over all experts instead of a sum of E outputs.

@@ -1,6 +1,7 @@
 """The experts: their projections, each in one tensor, plain or packed, and what lies between."""
 
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import mlx.core as mx
@@ -9,11 +10,26 @@ import mlx.nn as nn
 from ..kernels.up import ACTIVATIONS
 from ..quantisation import ExpertWeights, Packed, Plain, largest_group_size, quantized
 
+# What lies between an expert's projections: a name that the kernels know too, or any function.
+Activation = str | Callable[[mx.array], mx.array]
 
-def weigh(hidden: mx.array, scores: mx.array, act: str) -> mx.array:
-    """act(hidden) * score with hidden [..., d] and scores [...]; exactly 0 where the score is 0."""
-    scores = scores[..., None]
-    return mx.where(scores != 0, ACTIVATIONS[act](hidden) * scores, mx.zeros_like(scores))
+
+def weigh(
+    hidden: mx.array, scores: mx.array, act: Activation, shift: mx.array | None = None
+) -> mx.array:
+    """act(hidden - shift) * score, exactly 0 where the score is 0.
+
+    Args:
+        hidden: [..., d].
+        scores: [...].
+        act: The experts' activation.
+        shift: A number for each of a token's scores, broadcast to them; None for 0.
+    """
+    scores, dtype = scores[..., None], hidden.dtype
+    if shift is not None:
+        hidden = hidden.astype(mx.float32) - shift[..., None]
+    activated = ACTIVATIONS[act](hidden) if isinstance(act, str) else act(hidden)
+    return mx.where(scores != 0, activated.astype(dtype) * scores, mx.zeros_like(scores))
 
 
 def host_values(array: mx.array) -> list | None:

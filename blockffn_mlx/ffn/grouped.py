@@ -9,7 +9,7 @@ import mlx.core as mx
 from ..kernels import combine
 from ..quantisation import ExpertWeights
 from .dense import dense_ffn
-from .experts import host_values, weigh
+from .experts import Activation, host_values, weigh
 
 ROW_STEP = 32  # rows of an expert are padded to a multiple of this
 # Experts are padded in classes of similar load, so that a busy few do not pad all the others.
@@ -24,7 +24,8 @@ def grouped_ffn(
     up: ExpertWeights,
     down: ExpertWeights,
     *,
-    act: str = "silu",
+    act: Activation = "silu",
+    shift: mx.array | None = None,
     backend: str | None = None,
 ) -> mx.array:
     """Computes each expert for its own tokens where that saves enough, else every expert.
@@ -32,13 +33,14 @@ def grouped_ffn(
     Shapes as in `union_ffn`. Reads the experts' loads on the host, once.
 
     Args:
-        x, scores, up, down, act: As in `union_ffn`.
+        x, scores, up, down, act, shift: As in `union_ffn`.
         backend: Whose kernel sums a token's rows; None for plain operations.
     """
     loads = host_values((scores != 0).sum(axis=0))
     if loads is None or padded_rows(loads) > MAX_SHARE * scores.size:
-        return dense_ffn(x, scores, up, down, act=act)
-    return by_expert(x, scores, up.plain(), down.plain(), loads, act=act, backend=backend)
+        return dense_ffn(x, scores, up, down, act=act, shift=shift)
+    plain = up.plain(), down.plain()
+    return by_expert(x, scores, *plain, loads, act=act, shift=shift, backend=backend)
 
 
 def by_expert(
@@ -48,7 +50,8 @@ def by_expert(
     down: mx.array,
     loads: list[int],
     *,
-    act: str,
+    act: Activation,
+    shift: mx.array | None = None,
     backend: str | None,
 ) -> mx.array:
     """Computes each expert for the tokens that use it.
@@ -59,7 +62,7 @@ def by_expert(
         up: [E, d, H].
         down: [E, H, d].
         loads: How many tokens use each expert, read off the scores.
-        act: "silu" or "relu".
+        act, shift: As in `union_ffn`.
         backend: "metal" or "cuda", for the sum over a token's experts; None for plain operations.
 
     Returns:
@@ -71,7 +74,7 @@ def by_expert(
         every = len(experts) == len(loads)
         index = mx.array(experts)
         operands = (scores, up, down) if every else (scores[:, index], up[index], down[index])
-        part = padded_ffn(x, *operands, rows, act=act, backend=backend)
+        part = padded_ffn(x, *operands, rows, act=act, shift=shift, backend=backend)
         out = part if every else out + part
     return out
 
@@ -113,7 +116,8 @@ def padded_ffn(
     down: mx.array,
     rows: int,
     *,
-    act: str,
+    act: Activation,
+    shift: mx.array | None = None,
     backend: str | None,
 ) -> mx.array:
     """`by_expert` for experts that have at most `rows` tokens each, in two batched products."""
@@ -130,7 +134,7 @@ def padded_ffn(
     weights = weights[:-1].reshape(num_experts, rows)
 
     hidden = x[tokens] @ up.swapaxes(1, 2)  # [E, rows, d]
-    hidden = weigh(hidden, weights, act)
+    hidden = weigh(hidden, weights, act, None if shift is None else shift[tokens])
     outputs = (hidden @ down.swapaxes(1, 2)).reshape(spare, -1)
     if backend is None:
         # Padding adds zeros to token 0.

@@ -23,6 +23,7 @@ from ..kernels.registry import KERNELS
 from ..kernels.tiles import tuned_tables
 from ..quantisation import ExpertWeights
 from .dense import STORED_TOKENS, dense_ffn
+from .experts import ACTIVATIONS, Activation
 from .grouped import grouped_ffn
 from .union import union_ffn
 
@@ -71,20 +72,30 @@ class Plan(NamedTuple):
     fused: bool = False
 
     def run(
-        self, x: mx.array, scores: mx.array, up_weights: ExpertWeights, down_weights: ExpertWeights
+        self,
+        x: mx.array,
+        scores: mx.array,
+        up_weights: ExpertWeights,
+        down_weights: ExpertWeights,
+        activation: Activation | None = None,
+        shift: mx.array | None = None,
     ) -> mx.array:
-        """The layer after its router: [T, H], scores [T, E] -> [T, H]."""
+        """The layer after its router: [T, H], scores [T, E] -> [T, H].
+
+        `activation` takes the place of one that has only a name, `shift` [T] is what it takes from
+        a token's every hidden unit; neither reaches the kernels, which know ACTIVATIONS.
+        """
         if self.up and self.down:
             h, active = self.up(x, scores, *up_weights.arrays)
             return self.down(h, active, *down_weights.arrays)[0]
+        operands = (x, scores, up_weights, down_weights)
+        act = activation or self.act
         if self.strategy == "union":
-            return union_ffn(x, scores, up_weights, down_weights, act=self.act)
+            return union_ffn(*operands, act=act, shift=shift)
         if self.strategy == "grouped":
-            return grouped_ffn(
-                x, scores, up_weights, down_weights, act=self.act, backend=self.backend
-            )
+            return grouped_ffn(*operands, act=act, shift=shift, backend=self.backend)
         stored = len(x) <= STORED_TOKENS[device.compute_backend()]
-        return dense_ffn(x, scores, up_weights, down_weights, act=self.act, as_stored=stored)
+        return dense_ffn(*operands, act=act, shift=shift, as_stored=stored)
 
 
 def make_plan(
@@ -124,7 +135,8 @@ def _make_plan(
     compute_backend: str,
 ) -> Plan:
     if asked == "auto":
-        strategy, backend = choose(sizes, training, fused, kernel_backend, compute_backend)
+        able = kernel_backend if act in ACTIVATIONS else None
+        strategy, backend = choose(sizes, training, fused, able, compute_backend)
     elif asked in BACKENDS:
         strategy, backend = BACKENDS[asked]
     else:
@@ -133,7 +145,7 @@ def _make_plan(
         backend = kernel_backend
     if strategy != "union" or backend is None:
         return Plan(strategy, backend, act)
-    if not covers(sizes):
+    if not covers(sizes) or act not in ACTIVATIONS:
         raise ValueError(
             f"the kernels take 1 to {MAX_TOKENS} tokens, up to {MAX_EXPERTS} experts, sizes that "
             "are multiples of 32, and plain or affine 4-bit or 8-bit weights in the dtype of x"

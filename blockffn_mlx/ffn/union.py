@@ -7,11 +7,17 @@ import mlx.core as mx
 
 from ..quantisation import ExpertWeights
 from .dense import STORED_TOKENS, dense_ffn
-from .experts import host_values, weigh
+from .experts import Activation, host_values, weigh
 
 
 def union_ffn(
-    x: mx.array, scores: mx.array, up: ExpertWeights, down: ExpertWeights, *, act: str = "silu"
+    x: mx.array,
+    scores: mx.array,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    *,
+    act: Activation = "silu",
+    shift: mx.array | None = None,
 ) -> mx.array:
     """Computes the experts of the union.
 
@@ -20,7 +26,7 @@ def union_ffn(
     """
     used = host_values(mx.any(scores != 0, axis=0))
     if used is None:
-        return dense_ffn(x, scores, up, down, act=act)
+        return dense_ffn(x, scores, up, down, act=act, shift=shift)
     union = [expert for expert, active in enumerate(used) if active]
     if not union:
         return mx.zeros_like(x)
@@ -29,8 +35,9 @@ def union_ffn(
     if x.dtype == mx.float32 and not (up.format.packing or down.format.packing):
         # gather_mm reads the chosen experts in place; on a CPU it takes float32 only.
         hidden = mx.gather_mm(x[None], up.plain().swapaxes(1, 2), rhs_indices=index)  # [U, T, d]
-        hidden = weigh(hidden, scores.T, act)
+        hidden = weigh(hidden, scores.T, act, shift)
         rows = mx.arange(len(union))
         return mx.gather_mm(hidden, down.plain().swapaxes(1, 2), rows, index).sum(axis=0)
     stored = len(x) <= STORED_TOKENS["cpu"]
-    return dense_ffn(x, scores, up.take(index), down.take(index), act=act, as_stored=stored)
+    taken = up.take(index), down.take(index)
+    return dense_ffn(x, scores, *taken, act=act, shift=shift, as_stored=stored)

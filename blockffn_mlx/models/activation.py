@@ -12,16 +12,22 @@ import mlx.core as mx
 from ..ffn import Observer
 
 
+def routed_layers(model: Any) -> list[Any]:
+    """The layers that have a router; a DECO's first ones are dense."""
+    return [layer for layer in model.layers if hasattr(layer.mlp, "observer")]
+
+
 @contextmanager
 def watch_routers(model: Any, observers: Sequence[Observer]) -> Iterator[None]:
     """Gives each layer its observer inside the block; one that was there before goes on watching.
 
     Args:
         model: A BlockFFN model.
-        observers: One per layer, as BlockFFN.observer takes it.
+        observers: One per layer with a router, as BlockFFN.observer takes it.
     """
-    previous = [layer.mlp.observer for layer in model.layers]
-    for layer, inner, outer in zip(model.layers, observers, previous, strict=True):
+    layers = routed_layers(model)
+    previous = [layer.mlp.observer for layer in layers]
+    for layer, inner, outer in zip(layers, observers, previous, strict=True):
 
         def observe(logits, scores, inner=inner, outer=outer):
             inner(logits, scores)
@@ -32,7 +38,7 @@ def watch_routers(model: Any, observers: Sequence[Observer]) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer, observer in zip(model.layers, previous, strict=True):
+        for layer, observer in zip(layers, previous, strict=True):
             layer.mlp.observer = observer
 
 
@@ -43,7 +49,7 @@ def record_router_scores(model: Any) -> Iterator[list[list[mx.array]]]:
     Yields:
         One list per layer, which gains an array [B, T, E] per pass.
     """
-    recorded: list[list[mx.array]] = [[] for _ in model.layers]
+    recorded: list[list[mx.array]] = [[] for _ in routed_layers(model)]
     observers = [lambda logits, scores, passes=passes: passes.append(scores) for passes in recorded]
     with watch_routers(model, observers):
         yield recorded

@@ -7,7 +7,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..models.activation import activation_sums, watch_routers
+from ..models.activation import activation_sums, routed_layers, watch_routers
 from . import losses
 from .config import Sparsity
 from .sampling import Batch
@@ -22,7 +22,7 @@ CHUNK = 8
 def record_router(model: nn.Module) -> Iterator[list[tuple[mx.array, mx.array]]]:
     """Collects (router logits, router scores), both [B, T, E], of each layer in turn."""
     recorded = []
-    observers = [lambda *router: recorded.append(router) for _ in model.layers]
+    observers = [lambda *router: recorded.append(router) for _ in routed_layers(model)]
     with watch_routers(model, observers):
         yield recorded
 

@@ -1,0 +1,289 @@
+"""DECO language models (BlockFFN-v2, arXiv 2605.10933).
+
+They follow BlockFFN: the same ReLU routing, a learned scale in place of the router's RMSNorm,
+experts with NormSiLU, one shared expert for every token, dense first layers, no muP.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import BaseModelArgs
+from mlx_lm.models.llama import MLP
+
+from ..ffn import ExpertLinear, make_plan
+from ..ffn.layer import Observer
+from ..kernels import Sizes
+from . import blockffn
+from .attention import Attention, Positions
+from .compiled import CompiledPasses
+
+ROUTER_NORMS = ("simple", "rms", "none")
+# What an expert does between its projections, without the norm of the first three.
+EXPERT_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
+    "norm_silu": nn.silu,
+    "norm_silu_nomean": nn.silu,
+    "norm_silu_norms": nn.silu,
+    "silu": nn.silu,
+    "relu": nn.relu,
+    "gelu": nn.gelu,
+    "sqrelu": nn.relu2,
+    "sigmoid": mx.sigmoid,
+    "null": lambda x: x,
+}
+
+
+@dataclass
+class ModelArgs(BaseModelArgs):
+    """The fields of a converted folder's config.json; `ffn_type` tells it from a BlockFFN's.
+
+    Attributes:
+        intermediate_size: Width of the dense layers.
+        moe_layer_freq: For each layer 1 if it has experts, 0 if it is dense.
+        expert_size: d, the width of an expert.
+        shared_expert_size: Width of the shared expert; 0 for none.
+        router_norm_type: "simple": score = activation * weight; "rms": BlockFFN's RMSNorm;
+            "none": the activation itself.
+        router_norm_fixed: Whether that weight is the constant `router_norm_init_var`.
+        router_norm_scalar: Whether it is one number for all experts.
+        expert_act_func: One of EXPERT_ACTIVATIONS.
+        chat_tuned: As in BlockFFN's.
+    """
+
+    model_type: str = "blockffn"
+    ffn_type: str = "deco"
+    attention_type: str = "vanilla"
+    vocab_size: int = 73448
+    hidden_size: int = 1280
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 10
+    num_key_value_heads: int = 0
+    head_dim: int = 128
+    attention_bias: bool = False
+    intermediate_size: int = 3360
+    moe_layer_freq: list[int] = field(default_factory=list)
+    num_experts: int = 77
+    expert_size: int = 64
+    shared_expert_size: int = 0
+    router_norm_type: str = "simple"
+    router_norm_fixed: bool = False
+    router_norm_scalar: bool = False
+    router_norm_init_var: float = 0.1
+    expert_act_func: str = "norm_silu"
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    chat_tuned: bool = False
+
+    # Speculation and training ask a BlockFFN for these.
+    dim_model_base = property(lambda self: self.hidden_size)
+    norm_after_router = property(lambda self: "none")
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.moe_layer_freq = self.moe_layer_freq or [0] + [1] * (self.num_hidden_layers - 1)
+        choices = {"router_norm_type": ROUTER_NORMS, "expert_act_func": tuple(EXPERT_ACTIVATIONS)}
+        for name, allowed in choices.items():
+            if (value := getattr(self, name)) not in allowed:
+                raise ValueError(f"config: {name} {value!r} is not one of {', '.join(allowed)}")
+        if len(self.moe_layer_freq) != self.num_hidden_layers or 1 not in self.moe_layer_freq:
+            raise ValueError(
+                f"config: moe_layer_freq {str(self.moe_layer_freq)[:60]} does not say for each of "
+                f"{self.num_hidden_layers} layers whether it has experts"
+            )
+
+
+class ExpertNorm(nn.Module):
+    """RMSNorm over each expert's own width, with one weight [d] for all experts."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.rms_norm = nn.RMSNorm(args.expert_size, eps=args.rms_norm_eps)
+
+
+class RouterScale(nn.Module):
+    """The weight of the finished scores: one number an expert, or one for all."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        size = 1 if args.router_norm_scalar else args.num_experts
+        self.weight = mx.full((size,), args.router_norm_init_var)
+
+
+class DecoFFN(nn.Module):
+    """The layer. Submodules are named like the checkpoint's tensors.
+
+    The mean over the outputs of all experts, idle ones included, is one dot product with the mean
+    row of their up projections: so only active experts are computed. That row rides in the
+    router's product.
+
+    Attributes:
+        observer, backend: As BlockFFN's.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.eps = args.rms_norm_eps
+        self.router_norm_type = args.router_norm_type
+        self.act = args.expert_act_func
+        self.activation = EXPERT_ACTIVATIONS[self.act]
+        self.takes_mean = self.act in ("norm_silu", "norm_silu_norms")
+        self.moe_router = nn.Linear(args.hidden_size, args.num_experts, bias=False)
+        self.fixed_scale = args.router_norm_init_var if args.router_norm_fixed else None
+        if args.router_norm_type != "none" and not args.router_norm_fixed:
+            self.router_norm = RouterScale(args)
+        self.expert_up_proj = ExpertLinear(args.hidden_size, args.expert_size, args.num_experts)
+        self.expert_down_proj = ExpertLinear(args.expert_size, args.hidden_size, args.num_experts)
+        if self.act in ("norm_silu", "norm_silu_nomean"):
+            self.expert_act = ExpertNorm(args)
+        if args.shared_expert_size:
+            self.shared_experts = dense_mlp(args.hidden_size, args.shared_expert_size)
+        self.backend = "auto"
+        self.observer: Observer | None = None
+        self._routed: tuple[mx.array, mx.array, mx.array] | None = None
+
+    def route(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        """x [T, H] -> the router's logits [T, E] and, where it is taken, the mean [T]; float32."""
+        product = x.astype(mx.float32) @ self.router_rows().T
+        if not self.takes_mean:
+            return product, None
+        return product[:, :-1], product[:, -1]
+
+    def router_rows(self) -> mx.array:
+        """The router's weight and the experts' mean row, float32 [E + 1, H], kept while both stay.
+
+        The mean is that of the rows as they are used, so of the dequantised ones.
+        """
+        router, up = self.moe_router.weight, self.expert_up_proj.weight
+        if self._routed is not None and self._routed[0] is router and self._routed[1] is up:
+            return self._routed[2]
+        rows = router.astype(mx.float32)
+        if self.takes_mean:
+            mean = self.expert_up_proj.weights.plain().astype(mx.float32).mean(axis=(0, 1))
+            rows = mx.concatenate([rows, mean[None]])
+        if not self.training:
+            self._routed = (router, up, rows)
+        return rows
+
+    def finish(self, router_logits: mx.array, dtype: mx.Dtype) -> mx.array:
+        """Finished scores [T, E] from the router's logits, computed in float32."""
+        scores = nn.relu(router_logits)
+        if self.router_norm_type == "rms":
+            scores = scores * mx.rsqrt(scores.square().mean(axis=-1, keepdims=True) + self.eps)
+        if self.router_norm_type != "none":
+            own = None if self.fixed_scale is not None else self.router_norm.weight
+            scores = scores * (self.fixed_scale if own is None else own.astype(mx.float32))
+        return scores.astype(dtype)
+
+    def activate(self, hidden: mx.array) -> mx.array:
+        """What an expert does with its hidden units [..., d], the mean already taken from them."""
+        if "expert_act" in self:
+            norm = self.expert_act.rms_norm
+            hidden = mx.fast.rms_norm(
+                hidden.astype(mx.float32), norm.weight.astype(mx.float32), norm.eps
+            )
+        elif self.act == "norm_silu_norms":
+            hidden = hidden.astype(mx.float32)
+        return self.activation(hidden)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[B, T, H] -> [B, T, H]."""
+        flat = x.reshape(-1, x.shape[-1])
+        up, down = self.expert_up_proj.weights, self.expert_down_proj.weights
+        plan = make_plan(Sizes.of(flat, up, down), self.act, self.backend, training=self.training)
+        logits, mean = self.route(flat)
+        scores = self.finish(logits, x.dtype)
+        if self.observer is not None:
+            shape = *x.shape[:-1], -1
+            self.observer(logits.reshape(shape), scores.reshape(shape))
+        out = plan.run(flat, scores, up, down, self.activate, mean)
+        if "shared_experts" in self:
+            out = out + self.shared_experts(flat)
+        return out.reshape(x.shape)
+
+
+class DenseFFN(MLP):
+    """A layer without experts: nothing to route, nothing to leave out."""
+
+    backend = "dense"
+
+
+@dataclass
+class _Widths:
+    """What mlx-lm's MLP asks of a config."""
+
+    hidden_size: int
+    intermediate_size: int
+    mlp_bias: bool = False
+
+
+def dense_mlp(hidden_size: int, intermediate_size: int) -> DenseFFN:
+    """down(silu(gate x) * up x)."""
+    return DenseFFN(cast(Any, _Widths(hidden_size, intermediate_size)))
+
+
+class DecoderLayer(nn.Module):
+    """A layer with experts, or a dense one."""
+
+    def __init__(self, args: ModelArgs, has_experts: bool):
+        super().__init__()
+        self.self_attn = Attention(args)
+        self.mlp = (
+            DecoFFN(args) if has_experts else dense_mlp(args.hidden_size, args.intermediate_size)
+        )
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, mask: mx.array | str | None, cache: Any | None, positions: Positions
+    ) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x), mask, cache, positions)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class DecoModel(blockffn.BlockFFNModel):
+    """The decoder without its head."""
+
+    def __init__(self, args: ModelArgs):
+        nn.Module.__init__(self)
+        self.scale_emb = 1.0
+        self.masks_are_arrays = False
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        layers = [DecoderLayer(args, bool(experts)) for experts in args.moe_layer_freq]
+        self.layers = cast(Any, layers)
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.compiled = CompiledPasses()
+
+
+class Model(blockffn.Model):
+    """A DECO language model in mlx-lm's manner."""
+
+    def __init__(self, args: ModelArgs):
+        nn.Module.__init__(self)
+        self.args = cast(Any, args)
+        self.model_type = args.model_type
+        self.model = DecoModel(args)
+        self.logit_divisor = 1.0
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """The folder's names are the model's."""
+        return weights
+
+    @property
+    def quant_predicate(self) -> Callable[[str, nn.Module], bool]:
+        """Everything but the router: a small error there switches experts on or off."""
+        return lambda path, module: not path.endswith("moe_router")
+
+    def shard(self, group: mx.distributed.Group | None = None):
+        """Not built: NormSiLU needs an expert's whole width, so experts would have to be dealt out.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError("a DECO model cannot be split over processes yet: run it in one")
