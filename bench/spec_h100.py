@@ -26,7 +26,7 @@ from blockffn_mlx.analysis.spec_bench import (
     read_questions,
 )
 from blockffn_mlx.prompt import choose_format, is_chat_model
-from blockffn_mlx.speculative import Policy, make_drafter
+from blockffn_mlx.speculative import AdaptiveWidth, Policy, make_drafter
 
 
 class TimedPolicy:
@@ -58,6 +58,18 @@ class TimedPolicy:
         }
 
 
+def costs(policy: TimedPolicy) -> dict[str, Any]:
+    """Milliseconds of a pass and of a draft by width, as "auto" measured them."""
+    adaptive = policy.policy
+    if not isinstance(adaptive, AdaptiveWidth):
+        return {}
+    table = adaptive.cost
+    passes = {w: round(1e3 * table.seconds(w), 2) for w in table.widths}
+    deep = {w: round(1e3 * table.seconds(w, context=8192), 2) for w in table.widths}
+    drafts = {w: round(1e3 * seconds, 2) for w, seconds in adaptive.draft.items()}
+    return {"pass_ms": passes, "pass_after_8192_ms": deep, "draft_ms": drafts}
+
+
 def run(model: Any, tokenizer: Any, args: argparse.Namespace, width: str) -> dict[str, Any]:
     """All questions in all modes at one width."""
     questions = chosen_questions(read_questions(args.questions), args.limit)
@@ -74,7 +86,7 @@ def run(model: Any, tokenizer: Any, args: argparse.Namespace, width: str) -> dic
     for policy in timed.values():
         policy.rounds.clear()
     bench.run(questions, warm_up=0)
-    rounds = {mode: policy.summary() for mode, policy in timed.items()}
+    rounds = {mode: policy.summary() | costs(policy) for mode, policy in timed.items()}
     return bench.document() | {"draft": args.draft, "rounds": rounds}
 
 
@@ -89,7 +101,7 @@ def show(document: dict[str, Any]):
         line = f"  {mode:18} {speed:7.1f} tokens/s  {speed / plain:5.2f} of plain sparse"
         if mode in document["rounds"]:
             line += f", {row['tokens_per_round']:.2f} tokens a round, {row['plain_tokens']} plain"
-            line += f", same {row['same_as_plain']}/{row['turns']}, {document['rounds'][mode]}"
+            line += f", same {row['same_as_plain']}/{row['turns']}\n    {document['rounds'][mode]}"
         first, again = document["repeated"][mode]
         print(f"{line}; last question {first:.2f} s, again {again:.2f} s", flush=True)
 

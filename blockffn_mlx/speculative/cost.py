@@ -222,9 +222,18 @@ def measure(
     seconds = np.median(passes[1:, :, :, 0], axis=0)  # the first turn warms up
     unions = passes[1:, :, :, 1].mean(axis=0)
     more = max(deep_context - CONTEXT_LENGTH, 1)
-    growth = np.maximum(seconds[:, 2] - seconds[:, 1], 0) / more
+    growth = rising(np.maximum(seconds[:, 2] - seconds[:, 1], 0) / more)
     columns = (seconds[:, 0], seconds[:, 1], unions[:, 0], unions[:, 1], growth)
     return PassCost(list(widths), *(column.tolist() for column in columns))
+
+
+def rising(values: np.ndarray) -> np.ndarray:
+    """Values [N] that never fall, midway between those that bound the given ones.
+
+    A wider pass reads the same keys: where it seems to take less, something else was measured.
+    """
+    above, below = np.maximum.accumulate(values), np.minimum.accumulate(values[::-1])[::-1]
+    return (above + below) / 2
 
 
 def deepened(cache: KVCache, length: int) -> KVCache:

@@ -289,6 +289,11 @@ def test_costs_are_measured_once_and_kept(tmp_path):
         assert cost.read_cost(file) is None
 
 
+def test_what_context_adds_never_falls_with_the_width():
+    assert cost.rising(np.array([1.0, 2.0, 2.0, 5.0])).tolist() == [1, 2, 2, 5]
+    assert cost.rising(np.array([3.0, 0.0, 1.0, 8.0, 6.0])).tolist() == [1.5, 1.5, 2, 7, 7]
+
+
 def test_measuring_leaves_the_random_numbers_alone():
     model = tiny_model()
     cost.mx.random.seed(5)
