@@ -1,4 +1,4 @@
-"""A seeded fuzz campaign over what is read from files: python tests/fuzz_cases.py --help
+"""A seeded fuzz campaign over what is read from files: python tests/fuzz_cases.py --help.
 
 Each case damages a good file, or makes an odd one, and reads it. Allowed is a result, or ValueError
 or OSError with a sentence; anything else, a hang or a crash is a find, told with the case's number.
@@ -26,16 +26,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from sentencepiece import sentencepiece_model_pb2
-from torch_files import dict_pickle, save_bin, save_legacy, tensor_ops, write_zip
 
 import blockffn_mlx as bf
-from blockffn_mlx.checkpoint import load_checkpoint, load_pickle, open_checkpoint, read_json
-from blockffn_mlx.layouts import canonicalize
+from blockffn_mlx.chat.transcript import load_transcript, save_transcript
+from blockffn_mlx.checkpoints.canonical import canonicalize
+from blockffn_mlx.checkpoints.reader import load_checkpoint, load_pickle, open_checkpoint, read_json
+from blockffn_mlx.checkpoints.tokenizer import read_tokenizer
 from blockffn_mlx.speculative import load_draft
-from blockffn_mlx.tokenizer import read_tokenizer
 from blockffn_mlx.training.config import load_config
 from blockffn_mlx.training.state import read_state, save_state
-from blockffn_mlx.transcript import load_transcript, save_transcript
+from helpers.torch_files import dict_pickle, save_bin, save_legacy, tensor_ops, write_zip
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 SECONDS = 20  # a case that takes longer hangs
@@ -489,7 +489,7 @@ def main() -> int:
         found = run(family, args.cases, args.seed, args.only)
         print(f"{family}: {args.cases} cases, {len(found)} finds", flush=True)
         finds += found
-    print("\n".join(finds))
+    print("\n".join(finds), end="\n" if finds else "")
     return 1 if finds else 0
 
 

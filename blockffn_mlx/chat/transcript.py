@@ -78,7 +78,7 @@ def _parse(line: str, where: str, before: list[tuple[str, str]]) -> tuple[str, s
         raise ValueError(f"{where}: not an object with role and content")
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise ValueError(f"{where}: role is {role!r}, not one of {', '.join(ROLES)}")
+        raise ValueError(f"{where}: role is {role!r:.80}, not one of {', '.join(ROLES)}")
     if not isinstance(content, str):
         raise ValueError(f"{where}: content is not text")
     if role == "system" and before:

@@ -135,6 +135,10 @@ def check_charsmap(charsmap: bytes, source: str | Path):
     problem = f"{source} has a damaged table of characters (precompiled_charsmap): fetch it again."
     if size == 0 or size % 4 or len(table) != size:
         raise ValueError(problem)
+    try:
+        texts.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(problem) from error
     units = np.frombuffer(table, "<u4").astype(np.int64)
 
     def bases(at: np.ndarray) -> np.ndarray:

@@ -216,6 +216,10 @@ def charsmap_value_inside_a_character(proto):
     proto.normalizer_spec.precompiled_charsmap = table[: 4 + size] + texts
 
 
+def charsmap_with_texts_that_are_none(proto):
+    proto.normalizer_spec.precompiled_charsmap += b"\xff\0"
+
+
 def unknown_score(proto):
     proto.pieces[300].score = float("nan")
 
@@ -243,6 +247,7 @@ def no_pieces(proto):
         charsmap_cut_off,
         charsmap_value_behind_the_texts,
         charsmap_value_inside_a_character,
+        charsmap_with_texts_that_are_none,
         unknown_score,
         piece_twice,
         unknown_id_outside,
