@@ -224,7 +224,8 @@ def _load_folder(
     generation_config = folder / "generation_config.json"
     if generation_config.exists():
         ends = end_ids(read_json(generation_config).get("eos_token_id")) or ends
-    return model, open_tokenizer(folder, ends or None, tokenizer_config), config
+    tokenizer = open_tokenizer(folder, ends or None, tokenizer_config, model.args.vocab_size)
+    return model, tokenizer, config
 
 
 def _build(config: dict[str, Any], names: set[str]) -> Model:

@@ -104,11 +104,10 @@ def check_ids(tokenizer: Any, vocab_size: int, source: str | Path):
         ValueError: If an id lies outside.
     """
     fast = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    ids = list(fast.get_vocab(with_added_tokens=True).values())
-    if fast.post_processor is not None:
+    ids = list(tokenizer.get_vocab().values())
+    if getattr(fast, "post_processor", None) is not None:
         ids += _template_ids(json.loads(fast.post_processor.__getstate__()))
-    if tokenizer is not fast:
-        ids += [token for token in tokenizer.all_special_ids if token is not None]
+    ids += getattr(tokenizer, "all_special_ids", [])
     _check_ids(ids, vocab_size, source)
 
 

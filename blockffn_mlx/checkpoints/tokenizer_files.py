@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from ..paths import expand
 from .hub import download, is_local
 from .links import refuse_links
+from .tokenizer_checks import MAX_IDS, check_ids, check_tokenizer_folder, run_safely
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 
@@ -18,6 +19,7 @@ def open_tokenizer(
     path_or_repo: str | Path,
     eos_token_ids: list[int] | None = None,
     settings: dict[str, Any] | None = None,
+    vocab_size: int = MAX_IDS,
 ) -> TokenizerWrapper:
     """Loads a tokenizer; code that comes with it never runs, and nobody is asked whether it may.
 
@@ -25,9 +27,10 @@ def open_tokenizer(
         path_or_repo: A folder, or a Hub id.
         eos_token_ids: The tokens that end an answer; the tokenizer's own if None.
         settings: More arguments for the tokenizer.
+        vocab_size: Rows of the embedding; no id may be larger.
 
     Raises:
-        ValueError: If there is none that works without code of its own.
+        ValueError: If there is none that works without code of its own, or a file is dangerous.
         OSError: If files are missing or unreadable, or the Hub cannot be reached.
     """
     if is_local(path_or_repo):
@@ -37,10 +40,12 @@ def open_tokenizer(
     else:
         folder = download(str(path_or_repo), patterns=TOKENIZER_FILES)
     refuse_links(folder)
+    check_tokenizer_folder(folder, vocab_size)
     # Given a config, transformers reads only the tokenizer's own files.
     safe = {"trust_remote_code": False, "config": PreTrainedConfig()}
-    try:
-        return load_tokenizer(folder, {**(settings or {}), **safe}, eos_token_ids=eos_token_ids)
-    except Exception as error:  # the libraries raise whatever their parsers do
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder} holds no tokenizer that can be used ({reason}).") from error
+    loaded = run_safely(
+        lambda: load_tokenizer(folder, {**(settings or {}), **safe}, eos_token_ids=eos_token_ids),
+        f"{folder} holds no tokenizer that can be used",
+    )
+    check_ids(loaded, vocab_size, folder)
+    return loaded
