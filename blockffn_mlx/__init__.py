@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import checkpoints as checkpoint
-    from . import ffn, kernels, speculative, training
+    from . import checkpoint, ffn, kernels, speculative, training
     from .analysis.sparsity import router_scores, sparsity
     from .batch import batch_generate
     from .checkpoints.convert import convert
@@ -74,8 +73,6 @@ def require_backend():
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
-    if name == "checkpoint":
-        return import_module(".checkpoints", __name__)
     if not name.startswith("_") and find_spec(f"{__name__}.{name}"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

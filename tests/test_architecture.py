@@ -25,7 +25,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SAME_FLOOR = [("device", "version")]  # may import in this direction
 # The front door, the line that converted folders import, and the kernels' source.
-ABOVE = {"__init__", "model", "metal"}
+ABOVE = {"__init__", "checkpoint", "model", "metal"}
 MODULES = [
     path
     for folder in ("blockffn_mlx", "cli", "metal")
