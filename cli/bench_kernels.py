@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
-from rich.console import Console
 from rich.table import Table
 
 from .. import device
@@ -20,6 +19,7 @@ from ..kernels.predict import CHIPS, find_chip, launch_seconds
 from ..kernels.tune import tune
 from ..quantisation import Quantization
 from .common import print_json
+from .terminal import PlainConsole
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -190,7 +190,7 @@ def tune_tiles(args: argparse.Namespace, lengths: list[int] | None) -> int:
     if backend is None:
         raise ValueError("there is no GPU here whose tiles could be measured")
     packing = Quantization(args.q_group_size, args.q_bits, "affine") if args.q_bits else None
-    console, rows = Console(highlight=False, quiet=args.json), []
+    console, rows = PlainConsole(quiet=args.json), []
     kind = f"{args.q_bits}-bit" if args.q_bits else args.dtype
     console.print(
         f"{device.name()}: tiles of {kind} weights, {args.hidden_size} wide, "
@@ -222,7 +222,7 @@ def tune_tiles(args: argparse.Namespace, lengths: list[int] | None) -> int:
             if old != new:
                 console.print(f"    {name:4} {old} -> {new}")
         for line in tuned.wrong:
-            console.print(f"    left out: {line}", markup=False)
+            console.print(f"    left out: {line}")
     if args.json:
         facts = {"chip": device.name(), "backend": backend, "dtype": args.dtype}
         print_json({"kind": "tuning", **facts, "q_bits": args.q_bits, "rows": rows})
@@ -235,9 +235,10 @@ def draw(document: dict[str, Any]):
     Times measured on a CPU say little about anything: there only ratios are shown.
     """
     measured = document["kind"] == "measurement"
-    console = Console(highlight=False)
+    console = PlainConsole()
     head = "Measured" if measured else "PREDICTION, not a measurement"
-    console.print(f"{head}: {document['chip']}\n[dim]{document['method']}[/]")
+    console.print(f"{head}: {document['chip']}")
+    console.print(document["method"], style="dim")
     columns = {
         "tokens": lambda row: str(row["tokens"]),
         "experts": lambda row: str(row["active"]),

@@ -5,13 +5,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, JustifyMethod
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from ..analysis.passes import model_from_config, read_config, trace_passes
 from ..kernels.predict import CHIPS, find_chip, predict_pass, union_share
 from .bench_kernels import digits
 from .common import print_json
+from .terminal import PlainConsole
 
 # Shares of inactive experts of the published 3B model: per token, and over 8 tokens.
 TLS, CLS = 0.875, 0.71
@@ -100,7 +101,7 @@ def predictions(name: str, chips: list[str], args: argparse.Namespace) -> dict[s
 
 def draw(document: dict[str, Any]):
     """One table a model, under a line that says that nothing was measured."""
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print(
         f"PREDICTION, not a measurement: {document['context']} tokens of context; "
         f"{document['tls']:.1%} of the experts inactive per token, {document['cls']:.1%} per 8"
@@ -126,5 +127,7 @@ def draw(document: dict[str, Any]):
         console.print(table)
     rows = [row for model in document["models"] for row in model["rows"]]
     if not all(row["bandwidth_measured"] for row in rows):
-        console.print("[dim]* bandwidth taken from related chips that were measured[/]")
-    console.print("[dim]Prompts are taken as dense: which experts they use is not in the graph.[/]")
+        console.print("* bandwidth taken from related chips that were measured", style="dim")
+    console.print(
+        "Prompts are taken as dense: which experts they use is not in the graph.", style="dim"
+    )

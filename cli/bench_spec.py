@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
@@ -27,6 +26,7 @@ from ..speculative import make_drafter
 from ..speculative.cost import PassCost, pass_cost
 from .common import add_model_flags, load_for_text, loading_progress, print_json
 from .draft import add_draft_flags
+from .terminal import PlainConsole
 
 
 def add_parser(commands: Any):
@@ -93,7 +93,7 @@ def show_widths(cost: PassCost):
         ):
             cells += [f"{1000 * seconds:.2f}", f"{seconds / first:.2f}", f"{union:.1%}"]
         table.add_row(*cells, f"{1e6 * growth:.2f}")
-    Console(highlight=False).print(table)
+    PlainConsole().print(table)
 
 
 def run_spec(args: argparse.Namespace) -> int:
@@ -134,7 +134,7 @@ def show_spec(document: dict[str, Any]):
         cells += [f"{row['tokens_per_round']:.2f}", "-" if cls is None else f"{cls:.1%}"]
         cells.append(f"{row['same_as_plain']}/{row['turns']}")
         table.add_row(group, *cells, end_section=group == list(document["groups"])[-1])
-    console = Console(highlight=False)
+    console = PlainConsole()
     console.print(table)
     for mode, share in compiling_modes(document["repeated"]).items():
         first, again = document["repeated"][mode]
@@ -142,13 +142,11 @@ def show_spec(document: dict[str, Any]):
             f"{mode}: dominated by what is done once a shape (compiling kernels, planning "
             f"attention): the last question took {first:.2f} s, asked again {again:.2f} s, "
             f"{share:.0%} less. Its tokens per second say little; more --warm-up helps.",
-            markup=False,
         )
     names = ("device", "draft", "draft_width", "max_tokens", "temp", "seed", "warm_up")
-    console.print(", ".join(f"{name} {document[name]}" for name in names), markup=False)
-    console.print(METHOD, markup=False)
+    console.print(", ".join(f"{name} {document[name]}" for name in names))
+    console.print(METHOD)
     console.print(
         "tokens/round, CLS_spec (experts that a round left out) and same (turns equal to plain "
         "decoding's) are those of speculative sparse",
-        markup=False,
     )

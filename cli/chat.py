@@ -78,12 +78,12 @@ class Chat:
 
     Attributes:
         settings: The command's flags; commands change them.
-        draft_message: What the next input line begins with.
+        edited: The message that the next input line begins with, to be answered anew.
     """
 
     def __init__(self, args: argparse.Namespace, view: View):
         self.settings, self.view = args, view
-        self.draft_message = ""
+        self.edited = ""
         self.input: TerminalInput | LineInput = LineInput(None)
         self._take_model(args)
 
@@ -158,11 +158,11 @@ class Chat:
         warned = False
         while True:
             try:
-                line = self._read_line()
-                self.draft_message = ""
+                edited, self.edited = self.edited, ""
+                line = self._read_line(edited)
                 if line is None:
                     return
-                self.take(line)
+                self.take(line, instead=bool(edited) and not self.input.cleared)
                 warned = False
             except Leave:
                 return
@@ -174,26 +174,34 @@ class Chat:
                 warned = True
                 self.view.note("Ctrl-C again, or Ctrl-D, leaves")
 
-    def _read_line(self) -> str | None:
-        """The next line; kernels are built while a person types it."""
+    def _read_line(self, text: str) -> str | None:
+        """The next line, which begins with `text`; kernels are built while a person types it."""
         warmup = Warmup(self.model)
         if self.is_interactive and not self.is_warm:
             warmup.start()
         try:
-            return self.input.read(self.draft_message)
+            return self.input.read(text)
         finally:
             warmup.stop()
             self.is_warm = True
 
-    def take(self, line: str):
-        """A message or a command; what is wrong with it becomes one line."""
+    def take(self, line: str, instead: bool = False):
+        """A message or a command; what is wrong with it becomes one line.
+
+        Args:
+            line: What was typed.
+            instead: Whether a message takes the place of the last one.
+        """
         if not line.strip():
             return
         if is_command(line):
             run_command(self, line)
             return
         try:
-            self.reply_to(line)
+            if instead:
+                self.reply_instead(line)
+            else:
+                self.reply_to(line)
         except ValueError as error:
             self.view.error(str(error))
         except RuntimeError as error:  # MLX's own, such as a full GPU memory
@@ -232,6 +240,20 @@ class Chat:
                         shown.feed(response.text)
         self._close_turn(stats, interruption.asked)
 
+    def reply_instead(self, message: str):
+        """Answers a message in place of the last one, which stays if this one is refused.
+
+        Raises:
+            ValueError, KeyboardInterrupt: As in `reply_to`.
+        """
+        before = list(self.conversation.messages)
+        self.conversation.undo()
+        try:
+            self.reply_to(message)
+        except ValueError:
+            self.conversation.messages = before
+            raise
+
     def generation_options(self) -> dict[str, Any]:
         """What `stream_generate` is told, the draft included."""
         settings = self.settings
@@ -250,15 +272,23 @@ class Chat:
             raise KeyboardInterrupt
         if stopped:
             self.view.note("stopped; the chat goes on")
+        elif stats.last and stats.last.finish_reason == "length" and not self._context_is_full():
+            self.view.note(
+                f"cut off at {stats.last.generation_tokens} tokens: --max-tokens or /max-tokens "
+                "allows more"
+            )
         if stats.last and (self.view.is_live or self.settings.stats):
             self.view.note(stats.line(full=self.settings.stats))
         self._warn_of_full_context()
         self.view.space()
 
+    def _context_is_full(self) -> bool:
+        return len(self.conversation.held.ids) >= self.conversation.max_context
+
     def _warn_of_full_context(self):
         chat = self.conversation
         used = len(chat.held.ids)
-        if used >= chat.max_context:
+        if self._context_is_full():
             self.view.warn("the answer ends here because the context is full")
         elif chat.format.is_chat and used > NEARLY_FULL * chat.max_context:
             self.view.warn(

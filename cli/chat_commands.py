@@ -88,24 +88,24 @@ def undo(chat: "Chat", argument: str):
 
 
 def retry(chat: "Chat", argument: str):
-    question = chat.conversation.undo()
+    question = chat.conversation.last_question
     if question is None:
         raise ValueError("nothing to answer again")
     if chat.settings.temp == 0:
         chat.view.note("at temperature 0 an answer does not change; /temp 0.7 makes it vary")
-    chat.reply_to(question)
+    chat.reply_instead(question)
 
 
 def edit(chat: "Chat", argument: str):
-    if chat.conversation.last_question is None:
+    question = chat.conversation.last_question
+    if question is None:
         raise ValueError("nothing to edit")
     if not argument and not chat.can_edit:
         raise ValueError("without an editable line, give the new message: /edit TEXT")
-    question = chat.conversation.undo()
     if argument:
-        chat.reply_to(argument)
+        chat.reply_instead(argument)
     else:
-        chat.draft_message = question or ""
+        chat.edited = question
 
 
 def system(chat: "Chat", argument: str):

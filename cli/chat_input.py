@@ -11,6 +11,7 @@ from prompt_toolkit.completion import CompleteEvent, Completer, Completion, Path
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import ColorDepth
 
 from ..paths import expand
@@ -28,19 +29,32 @@ LONGEST_REMEMBERED = 10_000
 def goes_on(text: str) -> bool:
     """Whether a message is unfinished: an odd trailing backslash, or an open block of quotes."""
     backslashes = len(text) - len(text.rstrip("\\"))
-    start = text.lstrip()
-    opened = start.startswith(QUOTES) and not (
-        len(start.rstrip()) >= 2 * len(QUOTES) and start.rstrip().endswith(QUOTES)
-    )
-    return opened or backslashes % 2 == 1
+    return block_of(text) is None or backslashes % 2 == 1
 
 
 def unquoted(text: str) -> str:
     """The message inside a block of three quotes; other text as it is."""
-    inner = text.strip()
-    if inner.startswith(QUOTES) and inner.endswith(QUOTES) and len(inner) >= 2 * len(QUOTES):
-        return inner[len(QUOTES) : -len(QUOTES)].strip("\n")
-    return text
+    return block_of(text) or text
+
+
+def block_of(text: str) -> str | None:
+    """What stands inside a block of three quotes; "" if the text is none, None if it is open.
+
+    A block that begins with a line of quotes ends with one. Quotes on one line are a block if
+    nothing follows them. Code that begins with a docstring is neither.
+    """
+    lines = text.strip().split("\n")
+    if lines[0].rstrip() == QUOTES:
+        end = next((i for i, line in enumerate(lines[1:], 1) if line.rstrip() == QUOTES), None)
+        if end is None:
+            return None
+        return "\n".join(lines[1:end]).strip("\n") if end == len(lines) - 1 else ""
+    if not lines[0].startswith(QUOTES):
+        return ""
+    inner, closed, rest = text.strip()[len(QUOTES) :].partition(QUOTES)
+    if not closed:
+        return None
+    return "" if rest else inner.strip("\n")
 
 
 class LineInput:
@@ -56,6 +70,7 @@ class LineInput:
             stream.reconfigure(errors="replace")
         self.stream, self.prompt = stream, prompt
         self.problem: str | None = None
+        self.cleared = False
 
     def read(self, text: str = "") -> str | None:
         """The next message, or None at the end. `text` cannot be edited here and is left out."""
@@ -63,7 +78,7 @@ class LineInput:
         if message is None:
             return None
         while goes_on(message):
-            if not message.lstrip().startswith(QUOTES):
+            if block_of(message) is not None:
                 message = message[:-1]
             following = self.read_line(CONTINUED)
             if following is None:
@@ -86,6 +101,11 @@ class TerminalInput:
         history: File that keeps what was typed; None keeps nothing.
         commands: Commands by name.
         no_color: Whether to leave out colours.
+
+    Attributes:
+        problem: Why the history is not kept, or None.
+        cleared: Whether Ctrl-C took away what the line began with.
+        pasted: What was pasted last, or what the line began with: sent as it is.
     """
 
     def __init__(
@@ -95,12 +115,13 @@ class TerminalInput:
         no_color: bool = False,
     ):
         kept, self.problem = open_history(history)
+        self.cleared, self.pasted = False, ""
         self.session: PromptSession = PromptSession(
             history=kept,
             completer=CommandCompleter(commands),
             complete_while_typing=True,
             multiline=True,
-            key_bindings=key_bindings(),
+            key_bindings=key_bindings(self),
             prompt_continuation=lambda width, line, wrapped: CONTINUED if not wrapped else "",
             color_depth=ColorDepth.DEPTH_1_BIT if no_color else None,
             reserve_space_for_menu=4,
@@ -112,23 +133,33 @@ class TerminalInput:
         Raises:
             KeyboardInterrupt: For Ctrl-C on an empty line.
         """
+        self.cleared, self.pasted = False, text
         try:
-            return unquoted(self.session.prompt([(PROMPT_STYLE, PROMPT)], default=text))
+            typed = self.session.prompt([(PROMPT_STYLE, PROMPT)], default=text)
         except EOFError:
             return None
+        return typed if typed == self.pasted else unquoted(typed)
+
+    def goes_on(self, text: str) -> bool:
+        """Whether Enter begins another line instead of sending."""
+        if text == self.pasted:
+            return False
+        if block_of(text) is not None and self.pasted and text.endswith(self.pasted):
+            return False
+        return goes_on(text)
 
 
-def key_bindings() -> KeyBindings:
+def key_bindings(line: TerminalInput) -> KeyBindings:
     """Enter sends unless the message goes on; Ctrl-C clears, and interrupts on an empty line."""
     bindings = KeyBindings()
 
     @bindings.add("enter")
     def send(event: KeyPressEvent):
         buffer = event.current_buffer
-        if not goes_on(buffer.text):
+        if not line.goes_on(buffer.text):
             buffer.validate_and_handle()
             return
-        if buffer.text.endswith("\\") and not buffer.text.lstrip().startswith(QUOTES):
+        if buffer.text.endswith("\\") and block_of(buffer.text) is not None:
             buffer.cursor_position = len(buffer.text)
             buffer.delete_before_cursor()
         buffer.insert_text("\n")
@@ -137,9 +168,15 @@ def key_bindings() -> KeyBindings:
     def new_line(event: KeyPressEvent):
         event.current_buffer.insert_text("\n")
 
+    @bindings.add(Keys.BracketedPaste)
+    def paste(event: KeyPressEvent):
+        line.pasted = event.data.replace("\r\n", "\n").replace("\r", "\n")
+        event.current_buffer.insert_text(line.pasted)
+
     @bindings.add("c-c")
     def clear(event: KeyPressEvent):
         if event.current_buffer.text:
+            line.cleared, line.pasted = True, ""
             event.current_buffer.reset()
         else:
             event.app.exit(exception=KeyboardInterrupt)

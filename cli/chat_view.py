@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 from .chat_markdown import Block, Tail, muted, split_blocks
-from .common import printable
+from .terminal import PlainConsole, printable, quiet
 
 # Values of TERM that promise no cursor movement.
 DUMB = (None, "", "dumb", "unknown")
@@ -37,10 +36,10 @@ class View:
         if sys.stdout is None:
             raise ValueError("standard output is closed: there is nowhere to answer to")
         colors: dict[str, Any] = {"no_color": True} if no_color else {}
-        self.console = Console(highlight=False, **colors)
+        self.console = PlainConsole(**colors)
         on_screen = self.console.is_terminal
         self.is_live = on_screen and os.environ.get("TERM") not in DUMB
-        self.notes = self.console if on_screen else Console(stderr=True, highlight=False, **colors)
+        self.notes = self.console if on_screen else PlainConsole(stderr=True, **colors)
 
     def note(self, text: str):
         """A side remark."""
@@ -72,7 +71,7 @@ class View:
 class PlainAnswer:
     """An answer as plain text."""
 
-    def __init__(self, console: Console):
+    def __init__(self, console: PlainConsole):
         self.file = console.file
 
     def __enter__(self) -> "PlainAnswer":
@@ -102,7 +101,7 @@ class LiveAnswer:
         panel: Draws what stays below the answer while it grows.
     """
 
-    def __init__(self, console: Console, panel: Callable[[], Any] | None):
+    def __init__(self, console: PlainConsole, panel: Callable[[], Any] | None):
         self.console, self.panel = console, panel
         self.tail = ""
         self.status = ""
@@ -117,16 +116,21 @@ class LiveAnswer:
         )
 
     def __enter__(self) -> "LiveAnswer":
+        self.silence = quiet()
+        self.silence.__enter__()
         self.live.start()
         self._draw()
         return self
 
     def __exit__(self, *exception):
-        # The screen is left clean, then what was live is printed for good.
-        self.live.update(Text(""))
-        self.live.stop()
-        self._print_finished()
-        self._print(self.tail)
+        try:
+            # The screen is left clean, then what was live is printed for good.
+            self.live.update(Text(""))
+            self.live.stop()
+            self._print_finished()
+            self._print(self.tail)
+        finally:
+            self.silence.__exit__(*exception)
 
     def reading(self, done: int, total: int):
         """The prompt is being read."""

@@ -14,7 +14,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
-from rich.text import Text
 
 from ..checkpoints.convert import DTYPES
 from ..checkpoints.load import load
@@ -22,6 +21,7 @@ from ..models.blockffn import Model
 from ..version import __version__
 from . import launch
 from .flags import add_end_tokens
+from .terminal import PlainConsole, left_in_order, printable
 
 
 def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -47,7 +47,8 @@ def run_main(prog: str, command: Callable[[], int | None]) -> int:
     say_warnings(prog)
     try:
         launch.interruptible()
-        return command() or 0
+        with left_in_order():
+            return command() or 0
     except BrokenPipeError:
         # The reader went away (`| head`): nothing is left to say, not even at shutdown.
         sys.stdout = None
@@ -82,15 +83,6 @@ def complain(prog: str, sentence: str):
     """One line on stderr, whatever a file's names have brought into it."""
     if sys.stderr is not None:
         print(printable(f"{prog}: {' '.join(sentence.split())}"), file=sys.stderr)
-
-
-# Control characters could move the cursor or worse; tab and line feed are harmless.
-CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)], "\ufffd") | {13: None}
-
-
-def printable(text: str) -> str:
-    """Text without control characters: neither a model nor a file may steer the terminal."""
-    return text.translate(CONTROLS)
 
 
 def add_model_flags(
@@ -187,12 +179,12 @@ def loading_progress(
 
 def note(sentence: str):
     """A side remark, on stderr."""
-    stderr_console().print(Text(printable(sentence), style="dim"), soft_wrap=True)
+    stderr_console().print(sentence, style="dim", soft_wrap=True)
 
 
 def stderr_console() -> Console:
     """Where progress and notes go, so that stdout holds only the answer."""
-    return Console(stderr=True, highlight=False)
+    return PlainConsole(stderr=True)
 
 
 def print_json(document: Any):

@@ -4,17 +4,16 @@ import argparse
 import dataclasses
 import time
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
-from rich.text import Text
 
 from ..checkpoints.cache import cache_folder, cached_models, clear_cache
 from ..checkpoints.convert import DTYPES, ConversionReport, convert
 from ..checkpoints.convert_draft import convert_draft
 from ..checkpoints.load import load
 from ..quantisation import BITS, MODE_DEFAULTS
-from .common import loading_progress, make_parser, print_json, printable, run_main
+from .common import loading_progress, make_parser, print_json, run_main
+from .terminal import PlainConsole
 
 PROG = "blockffn-convert"
 
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace):
 
 def show_report(report: ConversionReport):
     """A table of what was written, and the warnings."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = PlainConsole(soft_wrap=True)
     table = Table(show_header=False, box=None)
     smallest = report.min_router_norm
     for name, value in (
@@ -93,10 +92,10 @@ def show_report(report: ConversionReport):
         ("min(router_norm.weight)", "no router norm" if smallest is None else f"{smallest:.4g}"),
         ("written to", report.path),
     ):
-        table.add_row(name, Text(printable(value)))
+        table.add_row(name, value)
     console.print(table)
     for warning in report.warnings:
-        console.print(f"warning: {printable(warning)}", style="yellow", markup=False)
+        console.print(f"warning: {warning}", style="yellow")
 
 
 def manage_cache(args: argparse.Namespace):
@@ -115,8 +114,7 @@ def manage_cache(args: argparse.Namespace):
     table = Table("source", "size", "converted", "folder")
     for model in models:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.modified))
-        source = Text(printable(model.source))
-        table.add_row(source, decimal(model.nbytes), date, model.path.name)
+        table.add_row(model.source, decimal(model.nbytes), date, model.path.name)
     print(f"{len(models)} models in {cache_folder()}")
     if models:
-        Console(highlight=False).print(table)
+        PlainConsole().print(table)

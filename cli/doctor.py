@@ -4,11 +4,12 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..analysis.doctor import Verdict, environment, examine
 from .common import make_parser, print_json, run_main
+from .terminal import PlainConsole
 
 PROG = "blockffn-doctor"
 
@@ -34,7 +35,7 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Examines and prints; 1 if a kernel is wrong."""
-    facts, console = environment(), Console(highlight=False)
+    facts, console = environment(), PlainConsole()
     if args.json:
         verdicts = list(examine())
     else:
@@ -61,7 +62,7 @@ def note(facts: dict[str, Any]) -> str:
     return f"The layers run in the {facts['backend_in_use']} kernels."
 
 
-def show_facts(console: Console, facts: dict[str, Any]):
+def show_facts(console: PlainConsole, facts: dict[str, Any]):
     """Versions and machine, a line each."""
     for name, value in facts.items():
         if name == "memory_bytes":
@@ -78,7 +79,7 @@ def milliseconds(microseconds: float | None) -> str:
     return f"{ms:.0f}" if ms >= 10 else f"{ms:.2g}"
 
 
-def draw(console: Console) -> list[Verdict]:
+def draw(console: PlainConsole) -> list[Verdict]:
     """A line for each verdict; a kernel that failed is explained below the table."""
     table = Table(
         box=None,
@@ -105,13 +106,12 @@ def draw(console: Console) -> list[Verdict]:
                 f"{v.tolerance:.0e}",
                 milliseconds(v.microseconds),
                 milliseconds(v.reference_microseconds),
-                "[green]right[/]" if v.right else "[red]WRONG[/]",
+                Text("right", "green") if v.right else Text("WRONG", "red"),
             )
     console.print(table)
     for v in verdicts:
         if v.failure:
             console.print(
                 f"{v.backend} {v.kernel} {v.weights} {v.dtype} {v.tokens}: {v.failure}",
-                markup=False,
             )
     return verdicts

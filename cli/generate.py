@@ -13,12 +13,12 @@ from .common import (
     make_parser,
     note,
     print_json,
-    printable,
     read_stdin,
     run_main,
 )
 from .draft import add_draft_flags, draft_options
 from .flags import add_cache_flags, add_format_flags, add_sampling_flags, sampler_of, text
+from .terminal import printable
 
 PROG = "blockffn-generate"
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from ..prompt import as_prompt, check_ids
 from .common import add_model_flags, load_for_text, make_parser, print_json, read_stdin, run_main
 from .flags import COUNT, text
 from .sparsity_view import heat_map_for, layer_table, save_svg
+from .terminal import PlainConsole
 
 PROG = "blockffn-inspect"
 
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     picture = plain_file(args.svg) if args.svg else None
     model, tokenizer = load_for_text(args)
     document: dict[str, Any] = {}
-    console = Console()
+    console = PlainConsole()
     if prompt is not None:
         ids = as_prompt(tokenizer, prompt).ids
         scores = router_scores(model, mx.array([ids]))

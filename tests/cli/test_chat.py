@@ -15,18 +15,26 @@ import pytest
 from mlx.utils import tree_flatten
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
+from prompt_toolkit.history import InMemoryHistory
 from rich.console import Console
+from rich.table import Table
 
 from blockffn_mlx.analysis import footprint
 from blockffn_mlx.analysis.footprint import MemoryNeed, machine_memory, memory_need
 from blockffn_mlx.chat.transcript import load_transcript, save_transcript
 from blockffn_mlx.cli import chat as chat_command
 from blockffn_mlx.cli.chat_commands import COMMANDS, is_command
-from blockffn_mlx.cli.chat_input import CommandCompleter, LineInput, goes_on, unquoted
+from blockffn_mlx.cli.chat_input import (
+    CommandCompleter,
+    LineInput,
+    goes_on,
+    open_history,
+    unquoted,
+)
 from blockffn_mlx.cli.chat_markdown import split_blocks
 from blockffn_mlx.cli.chat_stats import UnionMeter
 from blockffn_mlx.cli.chat_view import LiveAnswer
-from blockffn_mlx.cli.common import printable
+from blockffn_mlx.cli.terminal import PlainConsole, printable
 from helpers.terminal import CHAT
 from helpers.toy_chat import toy_folder, toy_model
 
@@ -286,6 +294,81 @@ def test_messages_of_many_lines():
     assert unquoted('"""\na\n\nb\n"""') == "a\n\nb" and unquoted(' "a" ') == ' "a" '
     lines = LineInput(io.StringIO("a\\\nb\r\n\nlast\\"))
     assert [lines.read() for _ in range(4)] == ["a\nb", "", "last", None]
+
+
+NOT_BLOCKS = (
+    '"""x""" is a docstring, and so is """y"""',
+    '"""Adds."""\ndef f(a):\n    return a',
+    '"""\nA module.\n"""\n\nimport x',
+    'x = """a"""',
+)
+
+
+@pytest.mark.parametrize("code", NOT_BLOCKS)
+def test_code_that_begins_with_quotes_is_sent_as_it_is(code):
+    assert not goes_on(code) and unquoted(code) == code
+
+
+def test_blocks_hold_docstrings_of_their_own():
+    inner = 'def f():\n    """Doc.\n    """\n    return """a"""'
+    assert goes_on(f'"""\n{inner}') and unquoted(f'"""\n{inner}\n"""') == inner
+
+
+def test_what_is_refused_in_place_of_the_last_message_leaves_it(run, folder, tmp_path):
+    saved = tmp_path / "chat.jsonl"
+    text = (
+        f"My name is Anna.\n/edit {'word ' * 9000}\n/save {saved}\n/retry\n/edit Bob\n/save {saved}"
+    )
+    flags = ("--model", folder, "--max-kv-size", 200, "-m", 4)
+    _, _, err = run(*flags, stdin=text)
+    assert "too long" in err and "saved 2 messages" in err
+    assert json.loads(saved.read_text().splitlines()[0])["content"] == "Bob"
+    assert len(saved.read_text().splitlines()) == 2
+
+
+def test_a_cut_answer_says_so(run, folder):
+    flags = ("--model", folder, "--prompt", "hi", "--temp", 1, "--seed", 3)
+    assert "cut off at 2 tokens" in run(*flags, "-m", 2)[2]
+    assert "cut off" not in run(*flags, "-m", -1, "--stop", *"abcdefghijklmnopqrstuvwxyz ")[2]
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/x.svg", "a\0b.svg", "/dev/null/x.svg", "[/b].svg"])
+def test_names_that_are_no_files_end_no_chat(run, folder, name):
+    text = "".join(f"/{command} {name}\n" for command in ("load", "model", "sparsity", "save"))
+    status, out, err = run("--model", folder, "-m", 2, stdin=f"hi\n{text}hello again\n")
+    assert status == 0 and len(out.split("\n")) >= 2 and len(err.splitlines()) >= 4
+    Path("[/b].svg").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("history", ["~nosuchuser/h", "folder", "pipe", os.devnull])
+def test_a_history_that_cannot_be_kept(tmp_path, monkeypatch, history):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    os.mkfifo("pipe")
+    kept, problem = open_history(history)
+    assert isinstance(kept, InMemoryHistory) and (problem is None) == (history == os.devnull)
+
+
+def test_a_history_is_private_and_takes_odd_characters(tmp_path):
+    path = tmp_path / "history"
+    path.write_bytes(b"# x\n+old \xff\n")
+    path.chmod(0o644)
+    history, problem = open_history(str(path))
+    assert problem is None and path.stat().st_mode & 0o777 == 0o600
+    for text in ("a\udc80b", "two\nlines", "\x1b[2J\r", "\u2028"):
+        history.store_string(text)
+    assert list(history.load_history_strings())[-1] == "old \ufffd"
+    assert len(list(history.load_history_strings())) == 5
+
+
+def test_brackets_and_escapes_in_names_are_text(capsys):
+    console = PlainConsole()
+    table = Table("[/b]", title="[bold]:bomb:[/]")
+    table.add_row("[red]x[/red]\x1b[2J")
+    console.print(table, "[/]\x9b")
+    shown = capsys.readouterr().out
+    for text in ("[/b]", "[bold]:bomb:[/]", "[red]x[/red]\ufffd[2J", "[/]\ufffd"):
+        assert text in shown
 
 
 def test_completion_and_what_counts_as_a_command(tmp_path):

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import signal
+import termios
 import time
 
 import pytest
@@ -215,3 +217,62 @@ def test_rough_treatment(chat, folder, tmp_path):
         assert "first after" in terminal.enter(text)
     terminal.send("\x04")
     assert terminal.end() == 0
+
+
+def test_what_is_typed_during_an_answer_tears_nothing_and_is_kept(chat):
+    terminal = chat("-m", "200", "--temp", "1", "--seed", "5")
+    terminal.send("Tell me a story\r")
+    terminal.wait(lambda: len(terminal.text.split()) > 40, 60)
+    terminal.send("and\x03")
+    terminal.wait_for("the chat goes on")
+    terminal.wait(lambda: "> and" in terminal.text)
+    shown = [line for line in terminal.text.splitlines() if len(line) > 20]
+    assert len(shown) == len(set(shown)) and "^C" not in terminal.text
+
+
+def test_a_cancelled_edit_keeps_the_turn(chat, tmp_path):
+    terminal, saved = chat(), tmp_path / "saved.jsonl"
+    terminal.enter("My name is Anna.")
+    terminal.send("/edit\r")
+    terminal.wait(lambda: terminal.text.count("> My name is Anna.") == 2)
+    terminal.send("\x03")
+    terminal.wait_for_prompt()
+    terminal.enter(f"/save {saved}")
+    assert "Anna" in saved.read_text()
+    terminal.send("/edit\r")
+    terminal.wait(lambda: terminal.screen.display[terminal.screen.cursor.y].startswith("> My"))
+    terminal.send("\x08" * 5 + "Bob.\r")
+    terminal.wait_for_prompt()
+    terminal.enter(f"/save {saved}")
+    asked = [json.loads(line)["content"] for line in saved.read_text().splitlines()][::2]
+    assert asked == ["My name is Bob."]
+
+
+def test_pasted_code_is_sent_as_it_is(chat, tmp_path):
+    terminal, saved = chat(), tmp_path / "saved.jsonl"
+    pastes = ['"""Adds."""\ndef f(a):\n    return a + \\', '"""\nall of it\n"""', "x \\"]
+    for paste in pastes:
+        terminal.send(PASTE.format(paste.replace("\n", "\r")))
+        terminal.pump(0.3)
+        terminal.enter("")
+    terminal.enter(f"/save {saved}")
+    asked = [json.loads(line)["content"] for line in saved.read_text().splitlines()][::2]
+    assert asked == pastes
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("while_", ["typing", "answering"])
+def test_the_terminal_is_in_order_after_an_end_by_signal(chat, number, while_):
+    terminal = chat("-m", "4000", "--temp", "1")
+    descriptor = terminal.process.child_fd
+    if while_ == "answering":
+        terminal.send("go on\r")
+        terminal.pump(1)
+    terminal.process.kill(number)
+    while terminal.pump():
+        pass
+    modes = termios.tcgetattr(descriptor)[3]
+    assert modes & termios.ECHO and modes & termios.ICANON
+    assert terminal.raw.rfind(b"\x1b[?25h") > terminal.raw.rfind(b"\x1b[?25l")
+    terminal.process.wait()
+    assert terminal.process.signalstatus == number
