@@ -65,7 +65,9 @@ def check_target(target: Path, overwrite: bool, source: Path | None = None):
         raise TargetExists(f"{target} exists already: choose another folder, or overwrite it.")
     if source is not None and source.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"{target} is or contains the source, and cannot be replaced by it.")
-    if target.is_symlink() or not target.is_dir():
+    if target.is_symlink():
+        raise ValueError(f"{target} is a link: name the folder itself, or another one.")
+    if not target.is_dir():
         raise ValueError(f"{target} is not a folder: choose another one.")
     if os.path.ismount(target):
         raise ValueError(f"{target} is a mount point: name a folder inside it.")

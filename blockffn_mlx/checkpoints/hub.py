@@ -42,6 +42,7 @@ TEXTS = ["*.json", "*.jinja", "tokenizer.model", "freq_*"]
 WEIGHTS = ["pytorch_model*.bin", "model*.safetensors", *(f"*{kind}" for kind in KINDS)]
 # Folders of a repository that are read: the model's own and that of its draft head.
 FOLDERS = (".", "draft")
+PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
 FREE_SPACE_MARGIN = 256 << 20  # what stays free on the disk after a download, in bytes
 
 
@@ -276,6 +277,11 @@ def _explained(error: Exception, repo: str, revision: str | None) -> ValueError 
         return OSError(f"HF_HUB_OFFLINE is set, and {repo} was not downloaded before.")
     if status >= 400:
         return OSError(f"the Hub answered {status} when asked for {repo}: try again later.")
+    if any(name in os.environ for name in PROXIES):
+        return OSError(
+            f"the Hub cannot be reached for {repo}: check the network, and the proxy that "
+            "HTTPS_PROXY names."
+        )
     return OSError(f"the Hub cannot be reached for {repo}: check the network.")
 
 

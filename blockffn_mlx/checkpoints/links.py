@@ -5,6 +5,7 @@ from pathlib import Path
 
 # What is read of a checkpoint: weights, configs, tokenizer files and a draft's frequency lists.
 READ = ("*.json", "*.jinja", "*.model", "*.txt", "*.bin", "*.pt", "*.safetensors", "freq_*")
+TEMPLATES = "additional_chat_templates"  # a folder that transformers reads too
 
 
 def refuse_links(folder: Path):
@@ -21,9 +22,9 @@ def refuse_links(folder: Path):
     for snapshot in (inside, inside.parent):  # a model, or the draft inside one
         if snapshot.parent.name == "snapshots":
             places.append(snapshot.parent.parent / "blobs")
-    for file in folder.iterdir():
-        if not file.is_symlink() or not any(fnmatch(file.name, pattern) for pattern in READ):
-            continue
+    templates = folder / TEMPLATES
+    found = [file for file in folder.iterdir() if any(fnmatch(file.name, name) for name in READ)]
+    for file in found + (list(templates.iterdir()) if templates.is_dir() else []):
         target = file.resolve()
         if not any(target.is_relative_to(place) for place in places):
             raise ValueError(

@@ -188,7 +188,7 @@ def test_what_may_be_overwritten(tmp_path, monkeypatch):
         (target / "config.json").write_text(json.dumps(config))
         check_target(target, overwrite=True)
     (tmp_path / "link").symlink_to(target)
-    with pytest.raises(ValueError, match="not a folder"):
+    with pytest.raises(ValueError, match="is a link"):
         check_target(tmp_path / "link", overwrite=True)
     check_target(tmp_path / "new", overwrite=False)
     monkeypatch.setattr(os.path, "ismount", lambda path: True)

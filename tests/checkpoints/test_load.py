@@ -290,6 +290,23 @@ def test_end_tokens_of_any_shape(tmp_path, name, value):
     assert bf.load(tmp_path / "m")[1].eos_token_ids == {2}
 
 
+@pytest.mark.parametrize("folder_too", [False, True])
+def test_links_to_more_templates_are_refused(tmp_path, converted, folder_too):
+    folder = tmp_path / "m"
+    shutil.copytree(converted("gqa_block"), folder)
+    away = tmp_path / "away"
+    away.mkdir()
+    (away / "more.jinja").write_text("{{ secret }}")
+    templates = folder / "additional_chat_templates"
+    if folder_too:
+        templates.symlink_to(away)
+    else:
+        templates.mkdir()
+        (templates / "more.jinja").symlink_to(away / "more.jinja")
+    with pytest.raises(ValueError, match="is a link to a file outside its folder"):
+        bf.load(folder)
+
+
 CODE = """
 open({mark!r}, "w")
 from transformers import PreTrainedTokenizerFast
