@@ -3,7 +3,10 @@
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
 def expand(path: str | Path) -> Path:
@@ -35,15 +38,24 @@ def plain_file(path: str | Path) -> Path:
 
 
 def replace_text(path: Path, text: str):
-    """Writes a text file whole or not at all; on the way it has a fresh name, which no link has.
+    """Writes a text file whole or not at all; see `replacing`."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Gives a file that takes a path's place if the block succeeds.
+
+    On the way it has a fresh name, which no link has.
 
     Raises:
         OSError: If it cannot be written.
     """
     handle, part = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            yield file
         if path.exists():
             shutil.copymode(path, part)
         os.replace(part, path)

@@ -12,6 +12,7 @@ from ..checkpoints.convert import DTYPES, ConversionReport, convert
 from ..checkpoints.convert_draft import convert_draft
 from ..checkpoints.load import load
 from ..quantisation import BITS, MODE_DEFAULTS
+from ..training.build import fuse_adapter
 from .common import loading_progress, make_parser, print_json, run_main
 from .terminal import PlainConsole
 
@@ -35,6 +36,12 @@ def parser() -> argparse.ArgumentParser:
         "--draft-for", metavar="MODEL", help="convert an EAGLE draft head, for this model"
     )
     parser.add_argument(
+        "--fuse", metavar="ADAPTER", help="merge this LoRA adapter into the model at --hf-path"
+    )
+    parser.add_argument(
+        "--dequantize", action="store_true", help="with --fuse: save a packed model unpacked"
+    )
+    parser.add_argument(
         "--cache", choices=("list", "clear"), help="models that were converted while loading"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
@@ -53,6 +60,17 @@ def run(args: argparse.Namespace):
         raise ValueError("--hf-path is missing: give a checkpoint's folder or a Hub id.")
     if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
         raise ValueError("the --q settings need -q.")
+    if args.dequantize and not args.fuse:
+        raise ValueError("--dequantize needs --fuse.")
+    if args.fuse:
+        if args.quantize or args.dtype or args.draft_for or args.upload_repo:
+            raise ValueError("--fuse takes --hf-path, --mlx-path, --dequantize and --overwrite.")
+        fuse_adapter(args.hf_path, args.fuse, args.mlx_path, args.dequantize, args.overwrite)
+        if args.json:
+            print_json({"path": args.mlx_path, "adapter": args.fuse})
+        else:
+            print(f"wrote {args.mlx_path}")
+        return
     if args.draft_for and args.upload_repo:
         raise ValueError("--upload-repo uploads models only: leave it out with --draft-for.")
     with loading_progress(shown=not args.json) as progress:

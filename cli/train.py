@@ -10,7 +10,7 @@ from ..training.build import is_quantized, prepare, prepare_finetune, save_model
 from ..training.config import TrainingConfig, load_config
 from ..training.data import Corpus, unigram_loss
 from ..training.estimate import Estimate, estimate
-from ..training.lora import merge_lora
+from ..training.lora import merge_lora, save_adapter
 from ..training.trainer import Trainer
 from .common import make_parser, run_main, stderr_console
 from .training_progress import add_run_flags, output_folder, stopped_line, training_progress
@@ -75,6 +75,8 @@ def train(config: TrainingConfig, args: argparse.Namespace) -> int:
     if not finished:
         console.print(stopped_line(trainer.step))
         return 0
+    if config.lora is not None and trainer.group.rank() == 0:
+        save_adapter(trainer.output / "adapters", model, config.lora, args.finetune)
     merges = config.lora is not None and is_quantized(model)
     merge_lora(model, args.dequantize)
     if merges and (merged := trainer.log_merged()):
@@ -111,7 +113,8 @@ def line_of(record: dict) -> str:
     """One line of the terminal's log."""
     if record["kind"] != "train":
         groups = [
-            f"{name} {figures['loss']:.3f} (TLS {figures['tls']:.1%}, CLS_8 {figures['cls_8']:.1%})"
+            f"{name} {figures['loss']:.3f} ({spoken_of(figures)}TLS {figures['tls']:.1%}, "
+            f"CLS_8 {figures['cls_8']:.1%})"
             for name, figures in record.items()
             if name in ("real", "template", "all")
         ]
@@ -123,6 +126,12 @@ def line_of(record: dict) -> str:
         f"TLS {record['tls']:.1%}, CLS_8 {record['cls_8']:.1%}, "
         f"{record['tokens_per_second']:.0f} tokens/s, {record['peak_memory_gb']:.2f} GB"
     )
+
+
+def spoken_of(figures: dict) -> str:
+    """The loss of what assistants say, where turns are marked."""
+    loss = figures.get("assistant_loss")
+    return "" if loss is None else f"assistant {loss:.3f}, "
 
 
 def print_estimate(size: Estimate):

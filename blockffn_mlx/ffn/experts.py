@@ -69,6 +69,10 @@ class ExpertLinear(nn.Module):
             raise ValueError(f"no quantisation group divides the expert width {width}")
         return QuantizedExpertLinear(self.weight, fitting, bits, mode)
 
+    def to_lora(self, r: int, scale: float, dropout: float = 0.0) -> "LoRAExpertLinear":
+        """The layer with a low-rank update, as mlx-lm's LoRA asks for it."""
+        return LoRAExpertLinear(self, r, scale)
+
 
 class QuantizedExpertLinear(nn.Module):
     """ExpertLinear in MLX's packed form: `weight` uint32, `scales` and, if affine, `biases`."""
@@ -94,3 +98,42 @@ class QuantizedExpertLinear(nn.Module):
         plain = ExpertLinear(width, output_dims, num_experts)
         plain.weight = self.weights.plain()
         return plain
+
+    def to_lora(self, r: int, scale: float, dropout: float = 0.0) -> "LoRAExpertLinear":
+        """As `ExpertLinear.to_lora`."""
+        return LoRAExpertLinear(self, r, scale)
+
+
+class LoRAExpertLinear(nn.Module):
+    """Expert projections with a low-rank update per expert: weight + scale * b @ a.
+
+    Names and shapes are those of mlx-lm's LoRASwitchLinear. The update is added to the weights, so
+    that every path of the layer takes them; there is no dropout.
+
+    Args:
+        linear: The frozen base.
+        rank: Rank of each expert's update.
+        scale: Factor of the update.
+    """
+
+    def __init__(self, linear: ExpertLinear | QuantizedExpertLinear, rank: int, scale: float):
+        super().__init__()
+        num_experts, output_dims, input_dims = linear.weights.shape
+        self.linear, self.scale = linear, scale
+        bound = 1 / math.sqrt(input_dims)
+        self.lora_a = mx.random.uniform(-bound, bound, (num_experts, rank, input_dims))
+        self.lora_b = mx.zeros((num_experts, output_dims, rank))
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The updated projection, as the layer takes it."""
+        base = self.linear.weights.plain()
+        return Plain(base + (self.scale * (self.lora_b @ self.lora_a)).astype(base.dtype))
+
+    def fuse(self, dequantize: bool = False) -> ExpertLinear | QuantizedExpertLinear:
+        """The base with the update merged in, quantised if it was, unless `dequantize`."""
+        fused = ExpertLinear(1, 1, 1)
+        fused.weight = self.weights.plain()
+        if not dequantize and isinstance(self.linear, QuantizedExpertLinear):
+            return fused.to_quantized(self.linear.group_size, self.linear.bits, self.linear.mode)
+        return fused

@@ -12,6 +12,7 @@ from mlx_lm.utils import get_total_parameters
 from ..arrays import named_arrays
 from ..checkpoints.atomic_folder import check_target
 from ..checkpoints.folder import special_ids, write_folder
+from ..checkpoints.load import load
 from ..checkpoints.reader import read_json
 from ..checkpoints.tokenizer_files import open_tokenizer
 from ..device import physical_memory
@@ -135,8 +136,6 @@ def prepare_finetune(config: TrainingConfig, path_or_repo: str) -> tuple[Model, 
     Raises:
         ValueError: The model is quantised and LoRA is off, or it has no tokenizer for files.
     """
-    from ..checkpoints.load import load
-
     if config.model:
         raise ValueError("fine-tuning keeps the model's sizes: remove the [model] table.")
     model, tokenizer = load(path_or_repo)
@@ -148,6 +147,7 @@ def prepare_finetune(config: TrainingConfig, path_or_repo: str) -> tuple[Model, 
     check_vocabulary(corpus, model.args.vocab_size)
     model.args.chat_tuned |= teaches_chat(corpus, tokenizer)
     if config.lora:
+        mx.random.seed(config.seed)
         add_lora(model, config.lora)
     elif is_quantized(model):
         raise ValueError("a quantised model can only be fine-tuned with LoRA: add a [lora] table.")
@@ -168,16 +168,46 @@ def check_vocabulary(corpus: Corpus, vocab_size: int):
             )
 
 
-def save_model(path: str | Path, model: Model, tokenizer: Any, dtype: mx.Dtype):
+def fuse_adapter(
+    path_or_repo: str | Path,
+    adapter_path: str | Path,
+    mlx_path: str | Path,
+    dequantize: bool = False,
+    overwrite: bool = False,
+):
+    """Writes a model with an adapter merged in, one of this package's or of mlx-lm's.
+
+    Args:
+        path_or_repo: The model that the adapter was trained on.
+        adapter_path: A folder with adapters.safetensors and adapter_config.json.
+        mlx_path: The folder to write.
+        dequantize: Unpack a packed model, which would round part of the update away.
+        overwrite: Whether to replace an earlier model at `mlx_path`.
+
+    Raises:
+        ValueError: The adapter is not one of this model's, or the target may not be replaced.
+        OSError: Files are missing or unreadable.
+    """
+    model, tokenizer = load(path_or_repo, adapter_path=adapter_path)
+    check_target(Path(mlx_path), overwrite, model.origin.folder)
+    dtype = model.model.norm.weight.dtype
+    merge_lora(model, dequantize)
+    save_model(mlx_path, model, tokenizer, dtype, overwrite)
+
+
+def save_model(
+    path: str | Path, model: Model, tokenizer: Any, dtype: mx.Dtype, overwrite: bool = True
+):
     """Writes a model folder as the converter does, whole or not at all; LoRA is merged.
 
     End tokens and generation settings are those of the folder that the model came from.
 
     Args:
-        path: The folder; replaced if a model is there.
+        path: The folder.
         model: The model.
         tokenizer: A tokenizer with `save_pretrained`, or None.
         dtype: The weights' dtype; packed weights keep theirs.
+        overwrite: Whether to replace an earlier model there.
     """
     merge_lora(model)
     weights = dict(named_arrays(model.parameters()))
@@ -202,7 +232,7 @@ def save_model(path: str | Path, model: Model, tokenizer: Any, dtype: mx.Dtype):
         generation_config=generation_config,
         save_tokenizer=tokenizer.save_pretrained if tokenizer is not None else None,
         source=base.folder if base else None,
-        overwrite=True,
+        overwrite=overwrite,
     )
 
 

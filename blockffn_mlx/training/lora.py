@@ -1,70 +1,63 @@
-"""LoRA on attention and experts: mlx-lm's layers for attention, one of our own for experts."""
+"""LoRA on attention and experts, in mlx-lm's layers and files."""
 
-import math
+import json
+from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.tuner.lora import LoRALinear
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from ..arrays import named_arrays
 from ..checkpoints.load import unpack
 from ..ffn.experts import ExpertLinear, QuantizedExpertLinear
 from ..models.blockffn import Model
-from ..quantisation import Plain
+from ..paths import replace_text, replacing
 from .config import Lora
 
-
-class LoRAExpertLinear(nn.Module):
-    """Expert projections with a low-rank update per expert: weight + scale * b @ a.
-
-    Args:
-        linear: The frozen base, `ExpertLinear` or its quantised form.
-        input_dims: Width of its input, which a packed weight does not show.
-        rank: Rank of each expert's update.
-        scale: Factor of the update.
-    """
-
-    def __init__(self, linear: nn.Module, input_dims: int, rank: int, scale: float):
-        super().__init__()
-        num_experts, output_dims, _ = linear.weight.shape
-        self.linear, self.input_dims, self.scale = linear, input_dims, scale
-        bound = 1 / math.sqrt(input_dims)
-        self.lora_a = mx.random.uniform(-bound, bound, (num_experts, rank, input_dims))
-        self.lora_b = mx.zeros((num_experts, output_dims, rank))
-
-    @property
-    def weights(self) -> Plain:
-        """The updated projection, as the layer takes it."""
-        base = self.linear.weights.plain()
-        return Plain(base + (self.scale * (self.lora_b @ self.lora_a)).astype(base.dtype))
-
-    def fuse(self, dequantize: bool = False) -> nn.Module:
-        """The base with the update merged in, quantised if it was, unless `dequantize`."""
-        fused = ExpertLinear(1, 1, 1)
-        fused.weight = self.weights.plain()
-        if not dequantize and isinstance(self.linear, QuantizedExpertLinear):
-            return fused.to_quantized(self.linear.group_size, self.linear.bits, self.linear.mode)
-        return fused
+ADAPTED = (nn.Linear, nn.QuantizedLinear, ExpertLinear, QuantizedExpertLinear)
 
 
-def add_lora(model: nn.Module, settings: Lora):
+def add_lora(model: Model, settings: Lora):
     """Freezes a model and puts LoRA on the attention and experts of its last layers."""
     model.freeze()
-    rank, scale = settings.rank, settings.scale
-    for layer in model.layers[-settings.num_layers :]:
-        linears = cast(list[tuple[str, Any]], layer.self_attn.named_modules())
-        adapted = [
-            (f"self_attn.{name}", LoRALinear.from_base(module, rank, settings.dropout, scale))
-            for name, module in linears
-            if type(module) in (nn.Linear, nn.QuantizedLinear)
-        ]
-        widths = {"up_proj": model.args.hidden_size, "down_proj": model.args.expert_size}
-        adapted += [
-            (f"mlp.{name}", LoRAExpertLinear(layer.mlp[name], width, rank, scale))
-            for name, width in widths.items()
-        ]
-        layer.update_modules(tree_unflatten(adapted))
+    num_layers = min(settings.num_layers, len(model.layers))
+    linear_to_lora_layers(model, num_layers, lora_parameters(model, settings))
+
+
+def lora_parameters(model: Model, settings: Lora) -> dict[str, Any]:
+    """What mlx-lm's adapter_config.json calls so; `keys` are the layers with an update."""
+    modules = cast(list[tuple[str, nn.Module]], model.layers[-1].named_modules())
+    keys = sorted(
+        name.removesuffix(".linear")
+        for name, module in modules
+        if type(module) in ADAPTED and "router" not in name
+    )
+    numbers = {"rank": settings.rank, "scale": settings.scale, "dropout": settings.dropout}
+    return {**numbers, "keys": keys}
+
+
+def save_adapter(folder: Path, model: Model, settings: Lora, source: str):
+    """Writes the update alone, as `mlx_lm.lora` does: both packages load it.
+
+    Args:
+        folder: Gets adapters.safetensors and adapter_config.json.
+        model: A model with LoRA, not merged.
+        settings: Its settings.
+        source: What the adapter belongs to, a folder or Hub id.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "fine_tune_type": "lora",
+        "model": source,
+        "num_layers": min(settings.num_layers, len(model.layers)),
+        "lora_parameters": lora_parameters(model, settings),
+    }
+    update = {name: w for name, w in named_arrays(model.parameters()) if ".lora_" in name}
+    with replacing(folder / "adapters.safetensors") as file:
+        mx.save_safetensors(file, update, {"format": "mlx"})
+    replace_text(folder / "adapter_config.json", json.dumps(config, indent=4))
 
 
 def merge_lora(model: Model, dequantize: bool = False):

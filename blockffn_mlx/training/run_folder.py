@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from ..arrays import named_arrays
+from ..checkpoints.atomic_folder import remove_leftovers
 from ..checkpoints.reader import read_json
 from ..paths import replace_text
 from ..version import __version__
@@ -112,6 +113,8 @@ def claim_folder(folder: Path, own: dict[str, Any], accept_changes: bool):
             f"{folder / found[0]} exists already and no training run of this folder wrote it: "
             "choose another output."
         )
+    if (folder / CHECKPOINTS).is_dir():
+        remove_leftovers(folder / CHECKPOINTS)
     replace_text(path, json.dumps(own, indent=1))
 
 
