@@ -19,12 +19,13 @@ import blockffn_mlx as bf
 from blockffn_mlx.models.eagle import EagleHead, HeadArgs
 from blockffn_mlx.speculative import (
     AdaptiveWidth,
+    Drafter,
     LookupDrafter,
     ModelDrafter,
     SpeculationStats,
     Tree,
 )
-from blockffn_mlx.speculative.cost import device_name, measure
+from blockffn_mlx.speculative.cost import device_name, measure, measure_draft
 from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
 
 SMALL = dict(
@@ -111,6 +112,11 @@ def timed(
     return time.perf_counter() - start, time.process_time() - cpu_start, found
 
 
+def draft_seconds(drafter: Drafter, model: bf.Model) -> dict[int, float]:
+    """What drafts cost, as `draft_width="auto"` has it; ChanceDraft's cost nothing."""
+    return {} if getattr(drafter, "network", None) is None else measure_draft(drafter, model)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=("small", "large"), default="small")
@@ -142,7 +148,9 @@ def main():
         plain, auto, stats = [], [], SpeculationStats()
         for run in range(args.runs + 1):
             plain_times = timed(model, prompt, args.tokens)[:2]
-            options = dict(draft=draft(), draft_width=AdaptiveWidth(cost))
+            drafter = draft()
+            width = AdaptiveWidth(cost, draft=draft_seconds(drafter, model))
+            options = dict(draft=drafter, draft_width=width)
             if run:  # the first pair warms up
                 options["draft_stats"] = stats
             auto_times = timed(model, prompt, args.tokens, **options)[:2]
