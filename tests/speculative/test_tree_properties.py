@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import KVCache
 
@@ -68,3 +68,31 @@ def test_the_cache_keeps_the_rows_of_the_path_in_order(shape, last, held):
     keys, values = cache.keys_and_values()
     assert keys.flatten().tolist() == expected
     assert values.flatten().tolist() == [-row for row in expected]
+
+
+@few
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, MAX_NODES), st.data())
+def test_a_reranked_tree_is_the_best_connected_one(top_k, depth, total_tokens, data):
+    # Few values, so that many candidates score alike, parents and children too.
+    drops = st.sampled_from([0.0, 0.0, 0.25, 1.0, 3.0])
+    parents, scores, level = [], [], [-1]
+    for _ in range(depth):
+        born = []
+        for parent in level:
+            for _ in range(data.draw(st.integers(0, top_k))):
+                born.append(len(parents))
+                parents.append(parent)
+                scores.append((scores[parent] if parent >= 0 else 0.0) - data.draw(drops))
+        level = born[:top_k]
+    assume(parents)
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[: total_tokens - 1]
+    tokens = mx.arange(100, 100 + len(parents))
+    tree = Tree.best(
+        mx.array([7]), tokens, mx.array(scores), mx.array(parents, mx.int32), total_tokens
+    )
+    assert tree.tokens.tolist() == [7] + [100 + index for index in sorted(best)]
+    places = {-1: 0} | {index: place for place, index in enumerate(sorted(best), 1)}
+    assert tree.parents.tolist() == [-1] + [places[parents[index]] for index in sorted(best)]
+    # The nodes of the first ranks are the tree that a smaller size gives.
+    by_rank = np.argsort(tree.ranks.tolist())
+    assert [sorted(best)[node - 1] for node in by_rank[1:]] == best
