@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 
 def expand(path: str | Path) -> Path:
@@ -44,7 +44,7 @@ def replace_text(path: Path, text: str):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path) -> Iterator[BinaryIO]:
     """Gives a file that takes a path's place if the block succeeds.
 
     On the way it has a fresh name, which no link has.
