@@ -118,7 +118,10 @@ def system_build() -> str:
 
 def cache_folder() -> Path:
     """The platform's place for files that can be made again."""
-    home = Path(os.path.expanduser("~"))  # "~" itself where there is none
+    try:
+        home = Path.home()
+    except RuntimeError:
+        home = Path(os.devnull)  # nothing can be kept below it
     if sys.platform == "darwin":
         base = home / "Library" / "Caches"
     else:

@@ -128,10 +128,10 @@ def clear_cache() -> int:
 
 def _folders() -> list[Path]:
     """The cache's own folders: nothing else that lies there is listed, or removed."""
-    place = cache_folder()
-    if not place.is_dir():
+    try:
+        return [f for f in cache_folder().iterdir() if is_cached(f) and f.is_dir()]
+    except OSError:  # there is none, or it may not be read
         return []
-    return [folder for folder in place.iterdir() if is_cached(folder) and folder.is_dir()]
 
 
 def _size(folder: Path) -> int:

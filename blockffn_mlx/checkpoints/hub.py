@@ -109,8 +109,12 @@ def download(
         if isinstance(error, OSError) and error.errno:  # the disk's own error, such as a full one
             raise
         raise _explained(error, repo, revision) from error
+    total, done = sum((folder / name).stat().st_size for name in missing), 0
     for name in missing:
-        _check_hash(repo, folder / name)
+        for size in _check_hash(repo, folder / name):
+            done += size
+            if on_progress:
+                on_progress("check", done, total)
     remember(repo, revision, commit)
     return folder
 
@@ -294,8 +298,12 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _check_hash(repo: str, file: Path):
-    """Refuses a file that is not what the Hub announced; the cache names each by that hash."""
+def _check_hash(repo: str, file: Path) -> Iterator[int]:
+    """Refuses a file that is not what the Hub announced; the cache names each by that hash.
+
+    Yields:
+        The bytes that were read, some at a time.
+    """
     blob = file.resolve()
     announced, size = blob.name, blob.stat().st_size
     if not file.is_symlink() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", announced):
@@ -304,6 +312,7 @@ def _check_hash(repo: str, file: Path):
     with open(blob, "rb") as content:
         while part := content.read(1 << 24):
             hasher.update(part)
+            yield len(part)
     if hasher.hexdigest() != announced:
         file.unlink()
         blob.unlink()

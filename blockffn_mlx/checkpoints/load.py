@@ -1,5 +1,6 @@
 """Loads a model from an MLX folder; other checkpoints are converted once and kept."""
 
+import os
 import shutil
 import time
 import warnings
@@ -108,13 +109,24 @@ def load(
     if path_or_repo == DEMO and mx.default_device() == mx.cpu:
         unpack(model)
     if adapter_path is not None:
-        load_adapters(model, str(adapter_path))
+        _add_adapters(model, expand(adapter_path))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
 def model_folder(path: str | Path) -> Path:
     """The folder that a local model's name stands for: the demo's own, or the path."""
     return DEMO_FOLDER if path == DEMO else expand(path)
+
+
+def _add_adapters(model: nn.Module, folder: Path):
+    """Puts the LoRA layers of a folder that mlx-lm wrote into a model."""
+    try:
+        load_adapters(model, str(folder))
+    except OSError:
+        raise
+    except Exception as error:  # whatever its files lead to
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the adapters of {folder} cannot be loaded ({reason}).") from error
 
 
 def _commit(repo: str, revision: str | None) -> str:
@@ -152,7 +164,7 @@ def _find(
         state = revision or ""
         checkpoint = snapshot_folder(source, state)
     cached = cached_path(source, state, settings)
-    if cached.exists():
+    if os.path.exists(cached):  # False too where one may not look
         return Origin(cached, checkpoint)
     if not is_local(path_or_repo):
         checkpoint = download(source, revision, on_progress)

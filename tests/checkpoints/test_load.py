@@ -12,8 +12,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import blockffn_mlx as bf
+from blockffn_mlx import device
 from blockffn_mlx.checkpoints import cache as model_cache
 from blockffn_mlx.checkpoints.atomic_folder import atomic_folder
 from blockffn_mlx.checkpoints.folder import end_ids
@@ -102,11 +105,18 @@ def test_a_damaged_conversion_is_made_anew(cache, damage):
     bf.load(source)
 
 
-@pytest.mark.parametrize("how", ["a file", "no home"])
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("how", ["a file", "nowhere", "no home"])
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, monkeypatch, how):
+    (tmp_path / "cache").touch()
     place = tmp_path / "cache" if how == "a file" else Path("/proc/no/cache")
-    if how == "a file":
-        place.touch()
+    if how == "no home":
+        monkeypatch.setattr(Path, "home", no_home)
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        place = device.cache_folder()
     monkeypatch.setattr(model_cache, "cache_folder", lambda: place)
     with pytest.warns(UserWarning, match="the cache cannot be written"):
         model, _ = bf.load(GOLDEN / "gqa_block")
@@ -179,6 +189,30 @@ def test_mlx_lms_arguments_are_taken(converted, tmp_path):
     assert model.args.scale_depth == config["scale_depth"] == 2.8
     assert tokenizer.eos_token == "<unk>"
     assert model.origin.folder == folder == model.origin.checkpoint
+
+
+def test_adapters_that_mlx_lm_trained_are_added(tmp_path, converted):
+    settings = {"rank": 4, "scale": 2.0, "dropout": 0.0}
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": settings}
+    model, _ = bf.load(converted("gqa_block"))
+    ids = mx.array([[1, 2, 3]])
+    plain = model(ids)
+    model.freeze()
+    linear_to_lora_layers(model, 2, settings)
+    for name, weight in tree_flatten(model.trainable_parameters()):
+        model.load_weights([(name, mx.random.normal(weight.shape) * 0.1)], strict=False)
+    adapters = dict(tree_flatten(model.trainable_parameters()))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), adapters)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    loaded, _ = bf.load(converted("gqa_block"), adapter_path=tmp_path)
+    np.testing.assert_allclose(loaded(ids), model(ids), atol=1e-5)
+    assert np.abs(np.array(loaded(ids) - plain)).max() > 1e-2
+    for text in ("{", "[]", "{}", '{"num_layers": "x"}'):
+        (tmp_path / "adapter_config.json").write_text(text)
+        with pytest.raises(ValueError, match="adapters of .* cannot be loaded"):
+            bf.load(converted("gqa_block"), adapter_path=tmp_path)
+    with pytest.raises(OSError, match="does not exist"):
+        bf.load(converted("gqa_block"), adapter_path=tmp_path / "none")
 
 
 def test_folders_with_signs_of_patterns_load_their_own_weights(converted, tmp_path):

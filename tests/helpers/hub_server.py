@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import ssl
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,9 +102,22 @@ class HubServer:
         return 200, headers, data, name in self.cut
 
 
+def self_signed(folder: Path) -> Path:
+    """A key and a certificate that nobody else signed, in one file."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost".split()
+    command += ["-keyout", str(key), "-out", str(certificate)]
+    subprocess.run(command, check=True, capture_output=True)
+    certificate.write_text(key.read_text() + certificate.read_text())
+    return certificate
+
+
 @contextmanager
-def hub_server(folder: Path) -> Iterator[HubServer]:
-    """Serves a folder on this machine while the block runs."""
+def hub_server(folder: Path, certificate: Path | None = None) -> Iterator[HubServer]:
+    """Serves a folder on this machine while the block runs; over TLS if it gets a certificate.
+
+    As a proxy it refuses every way.
+    """
     hub = HubServer(folder)
 
     class Handler(BaseHTTPRequestHandler):
@@ -124,10 +139,22 @@ def hub_server(folder: Path) -> Iterator[HubServer]:
 
         do_HEAD = do_GET
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+        def do_CONNECT(self):
+            self.send_error(407)
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *args):
+            pass  # a client that hangs up is what some tests are about
+
+    server = Server(("127.0.0.1", 0), Handler)
+    if certificate:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
     Thread(target=server.serve_forever, daemon=True).start()
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    hub.url = f"http{'s' if certificate else ''}://127.0.0.1:{server.server_address[1]}"
     try:
         yield hub
     finally:
