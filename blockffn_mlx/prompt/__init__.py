@@ -10,6 +10,7 @@ from .format import (
     choose_format,
     is_chat_model,
 )
+from .template import apply_template
 from .tokens import BREAK, TokenText, check_ids, clean, encode_text
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Prompt",
     "RawFormat",
     "TokenText",
+    "apply_template",
     "as_prompt",
     "check_ids",
     "choose_format",

@@ -151,7 +151,8 @@ class ChatFormat(Format):
         return [(role, f"{system}\n\n{text}"), *later]
 
     def _apply(self, messages: list[tuple[str, str]]) -> str:
-        return apply_template(self.tokenizer, messages, self.options)
+        conversation = [{"role": role, "content": text} for role, text in messages]
+        return apply_template(self.tokenizer, conversation, self.options)
 
     def _markers(self, layout: str) -> tuple[str, ...]:
         """What stands around the messages of a laid-out question, answer and question."""

@@ -20,23 +20,27 @@ STATM = "/proc/self/statm"  # on Linux: pages of the address space
 
 
 def apply_template(
-    tokenizer: Any, messages: Sequence[tuple[str, str]], options: Mapping[str, Any]
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    for_answer: bool = True,
 ) -> str:
-    """The text that a tokenizer's chat template makes of (role, text) pairs.
+    """The text that a tokenizer's chat template makes of messages.
 
     Args:
         tokenizer: mlx-lm's TokenizerWrapper with a chat template.
-        messages: The conversation; the text ends where the next answer begins.
+        messages: The conversation, each with a role, a content, and what else a template reads.
         options: More arguments of the template.
+        for_answer: Whether the text ends where the next answer begins.
 
     Raises:
         ValueError: If the template refuses the messages, fails, or goes beyond the limits.
     """
-    conversation = [{"role": role, "content": text} for role, text in messages]
+    conversation = [dict(message) for message in messages]
     try:
         with limits():
             text = tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=True, **options
+                conversation, tokenize=False, add_generation_prompt=for_answer, **options
             )
     except BeyondLimits as error:
         raise ValueError(f"the model's chat template {error}") from None
@@ -45,7 +49,7 @@ def apply_template(
     except Exception as error:  # whatever the program does wrong
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"the model's chat template fails: {reason}") from error
-    if len(text) > ADDED + REPEATED * sum(len(text) for _, text in messages):
+    if len(text) > ADDED + REPEATED * len(str(conversation)):
         raise ValueError("the model's chat template writes without end")
     return text
 

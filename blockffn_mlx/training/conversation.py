@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
 
-from ..prompt import ChatFormat, TokenText, clean, encode_text
+from ..prompt import ChatFormat, TokenText, apply_template, clean, encode_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
@@ -144,16 +143,7 @@ class ConversationEncoder:
 
     def _render(self, messages: list[dict], conversation: Conversation) -> str:
         tools = {} if conversation.tools is None else {"tools": conversation.tools}
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=False, **tools
-            )
-        except RecursionError:
-            raise ValueError("the chat template calls itself without end.") from None
-        # A template is a program of its own: it may fail in any way.
-        except (TemplateError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"the chat template refuses the messages ({reason}).") from None
+        return apply_template(self.tokenizer, messages, tools, for_answer=False)
 
 
 def _spans(encoded: TokenText) -> tuple[np.ndarray, np.ndarray]:

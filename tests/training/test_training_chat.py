@@ -226,22 +226,10 @@ def test_mlx_lms_completions_are_conversations(tmp_path):
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        (
-            PLAIN.replace(
-                "{%", "{% if messages | length > 3 %}{{ raise_exception('no') }}{% endif %}{%", 1
-            ),
-            "refuses",
-        ),
-        (
-            PLAIN.replace(
-                "{%", "{% if messages | length > 3 %}{{ messages.x.y.z }}{% endif %}{%", 1
-            ),
-            "refuses",
-        ),
-        (
-            PLAIN.replace("{%", "{% if messages | length > 3 %}{{ 1 / 0 }}{% endif %}{%", 1),
-            "refuses",
-        ),
+        (FAILS + "{{ raise_exception('no') }}{% endif %}" + PLAIN, "template fails: no"),
+        (FAILS + "{{ messages.x.y.z }}{% endif %}" + PLAIN, "template fails"),
+        (FAILS + "{{ 1 / 0 }}{% endif %}" + PLAIN, "template fails: division"),
+        (FAILS + "{% for i in range(9999) %}{{ 'x' * 999 }}{% endfor %}{% endif %}" + PLAIN, "end"),
         (
             PLAIN.replace("m['content']", "m['content'] if loop.index < 4 else ''"),
             "leaves out the words",
