@@ -1,5 +1,6 @@
 """Expert weights, plain or packed, and what MLX's quantisation can be set to."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -30,6 +31,13 @@ class Format(NamedTuple):
 
     dtype: mx.Dtype
     packing: Quantization | None = None
+
+    def weights(self, arrays: Sequence[mx.array]) -> "ExpertWeights":
+        """Weights of this form from their arrays."""
+        if self.packing is None:
+            return Plain(arrays[0])
+        biases = arrays[2] if len(arrays) > 2 else None
+        return Packed(arrays[0], arrays[1], biases, *self.packing)
 
 
 class Plain(NamedTuple):

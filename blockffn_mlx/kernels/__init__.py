@@ -6,7 +6,7 @@ was measured. `KERNELS` lists them all.
 """
 
 from .. import device
-from . import combine, down, probe, residual_down, route, routed_up, up
+from . import combine, down, linear, probe, residual_down, route, routed_up, up
 from .kernel import Call, Kernel, Sample, build_kernel
 from .registry import KERNELS
 from .samples import RandomLayer, random_layer
@@ -32,6 +32,7 @@ __all__ = [
     "covers",
     "down",
     "kernel_text",
+    "linear",
     "probe",
     "random_layer",
     "residual_down",

@@ -30,7 +30,7 @@ class Launch:
     Attributes:
         name: The primitive's, or the custom kernel's.
         kind: "matmul", "packed" (MLX's products with packed weights), "experts" (this package's
-            kernels), "attention" or "small".
+            kernels), "linear" (a linear map through them), "attention" or "small".
         rows: Tokens that share the weights, for products.
         weights: Weights that a product multiplies with, expert weights aside.
         bits: Bits of a weight as it is stored.
@@ -141,6 +141,11 @@ def _stand_in(
         output_dtypes=[dtype],
     )  # fmt: skip
     return out
+
+
+def is_tracing() -> bool:
+    """Whether a graph is being made for a GPU that need not be here."""
+    return _tracing
 
 
 @contextmanager
@@ -348,6 +353,15 @@ class _Walk:
             else:
                 short = next(known for known in SMALL_STAND_INS if kernel.startswith(known))
                 self.add(name, short, "small", inputs, outputs)
+            return
+        if "blockffn" in kernel and "down" in kernel and inputs[0].shape[0] == 1:  # a linear map
+            _, rows, dims = inputs[0].shape
+            matrix = inputs[4 if "residual" in kernel else 2]
+            weights = dims * math.prod(matrix.shape[:-1])
+            self.add(
+                name, kernel, "linear", inputs, outputs, rows=rows, weights=weights,
+                flops=2 * rows * weights, bits=8 * matrix.itemsize * matrix.shape[-1] // dims,
+            )  # fmt: skip
             return
         # only this package's arrays with an axis of experts have three axes
         inputs = [self.ordered(name, x) for x in inputs]

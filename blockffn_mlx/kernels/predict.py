@@ -128,6 +128,8 @@ def launch_seconds(chip: Chip, launch: Launch, active: float = 1.0) -> float:
     if launch.kind == "experts":
         slots = launch.rows + UNPACK_SLOTS.get(launch.bits, 0)
         computed = 2 * slots * active * launch.expert_weights / shader
+    elif launch.kind == "linear":
+        computed = 2 * (launch.rows + UNPACK_SLOTS.get(launch.bits, 0)) * launch.weights / shader
     elif launch.kind == "packed":
         bandwidth = chip.packed_bandwidth or bandwidth
         computed = 2 * PACKED_SLOTS * launch.rows * launch.weights / shader

@@ -14,135 +14,14 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import device
-from ..ffn import BlockFFN, Plan, make_plan
-from ..kernels import MAX_TOKENS, Sizes, residual_down, route
-from ..kernels.graph import one_launch
-from ..quantisation import Quantization
+from ..ffn import BlockFFN, Plan
+from ..kernels import Sizes
+from ..kernels.graph import is_tracing
+from ..quantisation import Format, Quantization
 from .attend import scaled_dot_product_attention
+from .pieces import Arrays, Entry, Exit, LinearMap, Shape, entry_piece, exit_piece
 
-Arrays = tuple[mx.array, ...]
-
-
-class Shape(NamedTuple):
-    """What a pass is compiled for.
-
-    Attributes:
-        batch_size, num_tokens: B and T.
-        per_token: Whether every token has a position of its own, [B * T]; else they count up from
-            an offset, a scalar or [B].
-        watched: Which layers' routers somebody watches.
-        backend: As asked for, of the experts: one of `chunk_union_ffn`'s.
-    """
-
-    batch_size: int
-    num_tokens: int
-    per_token: bool
-    watched: tuple[bool, ...]
-    backend: str
-
-
-class Entry(NamedTuple):
-    """A layer up to its cache: norm, queries, keys and values, rotation."""
-
-    eps: float
-    packing: Quantization | None
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    base: float
-    scale: float
-
-    def __call__(
-        self, shape: Shape, h: mx.array, positions: mx.array, norm: mx.array, weights: Arrays
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """h [B, T, H] -> queries, keys and values [B, heads, T, D], rotated."""
-        batch_size, num_tokens, *_ = shape
-        turned = self.num_heads + self.num_kv_heads
-        x = product(mx.fast.rms_norm(h, norm, self.eps), weights, self.packing)
-        x = x.reshape(batch_size, num_tokens, turned + self.num_kv_heads, self.head_dim)
-        x, values = mx.split(x, [turned], axis=2)
-        if shape.per_token:  # mx.fast.rope takes an offset per row, not per token
-            x = x.reshape(batch_size * num_tokens, turned, 1, self.head_dim)
-        else:
-            x = x.swapaxes(1, 2)
-        x = mx.fast.rope(
-            x, self.head_dim, traditional=False, base=self.base, scale=self.scale, offset=positions
-        )
-        if shape.per_token:
-            x = x.reshape(batch_size, num_tokens, turned, self.head_dim).swapaxes(1, 2)
-        queries, keys = mx.split(x, [self.num_heads], axis=1)
-        return queries, keys, values.swapaxes(1, 2)
-
-
-class Exit(NamedTuple):
-    """A layer behind its attention: output projection, norm, experts, and both residuals."""
-
-    packing: Quantization | None
-    residual_scale: float
-    eps: float
-    router_packing: Quantization | None
-    router_eps: float
-    sizes: Sizes  # for one token
-    act: str
-
-    def plan(self, shape: Shape) -> Plan:
-        """How the experts are computed."""
-        sizes = self.sizes._replace(num_tokens=shape.batch_size * shape.num_tokens)
-        return make_plan(sizes, self.act, shape.backend, fused=True)
-
-    def __call__(
-        self,
-        plan: Plan,
-        watched: bool,
-        h: mx.array,
-        attended: mx.array,
-        output: Arrays,
-        norm: mx.array,
-        router: Arrays,
-        router_norm: mx.array,
-        up: Arrays,
-        down: Arrays,
-    ) -> Arrays:
-        """h [B, T, H] and attended [B, heads, T, D] -> h behind the layer.
-
-        Where somebody watches, the router's logits and scores [B, T, E] come with it.
-        """
-        batch_size, num_tokens, hidden_size = h.shape
-        h = h.reshape(-1, hidden_size)
-        x = attended.swapaxes(1, 2).reshape(len(h), -1)
-        if self.packing is None:
-            h = mx.addmm(h, x, output[0].T, alpha=self.residual_scale)
-        else:
-            h = add_scaled(h, product(x, output, self.packing), self.residual_scale)
-        x = mx.fast.rms_norm(h, norm, self.eps)
-        logits = product(x, router, self.router_packing)
-        assert plan.up and plan.down, "pieces() takes no other plan"
-        hidden, active = plan.up(x, logits, router_norm, route.epsilon(self.router_eps), *up)
-        factor = residual_down.factor_array(self.residual_scale)
-        (h,) = plan.down(hidden, active, h, factor, *down)
-        h = h.reshape(batch_size, num_tokens, hidden_size)
-        if not watched:
-            return (h,)
-        scores = route.twin(logits, router_norm, eps=self.router_eps)
-        return h, *(seen.reshape(batch_size, num_tokens, -1) for seen in (logits, scores))
-
-
-@one_launch
-def add_scaled(h: mx.array, x: mx.array, factor: float) -> mx.array:
-    """The residual where the product before it cannot add."""
-    return h + x * factor
-
-
-def product(x: mx.array, weights: Arrays, packing: Quantization | None) -> mx.array:
-    """x times the transpose of a linear map's weight, plain or packed."""
-    if packing is None:
-        return x @ weights[0].T
-    weight, scales = weights[:2]
-    biases = weights[2] if len(weights) > 2 else None
-    group_size, bits, mode = packing
-    return mx.quantized_matmul(
-        x, weight, scales, biases, transpose=True, group_size=group_size, bits=bits, mode=mode
-    )
+MAX_TABLES = 64  # shapes of passes whose compiled functions are kept
 
 
 class LayerParts(NamedTuple):
@@ -163,7 +42,7 @@ class CompiledPasses:
         self.slots: list[tuple[Any, Any]] = []  # every place of a module or an array in the layers
         self.found: list[Any] = []  # what was there
         self.parts: list[LayerParts] | None = None
-        self.tables: dict[Shape, tuple[list[Plan], list[Callable]]] = {}
+        self.tables: dict[Shape, tuple[Plan, list[Callable]]] = {}
 
     def __reduce__(self):  # copies of a model compile their own
         return CompiledPasses, ()
@@ -184,17 +63,18 @@ class CompiledPasses:
             Hidden states after the final norm [B, T, H]; None where the layers have to run.
         """
         batch_size, num_tokens, _ = h.shape
-        if batch_size * num_tokens > MAX_TOKENS or model.training or cache[0] is None:
+        if model.training or cache[0] is None:
             return None
-        backend = model.layers[0].mlp.backend
-        if (device.kernel_backend() if backend == "auto" else backend) not in ("metal", "cuda"):
+        asked = model.layers[0].mlp.backend
+        backend = asked if asked in ("metal", "cuda") else device.kernel_backend()
+        if backend is None and device.compute_backend() == "cpu" and not is_tracing():
             return None
         parts = self.current_parts(model)
         if parts is None or h.dtype != parts[0].exit.sizes.dtype:
             return None
         per_token = positions.per_token is not None
         watched = tuple(part.mlp.observer is not None for part in parts)
-        shape = Shape(batch_size, num_tokens, per_token, watched, backend)
+        shape = Shape(batch_size, num_tokens, per_token, watched, asked, backend)
         pieces = self.pieces(shape, parts, model.norm.eps)
         if pieces is None:
             return None
@@ -248,37 +128,31 @@ class CompiledPasses:
         self, shape: Shape, parts: list[LayerParts], final_eps: float
     ) -> list[Callable] | None:
         """The compiled functions of a pass, in order; None where kernels do not compute it."""
-        plans = [parts[0].exit.plan(shape)]  # tells whether plans were forgotten
+        plan = parts[0].exit.plan(shape)  # tells whether plans were forgotten
         known = self.tables.get(shape)
-        if known and known[0][0] is plans[0]:
+        if known and known[0] is plan:
             return known[1]
-        plans += [part.exit.plan(shape) for part in parts[1:]]
-        if not all(plan.fused for plan in plans):
+        if not all(can_be_compiled(part.exit.plan(shape)) for part in parts):
             return None
+        if len(self.tables) == MAX_TABLES:
+            self.tables.clear()
         made: dict[Any, Callable] = {}
 
         def once(key: Any, piece: Callable) -> Callable:
             return made.setdefault(key, mx.compile(piece))
 
-        pieces = [mx.compile(lambda *arrays: parts[0].entry(shape, *arrays))]
-        for i, (part, plan) in enumerate(zip(parts, plans, strict=True)):
-            leave, watched = part.exit, shape.watched[i]
-            enter = parts[i + 1].entry if i + 1 < len(parts) else None
-
-            def middle(
-                h, attended, where, arrays, entry, leave=leave, plan=plan, watched=watched,
-                enter=enter,
-            ):  # fmt: skip
-                h, *seen = leave(plan, watched, h, attended, *arrays)
-                return h, *enter(shape, h, where, *entry), *seen
-
-            def final(h, attended, arrays, norm, leave=leave, plan=plan, watched=watched):
-                h, *seen = leave(plan, watched, h, attended, *arrays)
-                return mx.fast.rms_norm(h, norm, final_eps), *seen
-
-            pieces.append(once((leave, enter, watched), middle if enter else final))
-        self.tables[shape] = plans, pieces
+        pieces = [once(parts[0].entry, entry_piece(parts[0].entry, shape))]
+        for i, part in enumerate(parts):
+            entry = parts[i + 1].entry if i + 1 < len(parts) else None
+            key = part.exit, entry, shape.watched[i]
+            pieces.append(once(key, exit_piece(*key, shape, final_eps)))
+        self.tables[shape] = plan, pieces
         return pieces
+
+
+def can_be_compiled(plan: Plan) -> bool:
+    """Whether a layer reads nothing on the host."""
+    return plan.fused or plan.strategy == "dense"
 
 
 def layer_parts(layer: nn.Module) -> LayerParts | None:
@@ -290,24 +164,29 @@ def layer_parts(layer: nn.Module) -> LayerParts | None:
     linears = [attention[name] for name in (*names, "o_proj")] + [mlp.router_proj]
     if not all(map(is_plain, linears)):
         return None
-    packings = [packing_of(linear) for linear in linears]
+    forms = [form_of(module) for module in linears]
     rope = attention.rope
-    if len(set(packings[:3])) > 1 or rope.type == "dynamic":
+    if len(set(forms[:3])) > 1 or rope.type == "dynamic":
         return None
     weights = join(linears[:3])
     if weights is None:
         return None
-    output, router = (tuple(arrays_of(linear)) for linear in linears[3:])
+    output, router = (tuple(arrays_of(module)) for module in linears[3:])
     up, down = mlp.up_proj.weights, mlp.down_proj.weights
     norm, router_norm = layer.input_layernorm, mlp.router_norm
     after = layer.post_attention_layernorm
     sizes = Sizes.of(norm.weight[None], up, down)
+    hidden_size = sizes.hidden_size
+    width = attention.num_heads * rope.dims
     entry = Entry(
-        norm.eps, packings[0], attention.num_heads, attention.num_kv_heads, rope.dims, rope.base,
+        norm.eps, LinearMap(len(weights[0]), hidden_size, forms[0]), attention.num_heads,
+        attention.num_kv_heads, rope.dims, rope.base,
         1 / rope.factor if rope.type == "linear" else 1.0,
     )  # fmt: skip
     leave = Exit(
-        packings[3], layer.residual_scale, after.eps, packings[4], router_norm.eps, sizes, mlp.act,
+        LinearMap(hidden_size, width, forms[3]), layer.residual_scale, after.eps,
+        LinearMap(sizes.num_experts, hidden_size, forms[4]), router_norm.eps, sizes,
+        mlp.act,
     )  # fmt: skip
     return LayerParts(
         entry,
@@ -324,11 +203,12 @@ def is_plain(linear: nn.Module) -> bool:
     return type(linear) in (nn.Linear, nn.QuantizedLinear) and "bias" not in linear
 
 
-def packing_of(linear: nn.Module) -> Quantization | None:
-    """How a linear map is packed."""
+def form_of(linear: nn.Module) -> Format:
+    """The form of a linear map's weights."""
     if isinstance(linear, nn.QuantizedLinear):
-        return Quantization(linear.group_size, linear.bits, linear.mode)
-    return None
+        packing = Quantization(linear.group_size, linear.bits, linear.mode)
+        return Format(linear.scales.dtype, packing)
+    return Format(linear.weight.dtype)
 
 
 def arrays_of(linear: nn.Module) -> list[mx.array]:
@@ -341,9 +221,9 @@ def join(linears: list[nn.Module]) -> Arrays | None:
 
     None where nothing can be computed now, as inside mx.compile over the weights.
     """
-    columns = list(zip(*(arrays_of(linear) for linear in linears), strict=True))
+    columns = list(zip(*(arrays_of(module) for module in linears), strict=True))
     joined = tuple(mx.concatenate(list(column)) for column in columns)
-    sizes = [len(linear["weight"]) for linear in linears]
+    sizes = [len(module["weight"]) for module in linears]
     ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
     views = [mx.split(array, ends) for array in joined]
     try:
@@ -352,6 +232,6 @@ def join(linears: list[nn.Module]) -> Arrays | None:
         return None
     names = [name for name in ("weight", "scales", "biases") if linears[0].get(name) is not None]
     for name, parts in zip(names, views, strict=True):
-        for linear, part in zip(linears, parts, strict=True):
-            linear[name] = part
+        for module, part in zip(linears, parts, strict=True):
+            module[name] = part
     return joined

@@ -75,11 +75,14 @@ def test_a_layer_of_llama_is_what_mlx_launches():
     assert graph.launches_per_layer(4) == 17
 
 
-@pytest.mark.parametrize("bits, launches", [(None, 11), (4, 12), (8, 12)])
-def test_a_layer_of_ours_launches_as_little_as_it_can(bits, launches):
-    """2 norms, 3 products, rotation, 2 cache writes, attention, 2 kernels; packed, a residual."""
-    graph = decode(small(SPARSE, 4) | dict(expert_size=32, num_experts=16), bits)
-    assert graph.launches_per_layer(4) == launches
+@pytest.mark.parametrize(
+    "bits, tokens, launches", [(None, 1, 11), (4, 1, 11), (8, 1, 11), (4, 8, 12)]
+)
+def test_a_layer_of_ours_launches_as_little_as_it_can(bits, tokens, launches):
+    """2 norms, 3 products, rotation, 2 cache writes, attention, 2 kernels; for a chunk a copy."""
+    model = model_from_config(small(SPARSE, 4) | dict(expert_size=32, num_experts=16), bits)
+    passes = trace_passes(model, tokens, 200)
+    assert passes.chunk.launches_per_layer(4) == launches
 
 
 def test_views_cost_nothing_and_what_moves_data_is_a_copy():

@@ -238,4 +238,5 @@ def test_sparse_decoding_is_faster_than_dense():
             start = time.process_time()  # other work on the machine does not count
             mx.eval(chunk_union_ffn(x, scores, up, down, backend=backend))
             spent.append(time.process_time() - start)
-    assert np.median(times["ops"]) < 0.25 * np.median(times["dense"])
+    # it was a quarter while the dense path copied its weights
+    assert np.median(times["ops"]) < 0.5 * np.median(times["dense"])

@@ -230,6 +230,20 @@ def test_golden_model(golden, monkeypatch, name):
     assert error < GOLDEN[name]
 
 
+@pytest.mark.parametrize("packing", doctor.PACKINGS.values(), ids=doctor.PACKINGS)
+@pytest.mark.parametrize("tokens", [1, 13])
+def test_a_linear_map_is_the_projection_of_one_expert(tokens, packing):
+    layer = kernels.random_layer(tokens, 8, 96, 160, 8, mx.float32, packing)
+    expected = float64(layer.x) @ float64(layer.up.plain()[0]).T
+    with running():
+        for added, right in (((), expected), ((mx.ones((tokens, 96)), 0.5), 1 + 0.5 * expected)):
+            launch = kernels.linear.arguments(
+                tokens, 96, 160, layer.up.format, residual=bool(added), backend=BACKEND
+            )
+            found = kernels.linear.call(launch, layer.x, [a[0] for a in layer.up.arrays], *added)
+            assert relative_error(found, right) < TOLERANCE[mx.float32]
+
+
 def test_the_demo_is_the_same_through_kernels_and_operations():
     """Packed weights: sparsity within 0.1 points, greedy tokens up to the first near-tie."""
     model, tokenizer = load(DEMO_FOLDER)
@@ -249,7 +263,7 @@ def test_the_demo_is_the_same_through_kernels_and_operations():
     expected, expected_tokens, sure = sparsity_and_tokens("ops")
     with running() as runs:
         found, tokens, _ = sparsity_and_tokens(BACKEND)
-    assert ON_GPU or len(runs) == 2 * len(model.layers) * (3 + 12)
+    assert ON_GPU or len(runs) >= 3 * len(model.layers) * (3 + 12)
     np.testing.assert_allclose(found, expected, atol=1e-3)
     assert tokens[:sure] == expected_tokens[:sure] and sure > 4
 

@@ -1,0 +1,65 @@
+"""A linear map as the down projection of one expert that every token uses.
+
+For short chunks: each weight is read once whatever the number of tokens, and the residual comes
+with the launch. MLX's own products plan anew for each call on CUDA and are made for long ones.
+"""
+
+from functools import cache
+
+import mlx.core as mx
+
+from ..quantisation import Format
+from . import down, probe, residual_down
+from .kernel import Call
+from .tiles import Sizes, covers
+
+
+@cache
+def only_expert() -> mx.array:
+    """What the up kernel would leave of a union of one: its size, and the expert."""
+    return mx.array([1, 0], mx.uint32)
+
+
+def arguments(
+    num_tokens: int,
+    output_dims: int,
+    input_dims: int,
+    form: Format,
+    *,
+    residual: bool,
+    backend: str,
+) -> Call | None:
+    """A launch of `call`, or None where the kernel does not take this or does not work here.
+
+    Args:
+        num_tokens, output_dims, input_dims: T, and the shape of the weight.
+        form: Of the weight; activations have its dtype.
+        residual: Whether the result is added to a residual.
+        backend: "metal" or "cuda".
+    """
+    dtype, packing = form
+    sizes = Sizes(num_tokens, output_dims, 1, input_dims, dtype, form, form)
+    module, kernel = (residual_down, residual_down.RESIDUAL_DOWN) if residual else (down, down.DOWN)
+    if not covers(sizes) or not probe.works(kernel, num_tokens, dtype, packing, backend=backend):
+        return None
+    return module.arguments(sizes, backend=backend)
+
+
+def call(
+    launch: Call,
+    x: mx.array,
+    weights: tuple[mx.array, ...],
+    residual: mx.array | None = None,
+    factor: float = 1.0,
+) -> mx.array:
+    """x weight^T, or residual + factor * x weight^T.
+
+    Args:
+        launch: From `arguments`.
+        x: [T, in].
+        weights: [out, in], plain; or weight, scales and biases.
+        residual: [T, out].
+        factor: Of the product.
+    """
+    added = [] if residual is None else [residual, residual_down.factor_array(factor)]
+    return launch(x[None], only_expert(), *added, *weights)[0]

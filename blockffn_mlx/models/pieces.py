@@ -1,0 +1,211 @@
+"""The halves of a layer on either side of its cache, as functions of arrays: what is compiled."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from ..ffn import Plan, make_plan
+from ..kernels import Call, Sizes, linear, residual_down, route
+from ..kernels.graph import one_launch
+from ..quantisation import Format
+
+Arrays = tuple[mx.array, ...]
+
+
+class Shape(NamedTuple):
+    """What a pass is compiled for.
+
+    Attributes:
+        batch_size, num_tokens: B and T.
+        per_token: Whether every token has a position of its own, [B * T]; else they count up from
+            an offset, a scalar or [B].
+        watched: Which layers' routers somebody watches.
+        asked: The backend of the experts that is asked for, "auto" as a rule.
+        backend: Whose kernels compute it; None for none.
+    """
+
+    batch_size: int
+    num_tokens: int
+    per_token: bool
+    watched: tuple[bool, ...]
+    asked: str
+    backend: str | None
+
+
+class LinearMap(NamedTuple):
+    """A linear map without a bias."""
+
+    output_dims: int
+    input_dims: int
+    form: Format
+
+    def launch(self, shape: Shape, residual: bool = False) -> Call | None:
+        """The kernel's launch; None where MLX's own product is as good, or all there is.
+
+        That is for a single row, unless a residual is to come with it.
+        """
+        rows = shape.batch_size * shape.num_tokens
+        if shape.backend is None or rows == 1 and not residual:
+            return None
+        sizes = (rows, self.output_dims, self.input_dims)
+        return linear.arguments(*sizes, self.form, residual=residual, backend=shape.backend)
+
+    def __call__(self, launch: Call | None, x: mx.array, weights: Arrays) -> mx.array:
+        """x [T, in] -> [T, out]."""
+        if launch:
+            return linear.call(launch, x, weights)
+        return self.form.weights(weights).multiply(x)
+
+    def add(
+        self, launch: Call | None, h: mx.array, x: mx.array, weights: Arrays, factor: float
+    ) -> mx.array:
+        """h [T, out] + factor * the product, rounded once by the kernel."""
+        if launch:
+            return linear.call(launch, x, weights, h, factor)
+        return add_scaled(h, self.form.weights(weights).multiply(x), factor)
+
+
+class Entry(NamedTuple):
+    """A layer up to its cache: norm, queries, keys and values, rotation."""
+
+    eps: float
+    projection: LinearMap
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    base: float
+    scale: float
+
+    def __call__(
+        self,
+        shape: Shape,
+        launch: Call | None,
+        h: mx.array,
+        positions: mx.array,
+        norm: mx.array,
+        weights: Arrays,
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """h [B, T, H] -> queries, keys and values [B, heads, T, D], rotated."""
+        batch_size, num_tokens, *_ = shape
+        turned = self.num_heads + self.num_kv_heads
+        x = mx.fast.rms_norm(h, norm, self.eps).reshape(-1, h.shape[-1])
+        x = self.projection(launch, x, weights)
+        x = x.reshape(batch_size, num_tokens, turned + self.num_kv_heads, self.head_dim)
+        x, values = mx.split(x, [turned], axis=2)
+        if shape.per_token:  # mx.fast.rope takes an offset per row, not per token
+            x = x.reshape(batch_size * num_tokens, turned, 1, self.head_dim)
+        else:
+            x = x.swapaxes(1, 2)
+        x = mx.fast.rope(
+            x, self.head_dim, traditional=False, base=self.base, scale=self.scale, offset=positions
+        )
+        if shape.per_token:
+            x = x.reshape(batch_size, num_tokens, turned, self.head_dim).swapaxes(1, 2)
+        queries, keys = mx.split(x, [self.num_heads], axis=1)
+        return queries, keys, values.swapaxes(1, 2)
+
+
+class ExitLaunches(NamedTuple):
+    """What a layer behind its attention launches."""
+
+    experts: Plan
+    output: Call | None
+    router: Call | None
+
+
+class Exit(NamedTuple):
+    """A layer behind its attention: output projection, norm, experts, and both residuals."""
+
+    output: LinearMap
+    residual_scale: float
+    eps: float
+    router: LinearMap
+    router_eps: float
+    sizes: Sizes  # for one token
+    act: str
+
+    def plan(self, shape: Shape) -> Plan:
+        """How the experts are computed."""
+        sizes = self.sizes._replace(num_tokens=shape.batch_size * shape.num_tokens)
+        return make_plan(sizes, self.act, shape.asked, fused=True)
+
+    def launches(self, shape: Shape) -> ExitLaunches:
+        """Everything that is launched, made once."""
+        return ExitLaunches(
+            self.plan(shape), self.output.launch(shape, residual=True), self.router.launch(shape)
+        )
+
+    def __call__(
+        self,
+        launches: ExitLaunches,
+        watched: bool,
+        h: mx.array,
+        attended: mx.array,
+        output: Arrays,
+        norm: mx.array,
+        router: Arrays,
+        router_norm: mx.array,
+        up: Arrays,
+        down: Arrays,
+    ) -> Arrays:
+        """h [B, T, H] and attended [B, heads, T, D] -> h behind the layer.
+
+        Where somebody watches, the router's logits and scores [B, T, E] come with it.
+        """
+        batch_size, num_tokens, hidden_size = h.shape
+        h = h.reshape(-1, hidden_size)
+        x = attended.swapaxes(1, 2).reshape(len(h), -1)
+        h = self.output.add(launches.output, h, x, output, self.residual_scale)
+        x = mx.fast.rms_norm(h, norm, self.eps)
+        logits = self.router(launches.router, x, router)
+        plan, scores = launches.experts, route.twin(logits, router_norm, eps=self.router_eps)
+        if plan.up and plan.down:
+            hidden, active = plan.up(x, logits, router_norm, route.epsilon(self.router_eps), *up)
+            factor = residual_down.factor_array(self.residual_scale)
+            (h,) = plan.down(hidden, active, h, factor, *down)
+        else:
+            weights = (self.sizes.up.weights(up), self.sizes.down.weights(down))
+            h = add_scaled(h, plan.run(x, scores, *weights), self.residual_scale)
+        h = h.reshape(batch_size, num_tokens, hidden_size)
+        if not watched:
+            return (h,)
+        return h, *(seen.reshape(batch_size, num_tokens, -1) for seen in (logits, scores))
+
+
+@one_launch
+def add_scaled(h: mx.array, x: mx.array, factor: float) -> mx.array:
+    """The residual where the product before it cannot add."""
+    return h + x * factor
+
+
+def entry_piece(entry: Entry, shape: Shape) -> Callable[..., Any]:
+    """(h, positions, norm, weights) -> queries, keys, values."""
+    launch = entry.projection.launch(shape)
+    return lambda *arrays: entry(shape, launch, *arrays)
+
+
+def exit_piece(
+    leave: Exit, entry: Entry | None, watched: bool, shape: Shape, final_eps: float
+) -> Callable[..., Any]:
+    """From one attention to the next, or to the final norm.
+
+    Returns:
+        (h, attended, positions, exit_arrays, entry_arrays) -> h, queries, keys, values; without an
+        entry (h, attended, exit_arrays, norm) -> hidden states. What a watcher sees comes last.
+    """
+    launches = leave.launches(shape)
+
+    def final(h, attended, arrays, norm):
+        h, *seen = leave(launches, watched, h, attended, *arrays)
+        return mx.fast.rms_norm(h, norm, final_eps), *seen
+
+    if entry is None:
+        return final
+    launch = entry.projection.launch(shape)
+
+    def middle(h, attended, positions, arrays, next_arrays):
+        h, *seen = leave(launches, watched, h, attended, *arrays)
+        return h, *entry(shape, launch, h, positions, *next_arrays), *seen
+
+    return middle
