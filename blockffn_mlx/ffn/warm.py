@@ -5,11 +5,12 @@ tried on this machine is tried first.
 """
 
 from threading import Event, Thread
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import MAX_TOKENS, Sizes, residual_down
+from ..kernels import MAX_TOKENS, Sizes, linear, residual_down
 from ..kernels.tiles import tile_table
 from .layer import BlockFFN
 from .plan import make_plan
@@ -30,6 +31,7 @@ class Warmup(Thread):
         super().__init__(name="warm-up of the kernels", daemon=True)
         layers = (module for module in model.modules() if isinstance(module, BlockFFN))
         self.layer, self.longest = next(layers, None), longest
+        self.linear_maps: list[tuple[Any, bool]] = getattr(model, "linear_maps", list)()
         self.lengths: list[int] = []  # what is warm
         self._stopped = Event()
 
@@ -49,6 +51,8 @@ class Warmup(Thread):
                 return
             try:
                 run_once(layer, one._replace(num_tokens=length))
+                for linear_map, residual in self.linear_maps:
+                    multiply_once(linear_map, length, backend, residual)
             except Exception:  # it will be said when the pass itself fails
                 return
             self.lengths.append(length)
@@ -58,6 +62,16 @@ class Warmup(Thread):
         self._stopped.set()
         if self.is_alive():
             self.join()
+
+
+def multiply_once(linear_map: Any, rows: int, backend: str, residual: bool):
+    """Runs the launch of a linear map on zeros, if it has one."""
+    if launch := linear_map.launch(rows, backend, residual):
+        dims, form = (linear_map.output_dims, linear_map.input_dims), linear_map.form
+        weight, packing = mx.zeros(dims, form.dtype), form.packing
+        arrays = [weight] if packing is None else mx.quantize(weight, *packing[:2])
+        added = mx.zeros((rows, dims[0]), form.dtype) if residual else None
+        mx.eval(linear.call(launch, mx.zeros((rows, dims[1]), form.dtype), arrays, added))
 
 
 def run_once(layer: BlockFFN, sizes: Sizes):

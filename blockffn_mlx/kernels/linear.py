@@ -4,6 +4,7 @@ For short chunks: each weight is read once whatever the number of tokens, and th
 with the launch. MLX's own products plan anew for each call on CUDA and are made for long ones.
 """
 
+from collections.abc import Sequence
 from functools import cache
 
 import mlx.core as mx
@@ -48,7 +49,7 @@ def arguments(
 def call(
     launch: Call,
     x: mx.array,
-    weights: tuple[mx.array, ...],
+    weights: Sequence[mx.array],
     residual: mx.array | None = None,
     factor: float = 1.0,
 ) -> mx.array:

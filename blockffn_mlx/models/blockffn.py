@@ -13,7 +13,8 @@ from mlx_lm.models.cache import KVCache
 from ..ffn import ACTIVATIONS, BlockFFN
 from .activation import record_router_scores, union_share
 from .attention import Attention, MLAttention, Positions
-from .compiled import CompiledPasses
+from .compiled import CompiledPasses, layer_halves
+from .pieces import LinearMap
 
 
 @dataclass
@@ -245,6 +246,17 @@ class Model(nn.Module):
             shard_inplace(layer.mlp.up_proj, "all-to-sharded", group=group)
             shard_inplace(layer.mlp.down_proj, "sharded-to-all", group=group)
             layer.mlp.sharding_group = group
+
+    def linear_maps(self) -> list[tuple[LinearMap, bool]]:
+        """The maps of a layer that short chunks take through the kernels; whether with a residual.
+
+        For who builds kernels before they are needed. None if its layers are not compiled.
+        """
+        halves = layer_halves(self.layers[0])
+        if halves is None:
+            return []
+        entry, leave = halves
+        return [(entry.projection, False), (leave.output, True), (leave.router, False)]
 
     @property
     def layers(self) -> list[DecoderLayer]:

@@ -21,6 +21,7 @@ from ..quantisation import Format, Quantization
 from .attend import scaled_dot_product_attention
 from .pieces import Arrays, Entry, Exit, LinearMap, Shape, entry_piece, exit_piece
 
+JOINED = ("q_proj", "k_proj", "v_proj")
 MAX_TABLES = 64  # shapes of passes whose compiled functions are kept
 
 
@@ -155,44 +156,48 @@ def can_be_compiled(plan: Plan) -> bool:
     return plan.fused or plan.strategy == "dense"
 
 
-def layer_parts(layer: nn.Module) -> LayerParts | None:
-    """A layer's parts, its query, key and value weights joined; None if they are not plain."""
+def layer_halves(layer: nn.Module) -> tuple[Entry, Exit] | None:
+    """What a layer is compiled for, sizes of a pass aside; None if it is not a plain one."""
     attention, mlp = layer.self_attn, layer.mlp
-    names = ("q_proj", "k_proj", "v_proj")
-    if not all(name in attention for name in names) or mlp.norm_after_router != "rms":
+    if not all(name in attention for name in JOINED) or mlp.norm_after_router != "rms":
         return None
-    linears = [attention[name] for name in (*names, "o_proj")] + [mlp.router_proj]
+    linears = [attention[name] for name in (*JOINED, "o_proj")] + [mlp.router_proj]
     if not all(map(is_plain, linears)):
         return None
-    forms = [form_of(module) for module in linears]
-    rope = attention.rope
+    forms, rope = [form_of(module) for module in linears], attention.rope
     if len(set(forms[:3])) > 1 or rope.type == "dynamic":
         return None
-    weights = join(linears[:3])
-    if weights is None:
-        return None
-    output, router = (tuple(arrays_of(module)) for module in linears[3:])
-    up, down = mlp.up_proj.weights, mlp.down_proj.weights
-    norm, router_norm = layer.input_layernorm, mlp.router_norm
-    after = layer.post_attention_layernorm
-    sizes = Sizes.of(norm.weight[None], up, down)
-    hidden_size = sizes.hidden_size
-    width = attention.num_heads * rope.dims
+    norm = layer.input_layernorm
+    sizes = Sizes.of(norm.weight[None], mlp.up_proj.weights, mlp.down_proj.weights)
+    hidden_size, heads = sizes.hidden_size, attention.num_heads + 2 * attention.num_kv_heads
     entry = Entry(
-        norm.eps, LinearMap(len(weights[0]), hidden_size, forms[0]), attention.num_heads,
+        norm.eps, LinearMap(heads * rope.dims, hidden_size, forms[0]), attention.num_heads,
         attention.num_kv_heads, rope.dims, rope.base,
         1 / rope.factor if rope.type == "linear" else 1.0,
     )  # fmt: skip
     leave = Exit(
-        LinearMap(hidden_size, width, forms[3]), layer.residual_scale, after.eps,
-        LinearMap(sizes.num_experts, hidden_size, forms[4]), router_norm.eps, sizes,
-        mlp.act,
+        LinearMap(hidden_size, attention.num_heads * rope.dims, forms[3]), layer.residual_scale,
+        layer.post_attention_layernorm.eps, LinearMap(sizes.num_experts, hidden_size, forms[4]),
+        mlp.router_norm.eps, sizes, mlp.act,
     )  # fmt: skip
+    return entry, leave
+
+
+def layer_parts(layer: nn.Module) -> LayerParts | None:
+    """A layer's parts, its query, key and value weights joined; None if they are not plain."""
+    halves, attention, mlp = layer_halves(layer), layer.self_attn, layer.mlp
+    if halves is None:
+        return None
+    weights = join([attention[name] for name in JOINED])
+    if weights is None:
+        return None
+    output, router = (tuple(arrays_of(module)) for module in (attention.o_proj, mlp.router_proj))
+    experts = (tuple(weights.arrays) for weights in (mlp.up_proj.weights, mlp.down_proj.weights))
+    norm = layer.post_attention_layernorm.weight
     return LayerParts(
-        entry,
-        leave,
-        (norm.weight, weights),
-        (output, after.weight, router, router_norm.weight, tuple(up.arrays), tuple(down.arrays)),
+        *halves,
+        (layer.input_layernorm.weight, weights),
+        (output, norm, router, mlp.router_norm.weight, *experts),
         attention.scale,
         mlp,
     )

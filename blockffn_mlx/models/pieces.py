@@ -32,6 +32,11 @@ class Shape(NamedTuple):
     asked: str
     backend: str | None
 
+    @property
+    def rows(self) -> int:
+        """Tokens over all sequences."""
+        return self.batch_size * self.num_tokens
+
 
 class LinearMap(NamedTuple):
     """A linear map without a bias."""
@@ -40,16 +45,15 @@ class LinearMap(NamedTuple):
     input_dims: int
     form: Format
 
-    def launch(self, shape: Shape, residual: bool = False) -> Call | None:
+    def launch(self, rows: int, backend: str | None, residual: bool = False) -> Call | None:
         """The kernel's launch; None where MLX's own product is as good, or all there is.
 
         That is for a single row, unless a residual is to come with it.
         """
-        rows = shape.batch_size * shape.num_tokens
-        if shape.backend is None or rows == 1 and not residual:
+        if backend is None or rows == 1 and not residual:
             return None
         sizes = (rows, self.output_dims, self.input_dims)
-        return linear.arguments(*sizes, self.form, residual=residual, backend=shape.backend)
+        return linear.arguments(*sizes, self.form, residual=residual, backend=backend)
 
     def __call__(self, launch: Call | None, x: mx.array, weights: Arrays) -> mx.array:
         """x [T, in] -> [T, out]."""
@@ -127,14 +131,14 @@ class Exit(NamedTuple):
 
     def plan(self, shape: Shape) -> Plan:
         """How the experts are computed."""
-        sizes = self.sizes._replace(num_tokens=shape.batch_size * shape.num_tokens)
+        sizes = self.sizes._replace(num_tokens=shape.rows)
         return make_plan(sizes, self.act, shape.asked, fused=True)
 
     def launches(self, shape: Shape) -> ExitLaunches:
         """Everything that is launched, made once."""
-        return ExitLaunches(
-            self.plan(shape), self.output.launch(shape, residual=True), self.router.launch(shape)
-        )
+        output = self.output.launch(shape.rows, shape.backend, residual=True)
+        router = self.router.launch(shape.rows, shape.backend)
+        return ExitLaunches(self.plan(shape), output, router)
 
     def __call__(
         self,
@@ -181,7 +185,7 @@ def add_scaled(h: mx.array, x: mx.array, factor: float) -> mx.array:
 
 def entry_piece(entry: Entry, shape: Shape) -> Callable[..., Any]:
     """(h, positions, norm, weights) -> queries, keys, values."""
-    launch = entry.projection.launch(shape)
+    launch = entry.projection.launch(shape.rows, shape.backend)
     return lambda *arrays: entry(shape, launch, *arrays)
 
 
@@ -202,7 +206,7 @@ def exit_piece(
 
     if entry is None:
         return final
-    launch = entry.projection.launch(shape)
+    launch = entry.projection.launch(shape.rows, shape.backend)
 
     def middle(h, attended, positions, arrays, next_arrays):
         h, *seen = leave(launches, watched, h, attended, *arrays)
