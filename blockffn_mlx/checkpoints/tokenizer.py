@@ -21,11 +21,13 @@ from .tokenizer_checks import (
 )
 
 # The models' chat format (their Spec-Bench prompts): markers are plain text, an answer ends with
-# eos, and there is no system role. `bos_token` is here because a template adds no tokens itself.
+# eos, and there is no system role. `bos_token` is here because a template adds no tokens itself; a
+# tokenizer may name neither.
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}"
+    "{{ bos_token | default('') }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ '<用户>' + message['content'].strip() + '<AI>' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'].strip() + eos_token }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ message['content'].strip() + eos_token | default('') }}"
     "{% else %}{{ message['content'].strip() }}{% endif %}{% endfor %}"
 )
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")

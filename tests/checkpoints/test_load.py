@@ -158,6 +158,20 @@ def test_a_conversion_that_another_finished_first_is_used(monkeypatch):
     assert bf.load(GOLDEN / "gqa_block")[0].args.num_experts == 12
 
 
+def test_a_tokenizer_that_names_no_special_tokens_can_still_chat(tmp_path):
+    source = tmp_path / "source"
+    others = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
+    shutil.copytree(GOLDEN / "gqa_block", source, ignore=shutil.ignore_patterns(*others))
+    config = json.loads((source / "config.json").read_text())
+    kept = {name: value for name, value in config.items() if not name.endswith("token_id")}
+    (source / "config.json").write_text(json.dumps(kept))
+    bf.convert(source, tmp_path / "m")
+    _, tokenizer = bf.load(tmp_path / "m")
+    messages = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text == "<用户>user<AI>assistant<用户>user<AI>"
+
+
 def test_what_the_conversion_on_the_way_in_found_is_told(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / "gqa_block", source)
