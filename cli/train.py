@@ -1,6 +1,7 @@
 """blockffn-train: trains a model from scratch, or continues a converted one."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,14 @@ from ..training.estimate import Estimate, estimate
 from ..training.lora import merge_lora, save_adapter
 from ..training.trainer import Trainer
 from .common import make_parser, run_main, stderr_console
-from .training_progress import add_run_flags, output_folder, stopped_line, training_progress
+from .finetune_flags import add_finetune_flags, overrides_of, settings_of
+from .training_progress import (
+    add_run_flags,
+    output_folder,
+    stopped_line,
+    stops,
+    training_progress,
+)
 
 PROG = "blockffn-train"
 
@@ -25,8 +33,11 @@ def parser() -> argparse.ArgumentParser:
         "Train a BlockFFN model. A run that was stopped goes on from its last checkpoint; "
         "mlx.launch -n N -- blockffn-train ... shares each batch among N processes.",
     )
-    add_run_flags(parser)
-    parser.add_argument("--finetune", metavar="MODEL", help="continue this model: folder or Hub id")
+    add_run_flags(parser, needs_config=False)
+    parser.add_argument(
+        "--finetune", "--model", metavar="MODEL", help="continue this model: folder or Hub id"
+    )
+    add_finetune_flags(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -48,7 +59,10 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Builds the run, trains or measures, writes the model."""
-    config = load_config(args.config, args.set)
+    base = settings_of(args) if args.config is None else args.config
+    config = load_config(base, [*overrides_of(args), *args.set])
+    if args.fine_tune_type == "full":
+        config.lora = None
     if args.dry_run:
         model, corpus, _ = prepared(config, args.finetune)
         print_estimate(estimate(Trainer(config, model, corpus)))
@@ -69,14 +83,18 @@ def train(config: TrainingConfig, args: argparse.Namespace) -> int:
     if corpus.validation:
         unigram = unigram_loss(corpus, model.args.vocab_size)
         console.print(f"validation loss of unigram counts: {unigram:.3f} nats a token")
-    with training_progress(config.steps, console, line_of) as callbacks:
+    longest = max(stage.context for stage in config.stage)
+    if longest > (most := model.args.max_position_embeddings):
+        console.print(f"rows of {longest:,} tokens are longer than the {most:,} the model knows")
+    with training_progress(config.steps, console, line_of) as callbacks, stops() as stop:
         trainer = Trainer(config, model, corpus, **callbacks, accept_changes=args.accept_changes)
-        finished = trainer.train(args.max_seconds)
+        finished = trainer.train(args.max_seconds, stop)
     if not finished:
         console.print(stopped_line(trainer.step))
-        return 0
+        return stop.status
     if config.lora is not None and trainer.group.rank() == 0:
-        save_adapter(trainer.output / "adapters", model, config.lora, args.finetune)
+        adapter = Path(args.adapter_path or trainer.output / "adapters")
+        save_adapter(adapter, model, config.lora, args.finetune)
     merges = config.lora is not None and is_quantized(model)
     merge_lora(model, args.dequantize)
     if merges and (merged := trainer.log_merged()):

@@ -7,7 +7,13 @@ import mlx.core as mx
 from ..training.config import TrainingConfig, load_config
 from ..training.draft import DraftTrainer, prepare_head, save_head
 from .common import make_parser, run_main, stderr_console
-from .training_progress import add_run_flags, output_folder, stopped_line, training_progress
+from .training_progress import (
+    add_run_flags,
+    output_folder,
+    stopped_line,
+    stops,
+    training_progress,
+)
 
 PROG = "blockffn-train-draft"
 
@@ -41,14 +47,14 @@ def train(config: TrainingConfig, args: argparse.Namespace) -> int:
     """Trains in an output folder that is held, and writes the head there."""
     head, target, corpus = prepare_head(config, args.model)
     console = stderr_console()
-    with training_progress(config.steps, console, line_of) as callbacks:
+    with training_progress(config.steps, console, line_of) as callbacks, stops() as stop:
         trainer = DraftTrainer(
             config, head, target, corpus, **callbacks, accept_changes=args.accept_changes
         )
-        finished = trainer.train(args.max_seconds)
+        finished = trainer.train(args.max_seconds, stop)
     if not finished:
         console.print(stopped_line(trainer.step))
-        return 0
+        return stop.status
     if trainer.group.rank() == 0:
         path = trainer.output / "draft"
         save_head(path, head, getattr(mx, config.optimizer.dtype))

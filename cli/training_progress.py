@@ -2,9 +2,11 @@
 
 import argparse
 import math
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 from rich.console import Console
@@ -13,9 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..training.run_folder import ChangedRun, hold_folder
 
 
-def add_run_flags(parser: argparse.ArgumentParser):
+def add_run_flags(parser: argparse.ArgumentParser, needs_config: bool = True):
     """The configuration file, overrides of it, and a limit of time."""
-    parser.add_argument("config", metavar="CONFIG.toml", help="the run; see docs/training.md")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG.toml",
+        nargs=None if needs_config else "?",
+        help="the run; see docs/training.md",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -47,6 +54,41 @@ def output_folder(path: str) -> Iterator[None]:
             yield
     except ChangedRun as error:
         raise ValueError(f"{error}, or go on all the same with --accept-changes.") from None
+
+
+class Stop:
+    """Whether a signal has asked the run to stop; called by the trainer after each step.
+
+    Attributes:
+        status: The command's exit status then; 0 for a stop that nobody asked for.
+    """
+
+    status = 0
+
+    def __call__(self) -> bool:
+        return self.status > 0
+
+    def ask(self, number: int, _: Any):
+        """A signal's handler: the first one lets the step end, the second ends at once."""
+        if self.status:
+            raise KeyboardInterrupt
+        self.status = 128 + number
+
+
+@contextmanager
+def stops() -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM inside the block let a run write a checkpoint before it ends.
+
+    Processes of one run would stop at different steps: there signals end them as they are.
+    """
+    stop, alone = Stop(), mx.distributed.init().size() == 1
+    numbers = (signal.SIGINT, signal.SIGTERM) if alone else ()
+    before = {number: signal.signal(number, stop.ask) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -86,13 +86,16 @@ def build_corpus(data: Data, tokenizer: Any = None) -> tuple[Corpus, Any]:
     if not data.path:
         raise ValueError("data.path is empty: name a packed folder, or text or .jsonl files.")
     paths = [Path(path) for path in data.path]
-    if missing := [str(path) for path in paths if not path.exists()]:
+    files = [*paths, *map(Path, data.validation)]
+    if missing := [str(path) for path in files if not path.exists()]:
         raise ValueError(f"No such file or folder: {', '.join(missing)}.")
     if tokenizer is None and data.tokenizer:
         tokenizer = open_tokenizer(data.tokenizer)
     if paths[0].is_dir():
         if len(paths) > 1 or not (paths[0] / "manifest.json").exists():
             raise ValueError("data.path must be one folder with a manifest.json, or files.")
+        if data.validation:
+            raise ValueError("a packed folder has a validation part: leave out data.validation.")
         return read_packed(paths[0]).without(data.exclude), tokenizer
     if tokenizer is None:
         documents = [document for path in paths for document in read_documents(path)]
@@ -100,7 +103,7 @@ def build_corpus(data: Data, tokenizer: Any = None) -> tuple[Corpus, Any]:
         if len(texts) < len(documents):
             raise ValueError("messages need a chat template: set data.tokenizer.")
         tokenizer = train_tokenizer(texts, data.vocab_size)
-    corpus = read_files(paths, tokenizer, data.held_out)
+    corpus = read_files(paths, tokenizer, data.held_out, data.validation)
     return corpus.without(data.exclude), tokenizer
 
 

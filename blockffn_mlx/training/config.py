@@ -38,6 +38,7 @@ class Data:
         tokenizer: A tokenizer's folder or Hub id; None trains a byte-level BPE on the files.
         vocab_size: Vocabulary of that BPE.
         held_out: Share at the end of each file kept for validation.
+        validation: Files for validation alone; then nothing is held out of the others.
         validation_tokens: Tokens read of each validation source at an evaluation; None for all.
         exclude: Name patterns of sources to leave out, of training and validation.
         template: Name patterns of generated sources, reported apart from real text.
@@ -47,6 +48,7 @@ class Data:
     tokenizer: str | None = None
     vocab_size: int = 512
     held_out: float = 0.05
+    validation: list[str] = field(default_factory=list)
     validation_tokens: int | None = None
     exclude: list[str] = field(default_factory=list)
     template: list[str] = field(default_factory=list)
@@ -319,21 +321,26 @@ class TrainingConfig:
         return args
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
+def load_config(
+    source: str | Path | dict[str, Any], overrides: Sequence[str] = ()
+) -> TrainingConfig:
     """Reads a TOML file; relative data paths stay relative to the working directory.
 
     Args:
-        path: The file.
+        source: The file, or what one would hold; overrides are put into it.
         overrides: "table.key=value" with a TOML value (or a bare string); stages count from 0:
             "stage.0.steps=100".
 
     Raises:
         ValueError: Anything that is not a valid configuration, in one sentence.
     """
-    try:
-        table = tomllib.loads(read_text(path))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from None
+    table, where = source, "settings"
+    if not isinstance(table, dict):
+        where = str(source)
+        try:
+            table = tomllib.loads(read_text(where))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not valid TOML: {error}") from None
     for override in overrides:
         override_setting(table, override)
-    return build_table(TrainingConfig, table, str(path))
+    return build_table(TrainingConfig, table, where)

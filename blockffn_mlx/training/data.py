@@ -135,13 +135,19 @@ def _encode(
         raise ValueError(f"{where}{error}") from None
 
 
-def read_files(paths: Sequence[str | Path], tokenizer: Any, held_out: float) -> Corpus:
+def read_files(
+    paths: Sequence[str | Path],
+    tokenizer: Any,
+    held_out: float,
+    validation: Sequence[str | Path] = (),
+) -> Corpus:
     """Reads text and JSON Lines files, each a source, and holds out the end of each.
 
     Args:
         paths: .jsonl files, and text files with any other suffix.
         tokenizer: A Hugging Face tokenizer.
         held_out: Share of each file's tokens kept for validation, from the end.
+        validation: Files for validation alone; then nothing is held out.
 
     Raises:
         ValueError: A file cannot be read, or nothing is left of it to train on.
@@ -149,11 +155,14 @@ def read_files(paths: Sequence[str | Path], tokenizer: Any, held_out: float) -> 
     pad = tokenizer.pad_token_id
     pad = tokenizer.eos_token_id if pad is None else pad
     corpus = Corpus(pad=0 if pad is None else pad)
-    files = [Path(path) for path in paths]
-    for path, name in zip(files, source_names(files), strict=True):
+    files = [Path(path) for path in (*paths, *validation)]
+    for number, (path, name) in enumerate(zip(files, source_names(files), strict=True)):
         source = encode_documents(read_documents(path), tokenizer, name)
-        cut = int(len(source.tokens) * (1 - held_out))
-        if len(source.starts) > 1:
+        if number >= len(paths):
+            corpus.validation[name] = source
+            continue
+        cut = len(source.tokens) if validation else int(len(source.tokens) * (1 - held_out))
+        if len(source.starts) > 1 and cut < len(source.tokens):
             cut = source.starts[np.searchsorted(source.starts, cut, "right") - 1] or cut
         if cut < 2:
             raise ValueError(f"{path} has {cut} tokens to train on: it takes at least two.")

@@ -27,7 +27,7 @@ CHECKPOINTS, LOG_FILE, RUN_FILE, LOCK_FILE = "checkpoints", "log.jsonl", "run.js
 RESULTS = ("model", "draft")
 # Settings that a run may change as it goes on. The data is compared by content, not by path.
 FREE = {"log_interval", "eval_interval", "checkpoint_interval", "keep_checkpoints", "output"}
-BY_CONTENT = {"data.path", "data.tokenizer"}
+BY_CONTENT = {"data.path", "data.tokenizer", "data.validation"}
 
 # Locks that this process holds, so that a command may hold one that its trainer asks for again.
 _held: set[Path] = set()

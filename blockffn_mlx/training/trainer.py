@@ -67,9 +67,7 @@ class Trainer:
                     f"{self.group.size()} processes cannot share a micro-batch of {rows} rows."
                 )
             if not self._make_sampler(stage, seed=[0]).trained_tokens():
-                what = (
-                    "assistant says anything" if stage.assistant_only else "token has a successor"
-                )
+                what = "assistant speaks" if stage.assistant_only else "text goes on"
                 raise ValueError(
                     f"there is nothing to learn: no {what} within rows of {stage.context} tokens."
                 )
@@ -130,11 +128,14 @@ class Trainer:
         multiple = self.config.sparsity.chunk_length if stage.isolate else 1
         return DocumentPacker(self.corpus, **options, multiple=multiple)
 
-    def train(self, max_seconds: float = math.inf) -> bool:
+    def train(
+        self, max_seconds: float = math.inf, stop: Callable[[], bool] = lambda: False
+    ) -> bool:
         """Runs to the end, from the latest checkpoint if the run has one.
 
         Args:
             max_seconds: Stop after this time with a checkpoint; calling again goes on.
+            stop: Asked after each step; stop then, with a checkpoint too.
 
         Returns:
             Whether the run is finished.
@@ -145,19 +146,19 @@ class Trainer:
                 last checkpoint is kept.
         """
         if self.group.rank() > 0:
-            return self._train(max_seconds)
+            return self._train(max_seconds, stop)
         with hold_folder(self.output):
             base = None if self.config.model else self.base
             own = identity(self.config, self.corpus, base)
             claim_folder(self.output, own, self.accept_changes)
-            return self._train(max_seconds)
+            return self._train(max_seconds, stop)
 
     @property
     def base(self) -> nn.Module:
         """The model that the run starts from."""
         return self.model
 
-    def _train(self, max_seconds: float) -> bool:
+    def _train(self, max_seconds: float, asked: Callable[[], bool]) -> bool:
         if not self.resume():
             self._log_evaluation()
         config, begin, spent = self.config, time.perf_counter(), self.seconds
@@ -177,7 +178,7 @@ class Trainer:
             self.on_step(self.step)
 
             last = self.step == config.steps
-            stop = time.perf_counter() - begin > max_seconds
+            stop = asked() or time.perf_counter() - begin > max_seconds
             log = last or stop or self.step % config.log_interval == 0
             save = last or stop or self.step % config.checkpoint_interval == 0
             if log or save:

@@ -383,7 +383,7 @@ def conversation(*turns: tuple[str, str]) -> str:
 @pytest.mark.parametrize(
     ("lines", "setting", "reason"),
     [
-        ([conversation(("user", "the fox"))], "stage.0.assistant_only=true", "no assistant says"),
+        ([conversation(("user", "the fox"))], "stage.0.assistant_only=true", "no assistant speaks"),
         (
             [conversation(("user", "the fox " * 60), ("assistant", "late"))],
             "stage.0.assistant_only=true",

@@ -79,6 +79,17 @@ def test_special_files_are_refused(tmp_path):
             read_text(path)
 
 
+def test_nothing_is_held_out_where_nothing_should_be(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "one two"}\n' * 5)
+    tokenizer, paths = train_tokenizer(["one two"], 300), [tmp_path / "a.jsonl"]
+    corpus = read_files(paths, tokenizer, 0.0)
+    assert not corpus.validation and len(corpus.train["a"].starts) == 5
+    corpus = read_files(paths, tokenizer, 0.5, [tmp_path / "b.jsonl"])
+    assert len(corpus.train["a"].starts) == len(corpus.validation["b"].starts) == 5
+    assert list(corpus.train) == ["a"] and list(corpus.validation) == ["b"]
+
+
 @pytest.mark.parametrize("held_out", [0.0, 0.5, 0.99])
 def test_nothing_to_train_on_is_an_error(tmp_path, held_out):
     (tmp_path / "a.txt").write_text("")
