@@ -11,6 +11,9 @@ from .target import Target
 from .tree import Tree, best_first, check_size
 
 TOP_K, DEPTH = 10, 5
+# A level is drafted if a round is expected to reach it this often: its pass costs about a tenth of
+# a round, which yields two to three tokens. Before evidence a level holds with the prior chance.
+REACHED, PRIOR_CHANCE, PRIOR_ROUNDS, MEMORY = 0.15, 0.7, 2.0, 0.95
 
 
 class EagleDrafter:
@@ -21,7 +24,8 @@ class EagleDrafter:
         target: The BlockFFN model whose embedding and output head it borrows.
         frequent: Token ids [V'] to draft from; the whole vocabulary if None (FR-Spec).
         top_k: Beams per level, and children per beam.
-        depth: Passes after the first: nodes lie at depth 1 to depth + 1.
+        depth: Most passes after the first: nodes lie at depth 1 to depth + 1. Fewer are run while
+            rounds seldom get that far.
         max_waiting: Rows that wait for the next draft before they are run on their own.
     """
 
@@ -48,6 +52,9 @@ class EagleDrafter:
         self.positions: list[int] = []
         self.waiting: list[mx.array] = []
         self.waiting_tokens: list[int] = []
+        # By level: how often it was there to be reached, and how often it was.
+        self.tried, self.reached = [0.0] * (self.depth + 1), [0.0] * (self.depth + 1)
+        self.drafted_levels = 0
 
     def rewind(self, length: int) -> None:
         """Forgets all but the first `length` tokens.
@@ -65,6 +72,7 @@ class EagleDrafter:
         if len(self.waiting_tokens) >= self.max_waiting:
             self.catch_up(tokens[0])
             mx.async_eval([c.state for c in self.cache])
+        self._learn(len(tokens) - 1)
         self.waiting.append(hidden)
         self.waiting_tokens += tokens
         self.length += len(tokens)
@@ -75,10 +83,32 @@ class EagleDrafter:
 
     def draft(self, root: int, total_tokens: int, max_depth: int) -> Tree:
         """The drafter's interface: a tree under `root`, as `grow` makes it."""
-        depth = min(self.depth, max_depth - 1, total_tokens - 2)
-        if depth < 0:
+        levels = min(self.worthwhile_levels(), max_depth, total_tokens - 1)
+        self.drafted_levels = max(levels, 0)
+        if levels < 1:
             return Tree.chain([root])
-        return self.grow(root, self.top_k, depth, total_tokens)
+        return self.grow(root, self.top_k, levels - 1, total_tokens)
+
+    def worthwhile_levels(self) -> int:
+        """Levels that a round is likely enough to reach, at least one."""
+        chance = 1.0
+        for level, (tried, reached) in enumerate(zip(self.tried, self.reached, strict=True)):
+            chance *= (reached + PRIOR_ROUNDS * PRIOR_CHANCE) / (tried + PRIOR_ROUNDS)
+            if chance < REACHED:
+                return max(level, 1)
+        return self.depth + 1
+
+    def _learn(self, accepted: int):
+        """Notes how far the round after the latest draft got, if there was one."""
+        levels, self.drafted_levels = self.drafted_levels, 0
+        if not levels:
+            return
+        for level in range(self.depth + 1):
+            self.tried[level] *= MEMORY
+            self.reached[level] *= MEMORY
+        for level in range(min(accepted + 1, levels)):
+            self.tried[level] += 1
+            self.reached[level] += accepted > level
 
     def propose(
         self,

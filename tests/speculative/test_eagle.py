@@ -113,6 +113,32 @@ def test_any_shape_gives_a_tree(target, data, top_k, depth, total_tokens):
     assert max(tree.positions.tolist()) <= depth + 1
 
 
+def test_levels_that_rounds_seldom_reach_are_not_drafted(target, data):
+    """Each level is a pass of the head; how far rounds get decides how many are run."""
+    hidden = mx.array(data["hidden"])
+    draft = load_draft(HEAD, target)
+    draft.observe(hidden, data["token_ids"][0, :-1].tolist())
+
+    def levels_after(accepted: list[int]) -> int:
+        for count in accepted:
+            draft.draft(7, 32, 63)
+            held = min(count, draft.drafted_levels)
+            draft.observe(hidden[:, : held + 1], [7] * (held + 1))
+        return draft.worthwhile_levels()
+
+    assert levels_after([6] * 20) == draft.depth + 1
+    assert levels_after([0] * 40) == 1
+    assert 2 <= levels_after([2] * 60) <= 4
+    assert levels_after([6] * 40) == draft.depth + 1  # a better text is noticed
+    draft.draft(7, 32, 63)
+    before = list(draft.tried)
+    draft.observe(hidden[:, :1], [7])
+    draft.observe(hidden[:, :1], [7])  # a plain step: no round, nothing to learn
+    assert [t > b for t, b in zip(draft.tried, before, strict=True)].count(True) == 1
+    draft.reset()
+    assert not any(draft.tried)
+
+
 def reference_tree(draft, rows, tokens, top_k, depth, total_tokens):
     """EAGLE-2 from its definition: every beam's path is run from scratch."""
     head, length = draft.head, len(rows)
