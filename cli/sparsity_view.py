@@ -60,11 +60,16 @@ def layer_table(result: SparsityReport, active: np.ndarray) -> Table:
         result.tls_per_layer, result.cls_per_layer, result.reuse_per_layer, per_token, strict=True
     )
     for index, (*shares, count) in enumerate(rows):
-        table.add_row(str(index), *(f"{100 * s:.1f}" for s in shares), f"{count:.1f}")
+        table.add_row(str(index), *map(percent, shares), f"{count:.1f}")
     table.add_section()
     means = (result.tls, result.cls, result.reuse)
-    table.add_row("mean", *(f"{100 * s:.1f}" for s in means), f"{per_token.mean():.1f}")
+    table.add_row("mean", *map(percent, means), f"{per_token.mean():.1f}")
     return table
+
+
+def percent(share: float) -> str:
+    """A share in percent; "-" where there is none."""
+    return "-" if math.isnan(share) else f"{100 * share:.1f}"
 
 
 def save_svg(path: str, active: np.ndarray, result: SparsityReport):

@@ -123,3 +123,19 @@ def test_an_ascii_locale(flags):
     command = [*script("blockffn-generate"), "--model", "demo", "-m", "4", *map(os.fsencode, flags)]
     result = subprocess.run(command, capture_output=True, env={**os.environ, **plain})
     assert result.returncode == ("--no-such-flag" in flags) and b"Traceback" not in result.stderr
+
+
+def test_a_user_without_a_home_can_chat(tmp_path):
+    """As in containers: no HOME, and a number that belongs to no user."""
+    before = """
+import os, pwd
+for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME"):
+    os.environ.pop(name, None)
+
+def unknown(uid):
+    raise KeyError(uid)
+
+pwd.getpwuid = unknown
+"""
+    result = run([*script("blockffn-chat", before), "-m", "2"], input="hi\n", cwd=tmp_path)
+    assert result.returncode == 0 and result.stdout.strip(), result.stderr
