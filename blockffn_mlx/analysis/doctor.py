@@ -3,7 +3,6 @@
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import product
@@ -179,21 +178,13 @@ def examine_class(
                 tokens, num_experts, expert_size, hidden_size, active, tile_class.dtype, packing
             )
             sample = kernel.sample(layer)
-            found, exact = kernel.run(sample, tile_class.backend), exact_result(kernel, sample)
+            found, exact = kernel.run(sample, tile_class.backend), kernel.exact(sample)
             verdict.errors[tokens] = relative_error(found, exact)
         verdict.microseconds = 1e6 * sample_seconds(kernel, sample, tile_class.backend)
         verdict.reference_microseconds = 1e6 * sample_seconds(kernel, sample, None)
     except Exception as error:  # whatever MLX raises: it compiles a kernel when it first runs
         verdict.failure = " ".join(str(error).split())[:300]
     return verdict
-
-
-def exact_result(kernel: Kernel, sample: Sample) -> tuple[mx.array, ...]:
-    """The twin's result in float32: on a CPU where the GPU multiplies float32 as TF32."""
-    with mx.stream(mx.cpu) if mx.cuda.is_available() else nullcontext():
-        exact = kernel.run(sample.widened())
-        mx.eval(exact)
-    return exact
 
 
 def sample_seconds(kernel: Kernel, sample: Sample, backend: str | None) -> float:

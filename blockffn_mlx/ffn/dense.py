@@ -7,8 +7,21 @@ from .experts import Activation, weigh
 
 # Chunks up to here multiply the weights as they are stored, by backend: packed ones stay packed,
 # and the down projection is a product an expert, summed afterwards, without the transposed copy
-# that one large product needs. For long chunks the copy is cheaper than the sums.
+# that one large product needs. For long chunks the copy is cheaper than the sums, and on a CPU
+# MLX's packed products are slow in half precision.
 STORED_TOKENS = {"cpu": 4, "metal": 64, "cuda": 64}
+
+
+def stored_is_faster(num_tokens: int, dtype: mx.Dtype, backend: str) -> bool:
+    """Whether `dense_ffn` should take the weights as they are stored.
+
+    Args:
+        num_tokens: Of the chunk.
+        dtype: Of the activations.
+        backend: What MLX computes on, see `device.compute_backend`.
+    """
+    half_on_cpu = backend == "cpu" and dtype != mx.float32
+    return num_tokens <= STORED_TOKENS[backend] and not half_on_cpu
 
 
 def dense_ffn(
@@ -30,7 +43,7 @@ def dense_ffn(
         down: [E, H, d].
         act: "silu", "relu", or a function.
         shift: [T], taken from a token's every hidden unit before the activation.
-        as_stored: Whether the weights are multiplied as they are stored (see STORED_TOKENS).
+        as_stored: Whether the weights are multiplied as they are stored (see `stored_is_faster`).
 
     Returns:
         [T, H]: the sum over experts of (score * act(x @ up.T)) @ down.T. An inactive expert adds

@@ -22,7 +22,7 @@ from ..kernels import (
 from ..kernels.registry import KERNELS
 from ..kernels.tiles import tuned_tables
 from ..quantisation import ExpertWeights
-from .dense import STORED_TOKENS, dense_ffn
+from .dense import dense_ffn, stored_is_faster
 from .experts import ACTIVATIONS, Activation
 from .grouped import grouped_ffn
 from .union import union_ffn
@@ -94,7 +94,7 @@ class Plan(NamedTuple):
             return union_ffn(*operands, act=act, shift=shift)
         if self.strategy == "grouped":
             return grouped_ffn(*operands, act=act, shift=shift, backend=self.backend)
-        stored = len(x) <= STORED_TOKENS[device.compute_backend()]
+        stored = stored_is_faster(len(x), x.dtype, device.compute_backend())
         return dense_ffn(*operands, act=act, shift=shift, as_stored=stored)
 
 

@@ -6,7 +6,7 @@ The kernels do the same without reading the union on the host: `plan.Plan`.
 import mlx.core as mx
 
 from ..quantisation import ExpertWeights
-from .dense import STORED_TOKENS, dense_ffn
+from .dense import dense_ffn, stored_is_faster
 from .experts import Activation, host_values, weigh
 
 
@@ -38,6 +38,6 @@ def union_ffn(
         hidden = weigh(hidden, scores.T, act, shift)
         rows = mx.arange(len(union))
         return mx.gather_mm(hidden, down.plain().swapaxes(1, 2), rows, index).sum(axis=0)
-    stored = len(x) <= STORED_TOKENS["cpu"]
+    stored = stored_is_faster(len(x), x.dtype, "cpu")
     taken = up.take(index), down.take(index)
     return dense_ffn(x, scores, *taken, act=act, shift=shift, as_stored=stored)

@@ -1,6 +1,7 @@
 """What a kernel is to this package, and the object of MLX's that runs it."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -46,6 +47,13 @@ class Kernel:
         outputs = function(*sample.operands, **sample.settings, **extra)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return self.written(*outputs)
+
+    def exact(self, sample: "Sample") -> tuple[mx.array, ...]:
+        """The twin's outputs in float32: on a CPU where the GPU multiplies float32 as TF32."""
+        with mx.stream(mx.cpu) if mx.cuda.is_available() else nullcontext():
+            outputs = self.run(sample.widened())
+            mx.eval(outputs)
+        return outputs
 
 
 class Sample(NamedTuple):
