@@ -175,12 +175,13 @@ class EagleDrafter:
         levels = [(beam_tokens, scores, mx.full(top_k, -1, mx.int32))]
         beams = mx.arange(top_k)
         hidden = mx.repeat(out, top_k, axis=1)
-        ancestors = mx.zeros((top_k, 0), mx.bool_)
+        # Of each beam: all rows of the sequence, its ancestors, itself.
+        mask, itself = mx.ones((top_k, num_rows), mx.bool_), mx.eye(top_k, dtype=mx.bool_)
+        positions = mx.repeat(mx.arange(self.length, self.length + depth), top_k)
         for level in range(depth):
-            ancestors = mx.concatenate([ancestors, mx.eye(top_k) > 0], axis=1)
-            mask = mx.concatenate([mx.ones((top_k, num_rows), mx.bool_), ancestors], axis=1)
-            positions = mx.full(top_k, self.length + level, mx.int32)
-            out = self.head(self.embed(beam_tokens), hidden, self.cache, positions, mask)
+            mask = mx.concatenate([mask, itself], axis=1)
+            at = positions[level * top_k : (level + 1) * top_k]
+            out = self.head(self.embed(beam_tokens), hidden, self.cache, at, mask)
             children, logprobs = self.top_tokens(out, top_k)
             children, child_scores = children.flatten(), (scores[:, None] + logprobs).flatten()
             levels.append((children, child_scores, mx.repeat(beams, top_k)))
@@ -188,11 +189,11 @@ class EagleDrafter:
             parent = best // top_k
             beams = top_k + level * top_k**2 + best.astype(mx.int32)
             beam_tokens, scores = children[best], child_scores[best]
-            hidden, ancestors = out[:, parent], ancestors[parent]
+            hidden, mask = out[:, parent], mask[parent]
         self.drop_scratch_rows()
         columns = zip(*levels, strict=True)
         tokens, scores, parents = (mx.concatenate(list(column)) for column in columns)
-        return Tree.best(mx.array([root]), tokens, scores, parents, total_tokens)
+        return Tree.best(mx.array([root]), tokens, scores, parents, total_tokens, depth + 1)
 
     def embed(self, tokens: mx.array) -> mx.array:
         """The target's scaled embeddings of tokens [T], as [1, T, H]."""
@@ -206,9 +207,13 @@ class EagleDrafter:
 
     def top_tokens(self, out: mx.array, top_k: int) -> tuple[mx.array, mx.array]:
         """The likeliest tokens after each row of out [1, T, H], and their logprobs, [T, K]."""
-        logprobs = self.logprobs(out[0])
-        best = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[:, :top_k]
-        order = mx.argsort(-mx.take_along_axis(logprobs, best, axis=-1), axis=-1)
+        logits = self.head_logits(out[0]).astype(mx.float32)
+        best = mx.argpartition(logits, kth=-top_k, axis=-1)[:, -top_k:]
+        values = mx.take_along_axis(logits, best, axis=-1)
+        order = mx.argsort(-values, axis=-1)
         best = mx.take_along_axis(best, order, axis=-1)
+        values = mx.take_along_axis(values, order, axis=-1)
         tokens = best if self.frequent is None else self.frequent[best]
-        return tokens.astype(mx.int32), mx.take_along_axis(logprobs, best, axis=-1)
+        # Rounding may leave a sure token just above 0, and then above its parent.
+        logprobs = mx.minimum(values - mx.logsumexp(logits, axis=-1, keepdims=True), 0)
+        return tokens.astype(mx.int32), logprobs

@@ -23,12 +23,14 @@ class Tree:
         ranks: int32 [n], the order in which nodes were chosen, root 0: the nodes of rank below
             m are the tree that the drafter would have proposed for size m.
         is_chain: Whether every node's parent is the node before it; causal attention serves then.
+        levels: The depth that no node exceeds; unknown if None.
     """
 
     tokens: mx.array
     parents: mx.array
     ranks: mx.array
     is_chain: bool = False
+    levels: int | None = None
 
     def __post_init__(self):
         check_size(len(self))
@@ -65,6 +67,7 @@ class Tree:
         scores: mx.array,
         parents: mx.array,
         total_tokens: int,
+        levels: int | None = None,
     ) -> "Tree":
         """The best candidates of a dynamic tree under a root, in level order (EAGLE-2's rerank).
 
@@ -77,6 +80,7 @@ class Tree:
             scores: Cumulative log-probabilities float32 [N], none above 0.
             parents: Each candidate's parent among the candidates [N], -1 under the root.
             total_tokens: Most nodes to keep, root included.
+            levels: The depth that no candidate exceeds, if known.
         """
         check_size(total_tokens)
         chosen = best_first(scores)[: total_tokens - 1]
@@ -89,6 +93,7 @@ class Tree:
             mx.concatenate([root.astype(mx.int32), tokens[nodes].astype(mx.int32)]),
             mx.concatenate([first - 1, above.astype(mx.int32)]),
             mx.concatenate([first, by_index.astype(mx.int32) + 1]),
+            levels=levels,
         )
 
     @cached_property
@@ -96,10 +101,12 @@ class Tree:
         """bool [n, n]: row i is True at node i and its ancestors."""
         index = mx.arange(len(self))
         reach = (self.parents[:, None] == index) | (index[:, None] == index)
-        # Each product doubles the number of generations that a row sees.
-        for _ in range((len(self) - 1).bit_length()):
-            reach = (reach.astype(mx.float32) @ reach.astype(mx.float32)) > 0
-        return reach
+        sees = reach.astype(mx.float32)
+        # Each product doubles the number of generations that a row sees, one at first.
+        generations, wanted = 1, len(self) - 1 if self.levels is None else self.levels
+        while generations < wanted:
+            sees, generations = mx.minimum(sees @ sees, 1), 2 * generations
+        return sees > 0
 
     @cached_property
     def positions(self) -> mx.array:
