@@ -36,7 +36,7 @@ def launch(
 
     Args:
         h: [E, T, d], as `up` leaves it.
-        active: [1 + E], likewise.
+        active: [1 + E] or longer, likewise.
         weights: [E, H, d].
         backend: "metal" or "cuda".
         tile: How it is cut; None for the table's choice.
@@ -54,7 +54,7 @@ def launch(
 def twin(h: mx.array, active: mx.array, weights: ExpertWeights) -> mx.array:
     """`launch` in plain operations."""
     dtype, listed = h.dtype, mx.arange(len(h)) < active[0]
-    order = mx.where(listed, active[1:], 0)
+    order = mx.where(listed, active[1 : 1 + len(h)], 0)
     wide = weights.plain()[order].astype(mx.float32)
     h = mx.where(listed[:, None, None], h, 0).astype(mx.float32)
     return (h @ wide.swapaxes(1, 2)).sum(axis=0).astype(dtype)

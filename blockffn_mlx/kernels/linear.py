@@ -17,8 +17,12 @@ from .tiles import Sizes, covers
 
 @cache
 def only_expert() -> mx.array:
-    """What the up kernel would leave of a union of one: its size, and the expert."""
-    return mx.array([1, 0], mx.uint32)
+    """What the up kernel would leave of a union of one: its size, the expert, and zeros.
+
+    Eight numbers and more, or MLX would pass it in another address space than the list that the
+    probe tries.
+    """
+    return mx.array([1] + 8 * [0], mx.uint32)
 
 
 def arguments(
