@@ -1,8 +1,8 @@
 """Files that a user names: home folders, what is a plain file, and writing one as a whole."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,7 +52,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         OSError: If it cannot be written.
     """
-    handle, part = tempfile.mkstemp(prefix=f".{path.name[:40]}.", dir=path.parent)
+    part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with open(handle, "wb") as file:
             yield file

@@ -97,8 +97,8 @@ def train(config: TrainingConfig, args: argparse.Namespace) -> int:
         save_adapter(adapter, model, config.lora, args.finetune)
     merges = config.lora is not None and is_quantized(model)
     merge_lora(model, args.dequantize)
-    if merges and (merged := trainer.log_merged()):
-        console.print(merged_line(trainer.log.read(), merged, args.dequantize))
+    if merges:
+        console.print(merged_line(trainer.log.read(), trainer.log_merged(), args.dequantize))
     if trainer.group.rank() == 0:
         path = trainer.output / "model"
         save_model(path, model, tokenizer, getattr(mx, config.optimizer.dtype))
@@ -108,8 +108,10 @@ def train(config: TrainingConfig, args: argparse.Namespace) -> int:
     return 0
 
 
-def merged_line(records: list[dict], merged: dict, dequantized: bool) -> str:
+def merged_line(records: list[dict], merged: dict | None, dequantized: bool) -> str:
     """What a merge into packed weights has cost, against the last evaluation of the training."""
+    if merged is None:
+        return "LoRA is merged; without validation text nothing says what that cost"
     trained = [record["all"] for record in records if record["kind"] == "evaluation"]
     before = f"{trained[-1]['loss']:.4f} as trained, " if trained else ""
     line = f"validation loss: {before}{merged['all']['loss']:.4f} as saved"

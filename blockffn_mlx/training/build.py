@@ -1,6 +1,7 @@
 """What a run starts from and leaves behind: model, tokenizer and corpus; the finished folder."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .data import Corpus, read_files
 from .lora import add_lora, merge_lora
 from .packed import read_packed
 from .text import read_documents
-from .tokenizer import keep_tokenizer, kept_tokenizer, train_tokenizer
+from .tokenizer import keep_tokenizer, kept_tokenizer, save_tokenizer, train_tokenizer
 
 
 def build_model(args: ModelArgs, settings: Initialisation, seed: int) -> Model:
@@ -233,7 +234,7 @@ def save_model(
         parameters=get_total_parameters(model),
         quantization=_quantization(model) if packed else None,
         generation_config=generation_config,
-        save_tokenizer=tokenizer.save_pretrained if tokenizer is not None else None,
+        save_tokenizer=None if tokenizer is None else partial(save_tokenizer, tokenizer=tokenizer),
         source=base.folder if base else None,
         overwrite=overwrite,
     )

@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 
 from ..models.blockffn import ModelArgs
+from ..paths import expand
 from .tables import build_table, check_ranges, override_setting
 from .text import read_text
 
@@ -55,6 +56,9 @@ class Data:
 
     def __post_init__(self):
         check_ranges(self, at_least={"vocab_size": 259, "validation_tokens": 2})
+        self.path, self.validation = (
+            [str(expand(path)) for path in paths] for paths in (self.path, self.validation)
+        )
         if self.vocab_size > MOST_TOKEN_KINDS:
             raise ValueError(f"vocab_size is {self.vocab_size}, above {MOST_TOKEN_KINDS:,}.")
         if not 0 <= self.held_out < 1:
@@ -277,6 +281,7 @@ class TrainingConfig:
         check_ranges(self, at_least=dict.fromkeys(counts, 1) | {"seed": 0})
         if not self.output or "\0" in self.output:
             raise ValueError("output names no folder.")
+        self.output = str(expand(self.output))
         for stage in self.stage:
             if stage.context % self.sparsity.chunk_length:
                 raise ValueError(

@@ -40,7 +40,9 @@ def save_state(folder: Path, step: int, arrays: dict, state: dict, keep: int) ->
     if path.exists():
         path.rename(_fresh(folder / f"damaged-{path.name}"))
     with atomic_folder(path) as partial:
-        mx.save_safetensors(str(partial / ARRAYS), dict(named_arrays(arrays)))
+        # Through a Python file, so that a full disk is an OSError that says so.
+        with open(partial / ARRAYS, "wb") as file:
+            mx.save_safetensors(file, dict(named_arrays(arrays)))
         content = {
             **state,
             "step": step,

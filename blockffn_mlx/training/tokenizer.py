@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ..checkpoints.atomic_folder import atomic_folder
+from ..checkpoints.tokenizer_checks import run_safely
 from ..checkpoints.tokenizer_files import open_tokenizer
 
 
@@ -29,7 +30,16 @@ def keep_tokenizer(folder: Path, tokenizer: Any):
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     with atomic_folder(folder) as partial:
-        tokenizer.save_pretrained(partial)
+        save_tokenizer(partial, tokenizer)
+
+
+def save_tokenizer(folder: Path, tokenizer: Any):
+    """Writes a tokenizer's files; a full disk is an error of the library's own kind.
+
+    Raises:
+        ValueError: They cannot be written.
+    """
+    run_safely(lambda: tokenizer.save_pretrained(folder), "the tokenizer cannot be written")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

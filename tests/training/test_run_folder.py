@@ -295,3 +295,48 @@ def test_a_tokenizers_own_code_never_runs_and_nobody_is_asked(trained, answer):
     assert not ran.exists()
     assert "Traceback" not in done.stderr and "[y/N]" not in done.stdout + done.stderr
     assert done.returncode == 0 or done.stderr.count("\n") == 1
+
+
+LIMITED = """
+import resource, sys
+limit = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+from blockffn_mlx.cli.train import main
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("limit", [3_000, 20_000, 60_000])
+def test_a_full_disk_is_one_line_and_the_run_goes_on(folder, limit):
+    """Files that may not grow stand for a disk without room."""
+    settings = [word for override in SHORT for word in ("--set", override)]
+    arguments = [sys.executable, "-c", LIMITED, str(limit), str(folder / "run.toml"), *settings]
+    done = subprocess.run(arguments, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    done = command(str(folder / "run.toml"), *settings)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_killed_checkpoints_left_is_removed(trained):
+    """The run's own; a folder beside it that merely looks so stays."""
+    states = trained / "run" / "checkpoints"
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from blockffn_mlx.checkpoints.atomic_folder import atomic_folder\n"
+        "with atomic_folder(Path(sys.argv[1])): os._exit(9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(states / "step-00000099")])
+    assert len(list(states.glob(".*.partial"))) == 1
+    (states / ".mine.partial").mkdir()
+    (states / ".mine.partial" / "notes").write_text("x")
+    assert make_trainer(trained, *SHORT).train()
+    assert [path.name for path in states.glob(".*.partial")] == [".mine.partial"]
+
+
+def test_a_home_folder_is_filled_in(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    overrides = ["output='~/homely'", "data.path=['~/text.txt']"]
+    config = load_config(folder / "run.toml", overrides)
+    assert config.output == str(folder / "homely") and config.data.path == [f"{folder}/text.txt"]
+    with pytest.raises(ValueError, match="no such home folder"):
+        load_config(folder / "run.toml", ["output='~nobody_of_that_name/x'"])
