@@ -1,7 +1,6 @@
 """`blockffn-bench kernels`: what a feed-forward layer costs by tokens and active experts."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from .. import device
 from ..analysis.doctor import seconds_per_call
 from ..analysis.passes import trace_layer
 from ..checkpoints.load import model_folder
+from ..checkpoints.reader import read_json
 from ..ffn import Plan, make_plan
 from ..kernels import MAX_TOKENS, Sizes, random_layer
 from ..kernels.graph import Graph
@@ -91,7 +91,7 @@ def check_sizes(args: argparse.Namespace):
         file = model_folder(args.model) / "config.json"
         if not file.is_file():
             raise ValueError(f"no {file}: give a converted folder, or demo")
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_json(file)
         names = {"num_layers": "num_hidden_layers"}
         for name in ("hidden_size", "expert_size", "num_experts", "num_layers"):
             if not isinstance(config.get(names.get(name, name)), int):

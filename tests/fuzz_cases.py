@@ -235,7 +235,12 @@ def converted(folder: Path) -> Callable[[random.Random], Read]:
             (odd_one / name).write_text(json.dumps(content))
         name = rng.choice(names)
         write_json(odd_one / name, mutated_json(contents[name], rng), rng)
-        return lambda: bf.load(str(odd_one), lazy=True)
+
+        def read():
+            model, _ = bf.load(str(odd_one), lazy=True)
+            mx.eval(model(mx.array([[1, 2, 3]])))
+
+        return read
 
     return case
 

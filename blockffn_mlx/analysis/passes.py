@@ -1,6 +1,5 @@
 """The passes of a model as graphs: plain decoding, a chunk, a prompt. No weight is ever made."""
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from mlx_lm.utils import _get_classes
 
 from ..checkpoints.hub import download_config, is_local
 from ..checkpoints.load import DEMO, model_folder
+from ..checkpoints.reader import read_json
 from ..ffn import MAX_CHUNK, BlockFFN, chunk_union_ffn
 from ..kernels.graph import Graph, trace
 from ..models.blockffn import Model, ModelArgs
@@ -92,11 +92,8 @@ def read_config(model: str) -> dict[str, Any]:
     """
     path = model_folder(model) if model == DEMO or is_local(model) else download_config(model)
     file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON ({error})") from error
-    if not isinstance(config, dict) or "model_type" not in config:
+    config = read_json(file)
+    if "model_type" not in config:
         raise ValueError(f"{file} names no model_type")
     return config
 

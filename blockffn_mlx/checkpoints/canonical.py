@@ -233,7 +233,7 @@ def checked_config(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("ffn_type") == "moe" or config.get("num_shared_experts"):
         raise ValueError("this is a baseline mixture of experts, not a BlockFFN model.")
     if config.get("ffn_type", "block") not in ("vanilla", "block", "block_linear"):
-        raise ValueError(f"config.json: ffn_type {config['ffn_type']!r} is unknown.")
+        raise ValueError(f"config.json: ffn_type {config['ffn_type']!r:.60} is unknown.")
     # Two more are not used, but deserve a warning where they are wrong.
     checked = {name: config.get(name) for name in ("intermediate_size", "v_head_dim")}
     for field in dataclasses.fields(ModelArgs):

@@ -11,9 +11,9 @@ import numpy as np
 
 from ..models.eagle import EagleHead, HeadArgs
 from ..quantisation import packed_settings
-from . import reader as checkpoint
 from .files import parse_json, read_file, read_json, read_text
 from .names import split_fused, strip_prefixes
+from .reader import check_kinds, load_pickle, open_checkpoint
 
 # Tensors that some checkpoints hold and no head uses: the target's own serve.
 UNUSED = ("embed_tokens.weight", "lm_head.weight", "layers.0.input_layernorm.weight")
@@ -35,7 +35,7 @@ def read_head(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
         ValueError: If the folder holds no EAGLE head, or damaged files.
     """
     config = read_json(path / "config.json")
-    tensors = checkpoint.open_checkpoint(path)
+    tensors = open_checkpoint(path)
     named = dict(zip(strip_prefixes(tensors), tensors.values(), strict=True))
     raw_names = dict(zip(named, tensors, strict=False))
     if "fc.weight" not in named:
@@ -45,6 +45,7 @@ def read_head(path: Path) -> tuple[dict[str, Any], dict[str, mx.array]]:
     split_fused(named, raw_names, "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), query_rows)
     split_fused(named, raw_names, "mlp.gate_up_proj", ("gate_proj", "up_proj"))
     kept = {n: w for n, w in named.items() if n not in UNUSED and "rotary_emb" not in n}
+    check_kinds(kept)
     _check_sizes(path, args, {name: info.shape for name, info in kept.items()})
     return config, {name: info.read() for name, info in kept.items()}
 
@@ -183,7 +184,7 @@ def read_ids(file: Path) -> list[Any]:
     elif file.suffix == ".json":
         content = parse_json(read_text(file, MAX_LIST_BYTES), file)
     else:
-        content = checkpoint.load_pickle(file)
+        content = load_pickle(file)
     return list(content) if isinstance(content, (list, tuple, dict)) else []
 
 

@@ -18,7 +18,7 @@ from ..ffn.experts import ExpertLinear, QuantizedExpertLinear
 from ..models import find_architecture
 from ..models.blockffn import Model
 from ..paths import expand
-from ..quantisation import BITS, MODE_DEFAULTS
+from ..quantisation import packed_settings
 from .atomic_folder import MODEL_FILE, TargetBusy, TargetExists
 from .cache import cached_path, folder_state, is_cached, kept_commit, writable_path
 from .canonical import LAYER, checked_config
@@ -26,7 +26,7 @@ from .convert import convert
 from .folder import Origin, end_ids
 from .hub import Progress, commit_of, download, is_local, remember, snapshot_folder
 from .links import refuse_links
-from .reader import open_checkpoint, read_json
+from .reader import check_kinds, open_checkpoint, read_json
 from .tokenizer_files import open_tokenizer
 
 # The model that comes with the package: its name, and its converted folder.
@@ -206,21 +206,23 @@ def _load_folder(
     folder = origin.folder
     refuse_links(folder)
     config = {**read_json(folder / "config.json"), **(model_config or {})}
-    tensors = open_checkpoint(folder)  # names what is missing or truncated, which mlx-lm does not
+    tensors = open_checkpoint(folder)
+    check_kinds(tensors)
     try:
         model = _build(config, set(tensors))
         weights: dict[str, mx.array] = {}
         for file in sorted({info.path for info in tensors.values()}):
             weights.update(load_arrays(file))
         weights = model.sanitize(weights)
-        if settings := _quantization(config):
+        if (entry := config.get("quantization")) is not None:
+            common, own = packed_settings(entry)
             nn.quantize(
                 model,
-                **settings.pop(""),
+                **common._asdict(),
                 class_predicate=lambda path, module: (
                     f"{path}.scales" in weights
                     and hasattr(module, "to_quantized")
-                    and settings.get(path, True)
+                    and own.get(path, True)
                 ),
             )
         model.load_weights(list(weights.items()), strict=True)
@@ -248,23 +250,6 @@ def _build(config: dict[str, Any], names: set[str]) -> Model:
     if args.num_hidden_layers != layers:
         raise ValueError(f"num_hidden_layers {args.num_hidden_layers}, but weights of {layers}")
     return model_class(args)
-
-
-def _quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """How each module was packed, by its path; by "" for all that are not named."""
-    entry = config.get("quantization")
-    if entry is None:
-        return {}
-    own = {path: value for path, value in entry.items() if isinstance(value, (dict, bool))}
-    own[""] = {name: entry[name] for name in ("group_size", "bits", "mode") if name in entry}
-    for settings in own.values():
-        if isinstance(settings, dict) and not (
-            settings.get("group_size") in (16, 32, 64, 128)
-            and settings.get("bits") in BITS
-            and settings.get("mode", "affine") in MODE_DEFAULTS
-        ):
-            raise ValueError(f"its quantization {str(settings)[:80]} makes no sense")
-    return own
 
 
 def unpack(model: nn.Module):

@@ -76,6 +76,24 @@ def open_checkpoint(path: str | Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def check_kinds(tensors: dict[str, TensorInfo]):
+    """Checks that a model's tensors hold weights, plain or as mx.quantize packs them.
+
+    Raises:
+        ValueError: If one holds other numbers, with which no layer can compute.
+    """
+    for name, info in tensors.items():
+        floating = mx.issubdtype(info.dtype, mx.floating)
+        if name.endswith(".scales"):  # bytes in the modes other than affine
+            good = floating or info.element == "uint8"
+        elif name.removesuffix("weight") + "scales" in tensors and name.endswith(".weight"):
+            good = info.element == "uint32"
+        else:
+            good = floating
+        if not good:
+            raise ValueError(f"{info.path} holds {name[:80]} as {info.element}: no weights are.")
+
+
 class _StaleIndex(OSError, ValueError):
     """An index that does not fit the files beside it, which are missing or others."""
 

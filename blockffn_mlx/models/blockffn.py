@@ -65,14 +65,15 @@ class ModelArgs(BaseModelArgs):
         }
         for field, allowed in choices.items():
             if (value := getattr(self, field)) not in allowed:
-                raise ValueError(f"config: {field} {value!r} is not one of {', '.join(allowed)}")
+                names = ", ".join(allowed)
+                raise ValueError(f"config: {field} {value!r:.60} is not one of {names}")
         if self.rope_scaling is not None and not (
             self.rope_scaling.get("type") in ("linear", "dynamic")
             and self.rope_scaling.get("factor", 0) >= 1
         ):
             raise ValueError(
-                f"config: rope_scaling {self.rope_scaling} needs type linear or dynamic and a "
-                "factor of at least 1"
+                f"config: rope_scaling {self.rope_scaling!r:.60} needs type linear or dynamic and "
+                "a factor of at least 1"
             )
 
     @property

@@ -415,3 +415,22 @@ def test_cache_list_and_clear(capsys, monkeypatch, cache):
         assert convert_main() == 0
         assert expected in capsys.readouterr().out
     assert not any(cache.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("model.embed_tokens.weight", mx.int32),
+        ("model.norm.weight", mx.uint8),
+        ("model.layers.0.mlp.router_proj.weight", mx.bool_),
+        ("model.layers.0.mlp.up_proj.weight", mx.uint32),
+    ],
+)
+def test_numbers_that_are_no_weights_are_refused(tmp_path, converted, name, dtype):
+    folder = tmp_path / "m"
+    shutil.copytree(converted("gqa_block"), folder)
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights[name] = weights[name].astype(dtype)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    with pytest.raises(ValueError, match="no weights are"):
+        bf.load(str(folder))

@@ -126,3 +126,14 @@ def test_fused_projections_and_prefixes_of_a_head(tmp_path):
     _, split = read_head(folder)
     assert split.keys() == plain.keys()
     assert all(mx.array_equal(split[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("dtype", [mx.int32, mx.uint8, mx.bool_])
+def test_numbers_that_are_no_weights_are_refused(tmp_path, dtype):
+    model, folder = tiny_model(), tmp_path / "head"
+    save_head(folder, random_head(model))
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["fc.weight"] = weights["fc.weight"].astype(dtype)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    with pytest.raises(ValueError, match="no weights are"):
+        load_draft(folder, model)
