@@ -6,15 +6,21 @@ process, and an id beyond the embedding's rows is read from whatever lies behind
 
 import base64
 import binascii
+import codecs
 import json
-from collections.abc import Callable, Iterable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from .files import check_folder, parse_json, read_text
+from .files import check_folder, parse_json, read_json, read_text
 
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_TOKENIZER_BYTES = 128 << 20  # the largest of those in use have 35 MB
 MAX_IDS = 1 << 22  # where no embedding is known; lists of that length are made
 MAX_PIECE_LENGTH = 512  # the library's tree of pieces is taken apart recursively
@@ -53,8 +59,36 @@ def check_tokenizer_folder(folder: Path, vocab_size: int = MAX_IDS):
         ValueError: If one is damaged, far too large or dangerous, or has ids without a row.
     """
     check_folder(folder)
+    for name in SETTINGS:
+        if (folder / name).is_file():
+            read_json(folder / name)
     if (folder / "tokenizer.json").exists():
         read_fast_text(folder / "tokenizer.json", vocab_size)
+
+
+@contextmanager
+def without_marks(folder: Path) -> Iterator[Path]:
+    """The folder, or a copy of its tokenizer files without the byte-order marks that some have.
+
+    Editors of Windows leave such marks, and the libraries take them for damage.
+    """
+    names = [name for name in ("tokenizer.json", *SETTINGS) if (folder / name).is_file()]
+    if not any(_first_bytes(folder / name).startswith(MARKS) for name in names):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as place:
+        for file in folder.iterdir():
+            if file.name in names:
+                text = read_text(file, MAX_TOKENIZER_BYTES)
+                (Path(place) / file.name).write_text(text, encoding="utf-8")
+            elif file.suffix in (".jinja", ".model") and file.is_file():
+                shutil.copy(file, place)
+        yield Path(place)
+
+
+def _first_bytes(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(3)
 
 
 def read_fast_text(path: Path, vocab_size: int = MAX_IDS) -> str:

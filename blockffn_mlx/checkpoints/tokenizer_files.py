@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from ..paths import expand
 from .hub import download, is_local
 from .links import refuse_links
-from .tokenizer_checks import MAX_IDS, check_ids, check_tokenizer_folder, run_safely
+from .tokenizer_checks import MAX_IDS, check_ids, check_tokenizer_folder, run_safely, without_marks
 
 TOKENIZER_FILES = ["*.json", "*.jinja", "tokenizer.model"]
 
@@ -43,9 +43,12 @@ def open_tokenizer(
     check_tokenizer_folder(folder, vocab_size)
     # Given a config, transformers reads only the tokenizer's own files.
     safe = {"trust_remote_code": False, "config": PreTrainedConfig()}
-    loaded = run_safely(
-        lambda: load_tokenizer(folder, {**(settings or {}), **safe}, eos_token_ids=eos_token_ids),
-        f"{folder} holds no tokenizer that can be used",
-    )
+    with without_marks(folder) as place:
+        loaded = run_safely(
+            lambda: load_tokenizer(
+                place, {**(settings or {}), **safe}, eos_token_ids=eos_token_ids
+            ),
+            f"{folder} holds no tokenizer that can be used",
+        )
     check_ids(loaded, vocab_size, folder)
     return loaded

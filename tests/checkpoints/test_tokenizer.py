@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from blockffn_mlx.checkpoints import tokenizer as tokenizer_module
 from blockffn_mlx.checkpoints.tokenizer import read_tokenizer
 from blockffn_mlx.checkpoints.tokenizer_checks import check_ids, check_tokenizer_folder
+from blockffn_mlx.checkpoints.tokenizer_files import open_tokenizer
 from helpers.models import GOLDEN
 
 SOURCE = GOLDEN / "gqa_block"
@@ -161,6 +162,37 @@ def test_byte_order_marks(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
     assert read_tokenizer(tmp_path, VOCAB_SIZE).tokenizer.encode("hello").ids[0] == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_byte_order_marks_in_a_folder_that_is_loaded(tmp_path, name, encoding):
+    read_tokenizer(SOURCE, VOCAB_SIZE).save(tmp_path)
+    expected = open_tokenizer(tmp_path)
+    path = tmp_path / name
+    path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
+    found = open_tokenizer(tmp_path)
+    assert found.encode("hello 中") == expected.encode("hello 中")
+    assert found.chat_template == expected.chat_template
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
+)
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "pointer of Git LFS"),
+        ('{"a": ' * 5000 + "1" + "}" * 5000, "JSON|deep"),
+        ("[]", "JSON object"),
+    ],
+    ids=["lfs", "deep", "list"],
+)
+def test_damaged_files_of_a_folder_that_is_loaded(tmp_path, name, content, reason):
+    read_tokenizer(SOURCE, VOCAB_SIZE).save(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}.*({reason})"):
+        open_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
