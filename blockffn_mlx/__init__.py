@@ -94,5 +94,5 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 # The commands print the sentence themselves.
-if not os.path.basename(sys.argv[0] if sys.argv else "").startswith("blockffn-"):
+if not os.path.basename(sys.argv[0] if sys.argv else "").startswith(("blockffn-", "convert.py")):
     require_backend()

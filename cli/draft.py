@@ -7,7 +7,9 @@ from typing import Any
 from rich.progress import MofNCompleteColumn
 
 from ..speculative import SpeculationStats, make_drafter, make_policy
+from ..speculative.tree import MAX_NODES
 from .common import loading_progress
+from .flags import Number
 
 
 def add_draft_flags(parser: argparse.ArgumentParser, default: str = "none"):
@@ -31,10 +33,15 @@ def add_draft_flags(parser: argparse.ArgumentParser, default: str = "none"):
     parser.add_argument(
         "--num-draft-tokens",
         dest="draft_width",
-        type=lambda text: str(int(text) + 1),
+        type=width_of_drafts,
         metavar="N",
         help="the same as a width of N + 1",
     )
+
+
+def width_of_drafts(typed: str) -> str:
+    """The width of a chunk that drafts so many tokens: the one before them is verified as well."""
+    return str(Number(int, 0, MAX_NODES - 1)(typed) + 1)
 
 
 def draft_options(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -41,8 +41,10 @@ class Number:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
         fits = self.low <= value <= self.high and math.isfinite(value)
         if not fits and value != self.special:
-            top = "" if self.high == math.inf else f" to {self.high}"
-            raise argparse.ArgumentTypeError(f"{text} is outside {self.low}{top}")
+            span = f"at least {self.low}"
+            if self.high < math.inf:
+                span = f"from {self.low} to {self.high}"
+            raise argparse.ArgumentTypeError(f"{text} is outside its range: {span}")
         return value
 
 

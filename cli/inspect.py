@@ -12,13 +12,14 @@ from rich.text import Text
 from ..analysis.quality import text_loss
 from ..analysis.sparsity import SparsityReport, router_scores, sparsity_of_scores
 from ..paths import expand, plain_file
-from ..prompt import as_prompt, check_ids
+from ..prompt import as_prompt, check_ids, encode_text
 from .common import add_model_flags, load_for_text, make_parser, print_json, read_stdin, run_main
 from .flags import COUNT, text
 from .sparsity_view import heat_map_for, layer_table, save_svg
 from .terminal import PlainConsole
 
 PROG = "blockffn-inspect"
+MAX_TEXT = 64 << 20  # bytes of a text that is measured
 
 
 def parser() -> argparse.ArgumentParser:
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             if args.tokens:
                 console.print(token_table(active, tokens))
     if measured is not None:
-        ids = as_prompt(tokenizer, measured).ids
+        ids = encode_text(tokenizer, measured).ids
         check_ids(ids, model.args.vocab_size)
         document["loss"] = text_loss(model, ids)
         if not args.json:
@@ -84,11 +85,15 @@ def read_text(name: str) -> str:
     """A file that is measured.
 
     Raises:
-        ValueError: If it is not text in UTF-8.
+        ValueError: If it is not text in UTF-8, or has no end in sight.
         OSError: If it cannot be read.
     """
+    with open(expand(name), "rb") as file:
+        content = file.read(MAX_TEXT + 1)
+    if len(content) > MAX_TEXT:
+        raise ValueError(f"{name} is longer than {MAX_TEXT >> 20} MB: give a part of it")
     try:
-        return expand(name).read_text(encoding="utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{name} is not text in UTF-8") from None
 

@@ -289,6 +289,7 @@ def refused(result) -> str:
         ["--extra-eos-token", "99999999"],
         ["--chat-template-config", "[" * 100_000],
         ["--raw", "--system-prompt", "x"],
+        ["--draft", "lookup", "--num-draft-tokens", "64"],
         ["--q-bits", "4"],
     ],
     ids=lambda flags: " ".join(flags)[:40],
@@ -364,6 +365,8 @@ def test_inspect_says_what_it_leaves_out(converted, tmp_path):
     assert result.returncode == 0 and result.stderr == ""
     result = run("inspect", "demo", "-p", "hi")  # a single token
     assert result.returncode == 0 and result.stderr == ""
+    assert "64 MB" in refused(run("inspect", converted("gqa_block"), "--text", "/dev/zero"))
+    assert "too short" in refused(run("inspect", converted("gqa_block"), "--text", "/dev/null"))
     text.write_bytes(b"\xff\xfe")
     assert "UTF-8" in refused(run("inspect", converted("gqa_block"), "--text", text))
 

@@ -192,7 +192,7 @@ def as_prompt(tokenizer: Any, prompt: Any) -> Prompt:
         ValueError: For an empty prompt, a batch, or text without a tokenizer.
     """
     if isinstance(prompt, Prompt):
-        return prompt
+        return _filled(prompt)
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError("this model has no tokenizer files: give token ids, not text")

@@ -80,6 +80,14 @@ def test_no_backend_is_one_sentence(command):
     assert "[cpu]" in one_line(result.stderr) and "[cuda13]" in result.stderr
 
 
+def test_the_clones_converter_says_the_sentence(tmp_path):
+    (tmp_path / "mlx").mkdir()
+    (tmp_path / "mlx" / "__init__.py").touch()  # a package without a core
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = run([sys.executable, ROOT / "convert.py", "--help"], env=environment)
+    assert result.returncode == 1 and "[cpu]" in one_line(result.stderr)
+
+
 @pytest.mark.parametrize("statement", ["import blockffn_mlx", "import blockffn_mlx.generate"])
 def test_without_a_backend_the_library_raises_an_import_error(statement):
     code = f"import sys; {NO_BACKEND}\ntry: {statement}\nexcept ImportError as e: print(e)"

@@ -176,6 +176,8 @@ def test_a_text_has_one_bos(published):
     assert as_prompt(published, "<s>hi").ids.count(published.bos_token_id) == 1
     assert RawFormat(published).prompt([("user", "hi")]).ids == ids
     assert as_prompt(None, mx.array([4, 5])) == Prompt([4, 5])
+    with pytest.raises(ValueError, match="empty"):
+        as_prompt(published, Prompt([]))
 
 
 @pytest.mark.parametrize("role, content", [("tool", "x"), ("user", None), ("user", ["x"])])
