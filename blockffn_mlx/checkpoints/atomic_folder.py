@@ -245,6 +245,8 @@ def _carry_over(old: Path, new: Path):
             continue
         elif os.path.lexists(kept):
             raise ValueError(f"{child} is not ours, and the new folder has one too: move it away.")
+        if any(os.path.ismount(place) for place, _, _ in os.walk(child)):
+            raise ValueError(f"{child} is or holds a mount point: unmount it first.")
         if child.is_symlink():
             kept.symlink_to(os.readlink(child))
         elif child.is_dir():

@@ -31,7 +31,7 @@ def convert_draft(
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> ConversionReport:
-    """Converts an EAGLE draft head; as `draft` inside a model's folder, `--draft auto` finds it.
+    """Converts an EAGLE draft head; as `draft` inside a model's folder, "auto" finds it.
 
     Args:
         hf_path: A folder or a Hub id.

@@ -43,6 +43,7 @@ WEIGHTS = ["pytorch_model*.bin", "model*.safetensors", *(f"*{kind}" for kind in 
 # Folders of a repository that are read: the model's own and that of its draft head.
 FOLDERS = (".", "draft")
 PROXIES = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+COMMIT = "[0-9a-f]{7,64}"
 FREE_SPACE_MARGIN = 256 << 20  # what stays free on the disk after a download, in bytes
 
 
@@ -159,6 +160,8 @@ def upload(folder: Path, repo: str, files: list[str]):
 def _ask(repo: str, revision: str | None) -> tuple[str, dict[str, int]]:
     """The commit of a revision, and the sizes of its files in bytes, by name."""
     info = HfApi(endpoint=ENDPOINT).model_info(repo, revision=revision, files_metadata=True)
+    if not re.fullmatch(COMMIT, str(info.sha)):
+        raise ValueError("the answer names no commit")
     return str(info.sha), {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 
@@ -176,7 +179,8 @@ def _files_of_model(names: Iterable[str]) -> list[str]:
     """
     wanted = []
     for folder in FOLDERS:
-        inside = {PurePosixPath(name).name: name for name in names if _parent(name) == folder}
+        here = (name for name in names if _parent(name) == folder and "\\" not in name)
+        inside = {PurePosixPath(name).name: name for name in here}
         weights = [name for name in inside if not NO_WEIGHTS.match(name)]
         sets = (fnmatch.filter(weights, pattern) for pattern in WEIGHTS)
         chosen = _any_of(inside, TEXTS) + next((found for found in sets if found), [])
@@ -222,7 +226,7 @@ def kept_snapshot(repo: str, revision: str | None = None) -> Path | None:
         ref = _ref(repo, revision)
         commit = ref.read_text().strip() if ref and ref.is_file() else revision or ""
         folder = snapshot_folder(repo, commit)
-        return folder if re.fullmatch("[0-9a-f]{6,64}", commit) and folder.is_dir() else None
+        return folder if re.fullmatch(COMMIT, commit) and folder.is_dir() else None
     except (OSError, ValueError):  # not even a name that a file could have
         return None
 
@@ -286,6 +290,8 @@ def _explained(error: Exception, repo: str, revision: str | None) -> ValueError 
             f"the Hub cannot be reached for {repo}: check the network, and the proxy that "
             "HTTPS_PROXY names."
         )
+    if isinstance(error, ValueError):
+        return OSError(f"{ENDPOINT} does not answer as the Hub does: check HF_ENDPOINT.")
     return OSError(f"the Hub cannot be reached for {repo}: check the network.")
 
 

@@ -118,6 +118,13 @@ def test_what_others_put_into_a_folder_is_kept(tmp_path, monkeypatch, exchanges)
         "draft/deep/head": "head",
     }
     assert (target / "link").is_symlink() and list(tmp_path.iterdir()) == [target]
+    # What a removal of the old folder would reach through a mount is not risked.
+    with monkeypatch.context() as changed:
+        changed.setattr(os.path, "ismount", lambda path: Path(path).name == "deep")
+        before = contents(target)
+        with pytest.raises(ValueError, match="draft is or holds a mount point"):
+            replace(target)
+        assert contents(target) == before
     # Their file and ours of one name: neither is lost.
     (target / "chat_template.jinja").write_text("theirs")
     before = contents(target)

@@ -141,6 +141,13 @@ def test_a_certificate_that_nobody_signed(tmp_path, monkeypatch):
             bf.load(REPO)
 
 
+@pytest.mark.parametrize("body", [b"<html>please log in</html>", b"[]", b'{"sha": "../../x"}'])
+def test_what_is_no_hub_is_said_to_be_none(server, monkeypatch, body):
+    monkeypatch.setattr(server, "listing", lambda *args: (200, {}, body, False))
+    with pytest.raises(OSError, match="does not answer as the Hub does|cannot be reached"):
+        bf.load(REPO)
+
+
 def test_where_no_server_answers():
     with pytest.raises(OSError, match="cannot be reached for .*: check the network"):
         bf.load(REPO)
@@ -195,6 +202,7 @@ def test_weights_are_told_by_what_they_are(server):
         (["a.pt", "optimizer.pt"], ["a.pt"]),
         (["model-1-of-2.safetensors", "model-2-of-2.safetensors", "x.bin"], None),
         (["sub/pytorch_model.bin", "draft/model.safetensors", "../x.bin"], None),
+        (["model.safetensors", "..\\x.json", "/x.json", "../../x.json"], ["model.safetensors"]),
     ],
 )
 def test_one_set_of_weights_is_chosen_in_each_folder(names, chosen):
