@@ -38,10 +38,12 @@ class Origin:
     Attributes:
         folder: The folder that was read.
         checkpoint: The folder that it was converted from; the same where nothing was converted.
+        name: What to call it: the Hub's id, or the checkpoint's folder.
     """
 
     folder: Path
     checkpoint: Path
+    name: str = ""
 
 
 def write_folder(

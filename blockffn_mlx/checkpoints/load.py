@@ -151,21 +151,21 @@ def _find(
             raise FileNotFoundError(
                 "no demo model came with this installation: name another model."
             )
-        return Origin(DEMO_FOLDER, DEMO_FOLDER)
+        return Origin(DEMO_FOLDER, DEMO_FOLDER, DEMO)
     if is_local(path_or_repo):
         checkpoint = expand(path_or_repo)
         if not checkpoint.is_dir():
             raise FileNotFoundError(f"{checkpoint} is not a folder: give a model folder or Hub id.")
         checkpoint = checkpoint.resolve()
-        source = str(checkpoint)
+        source, name = str(checkpoint), checkpoint.name
         state: Any = folder_state(checkpoint)
     else:
-        source = str(path_or_repo)
+        source = name = str(path_or_repo)
         state = revision or ""
         checkpoint = snapshot_folder(source, state)
     cached = cached_path(source, state, settings)
     if os.path.exists(cached):  # False too where one may not look
-        return Origin(cached, checkpoint)
+        return Origin(cached, checkpoint, name)
     if not is_local(path_or_repo):
         checkpoint = download(source, revision, on_progress)
     if _is_converted(checkpoint):
@@ -175,20 +175,20 @@ def _find(
                 "it, convert it to a folder of its own.",
                 stacklevel=3,
             )
-        return Origin(checkpoint, checkpoint)
+        return Origin(checkpoint, checkpoint, name)
     cached = writable_path(cached)
     while True:
         try:
             report = convert(source, cached, revision=revision, on_progress=on_progress, **settings)
         except TargetExists:  # another process was faster
-            return Origin(cached, checkpoint)
+            return Origin(cached, checkpoint, name)
         except TargetBusy:
             time.sleep(WAIT)
         else:
             for warning in report.warnings:
                 if not warning.startswith("config.json says"):  # published ones do, and are mended
                     warnings.warn(f"{path_or_repo}: {warning}", stacklevel=3)
-            return Origin(cached, checkpoint)
+            return Origin(cached, checkpoint, name)
 
 
 def _is_converted(folder: Path) -> bool:

@@ -230,7 +230,7 @@ def save_model(
         path,
         [weights],
         config,
-        origin={"source": base.folder.name if base else "training", "layout": "trained"},
+        origin={"source": base.name if base else "training", "layout": "trained"},
         parameters=get_total_parameters(model),
         quantization=_quantization(model) if packed else None,
         generation_config=generation_config,

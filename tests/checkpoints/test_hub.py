@@ -55,6 +55,7 @@ def test_a_model_is_downloaded_and_converted_once(server, cache):
     stages = []
     model, _ = bf.load(REPO, on_progress=lambda *call: stages.append(call))
     assert model.args.attention_type == "mla" and model.args.chat_tuned
+    assert model.origin.name == REPO and model.origin.checkpoint.name == COMMIT
     assert stages[0][0] == "download" and stages[-1][0] == "convert"
     wanted = {"config.json", "pytorch_model.bin", "tokenizer.model", "generation_config.json"}
     assert wanted <= asked_for(server)
