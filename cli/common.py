@@ -64,6 +64,11 @@ def run_main(prog: str, command: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         complain(prog, "interrupted")
         return launch.INTERRUPTED
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the tokenizers library; not an Exception
+            raise
+        complain(prog, f"the tokenizer fails: {error}")
+        return 1
 
 
 def say_warnings(prog: str):

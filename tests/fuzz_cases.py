@@ -208,7 +208,7 @@ def indexes(folder: Path) -> Callable[[random.Random], Read]:
 
 
 def configs(folder: Path) -> Callable[[random.Random], Read]:
-    sources = [GOLDEN / name for name in ("gqa_block", "mla_linear")]
+    sources = [GOLDEN / name for name in ("gqa_block", "mla_linear", "deco_simple")]
     known = [(open_checkpoint(source), read_json(source / "config.json")) for source in sources]
 
     def case(rng: random.Random) -> Read:
@@ -221,23 +221,30 @@ def configs(folder: Path) -> Callable[[random.Random], Read]:
 
 def converted(folder: Path) -> Callable[[random.Random], Read]:
     """What `load` reads of a folder that calls itself converted."""
-    good, odd_one = folder / "good", folder / "odd"
-    bf.convert(str(GOLDEN / "gqa_block"), str(good), quantize=True, q_group_size=32)
-    shutil.copytree(good, odd_one)
     names = [
         *("config.json", "generation_config.json", "tokenizer_config.json"),
         "model.safetensors.index.json",
     ]
-    contents = {name: read_json(good / name) for name in names}
+    folders, contents = [], []
+    for source, options in (
+        ("gqa_block", {"quantize": True, "q_group_size": 32}),
+        ("mla_linear", {}),
+        ("deco_simple", {}),
+    ):
+        bf.convert(str(GOLDEN / source), str(folder / source), **options)
+        folders.append(folder / source)
+        there = [name for name in names if (folder / source / name).exists()]
+        contents.append({name: read_json(folder / source / name) for name in there})
 
     def case(rng: random.Random) -> Read:
-        for name, content in contents.items():
-            (odd_one / name).write_text(json.dumps(content))
-        name = rng.choice(names)
-        write_json(odd_one / name, mutated_json(contents[name], rng), rng)
+        which = rng.randrange(len(folders))
+        for name, content in contents[which].items():
+            (folders[which] / name).write_text(json.dumps(content))
+        name = rng.choice(["config.json", *contents[which]])
+        write_json(folders[which] / name, mutated_json(contents[which][name], rng), rng)
 
         def read():
-            model, _ = bf.load(str(odd_one), lazy=True)
+            model, _ = bf.load(str(folders[which]), lazy=True)
             mx.eval(model(mx.array([[1, 2, 3]])))
 
         return read

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..checkpoints.tokenizer_checks import run_safely
+
 # Noncharacters of Unicode, which are for a program's own use and never part of a text: they stand
 # for places in it. `clean` keeps them out of what comes from outside.
 MARK, END_MARK, BREAK = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -47,7 +49,7 @@ def encode_text(tokenizer: Any, text: str) -> TokenText:
         text: The text; lone surrogates in it count as replacement characters.
 
     Raises:
-        ValueError: If the tokenizer cannot say which characters a token covers.
+        ValueError: If the tokenizer fails, or cannot say which characters a token covers.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -57,7 +59,10 @@ def encode_text(tokenizer: Any, text: str) -> TokenText:
     backend.no_truncation()
     backend.no_padding()
     bos = tokenizer.bos_token
-    encoding = backend.encode(text, add_special_tokens=bos is None or not text.startswith(bos))
+    add_bos = bos is None or not text.startswith(bos)
+    encoding = run_safely(
+        lambda: backend.encode(text, add_special_tokens=add_bos), "the tokenizer fails on this text"
+    )
     starts = [start for start, _ in encoding.offsets] + [len(text)]
     # The bytes of one character share its span, so that only the last of them ends it.
     ends = [

@@ -12,11 +12,13 @@ import pytest
 
 import blockffn_mlx as bf
 from blockffn_mlx.chat.conversation import Conversation
-from blockffn_mlx.checkpoints.tokenizer import CHAT_TEMPLATE
+from blockffn_mlx.checkpoints.tokenizer import CHAT_TEMPLATE, read_tokenizer
+from blockffn_mlx.checkpoints.tokenizer_files import open_tokenizer
 from blockffn_mlx.generate import respond
 from blockffn_mlx.prompt import BREAK, ChatFormat, Prompt, RawFormat, as_prompt, clean, encode_text
 from blockffn_mlx.prompt import template as limits
 from helpers.commands import run
+from helpers.models import GOLDEN
 from helpers.toy_chat import toy_folder, toy_model, toy_tokenizer
 
 NO_SYSTEM = (
@@ -260,3 +262,19 @@ def test_limits_leave_everything_as_it_was(tokenizer):
 def test_arguments_that_a_template_cannot_take(tokenizer, options):
     with pytest.raises(ValueError, match="chat template"):
         ChatFormat(tokenizer, options)
+
+
+@pytest.mark.parametrize("step", ["pre_tokenizer", "normalizer"])
+def test_a_tokenizer_that_fails_on_a_text_is_named(tmp_path, step):
+    pattern = {"Regex": "(a+)+$"}  # takes exponential time; the library gives up, in a panic
+    read_tokenizer(GOLDEN / "gqa_block", 384).save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content[step] = {
+        "pre_tokenizer": {"type": "Split", "behavior": "Isolated", "invert": False},
+        "normalizer": {"type": "Replace", "content": "x"},
+    }[step] | {"pattern": pattern}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = open_tokenizer(tmp_path)
+    assert encode_text(tokenizer, "hello").ids
+    with pytest.raises(ValueError, match="the tokenizer fails on this text"):
+        encode_text(tokenizer, "a" * 40 + "!")
