@@ -282,7 +282,15 @@ def fingerprint(model: Any) -> str:
     parameters = [
         (name, array.shape, str(array.dtype)) for name, array in named_arrays(model.parameters())
     ]
-    backends = [getattr(layer.mlp, "backend", None) for layer in model.layers]
-    facts = (device_name(), MLX_VERSION, vars(model.args), backends, sorted(parameters))
+    # A draft model may be any of mlx-lm's, whose layers have other parts.
+    layers = getattr(model, "layers", ())
+    backends = [getattr(getattr(layer, "mlp", None), "backend", None) for layer in layers]
+    facts = (
+        device_name(),
+        MLX_VERSION,
+        repr(getattr(model, "args", None)),
+        backends,
+        sorted(parameters),
+    )
     described = repr(facts)
     return hashlib.sha256(described.encode()).hexdigest()[:16]

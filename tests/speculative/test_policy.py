@@ -5,6 +5,7 @@ import math
 import random
 from pathlib import Path
 
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -317,6 +318,14 @@ def test_tables_are_kept_apart_by_model_and_precision():
     half.set_dtype(cost.mx.bfloat16)
     assert len({cost.fingerprint(m) for m in (model, other, half)}) == 3
     assert cost.fingerprint(tiny_model()) == cost.fingerprint(model)
+
+
+def test_any_network_has_a_fingerprint():
+    """A draft model may be one of mlx-lm's without args, or whose layers have no mlp."""
+    network = nn.Sequential(nn.Linear(2, 3))
+    assert cost.fingerprint(network) != cost.fingerprint(nn.Sequential(nn.Linear(2, 4)))
+    network.layers = [nn.Linear(2, 3)]
+    assert len(cost.fingerprint(network)) == 16
 
 
 def test_a_drafts_own_time_is_measured_once_and_kept(tmp_path):
