@@ -28,7 +28,7 @@ class Conversation:
     where: str = ""
 
 
-def read_conversation(messages: Any, tools: Any = None) -> Conversation:
+def read_conversation(messages: Any, tools: Any = None, where: str = "") -> Conversation:
     """Checks messages of a JSON record.
 
     Parts of text are joined, no content is an empty one where tools are called, a developer's
@@ -37,6 +37,7 @@ def read_conversation(messages: Any, tools: Any = None) -> Conversation:
     Args:
         messages: The record's `messages`.
         tools: Its `tools`.
+        where: The record's file and line, for later errors.
 
     Raises:
         ValueError: It cannot be understood.
@@ -45,7 +46,7 @@ def read_conversation(messages: Any, tools: Any = None) -> Conversation:
         raise ValueError("'messages' must be a list of messages.")
     if tools is not None and not (isinstance(tools, list) and all(map(_is_table, tools))):
         raise ValueError("'tools' must be a list of objects.")
-    conversation = Conversation([], tools or None)
+    conversation = Conversation([], tools or None, where=where)
     for number, message in enumerate(messages, 1):
         if not isinstance(message, dict):
             raise ValueError(f"message {number} is not an object with 'role' and 'content'.")

@@ -113,23 +113,23 @@ def encode_documents(documents: Iterable[str | Conversation], tokenizer: Any, na
             spoken = [True] * len(ids)
         else:
             encoder = encoder or ConversationEncoder(tokenizer)
-            ids, spoken = _encode(document, encoder)
+            ids, spoken = _encode_chat(document, tokenizer, encoder)
         tokens += ids
         turns += spoken
     arrays = np.array(tokens, np.int32), np.array(starts), np.array(turns, bool)
     return Source(name, *arrays, is_chat=encoder is not None)
 
 
-def _encode_chat(messages: list[dict], tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Token ids of messages, and which of them the assistant says."""
-    return _encode(read_conversation(messages), ConversationEncoder(tokenizer))
-
-
-def _encode(
-    conversation: Conversation, encoder: ConversationEncoder
+def _encode_chat(
+    conversation: Conversation | list[dict],
+    tokenizer: Any,
+    encoder: ConversationEncoder | None = None,
 ) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation, or of raw messages, and which of them the assistant says."""
+    if not isinstance(conversation, Conversation):
+        conversation = read_conversation(conversation)
     try:
-        return encoder.encode(conversation)
+        return (encoder or ConversationEncoder(tokenizer)).encode(conversation)
     except ValueError as error:
         where = f"{conversation.where}: " if conversation.where else ""
         raise ValueError(f"{where}{error}") from None

@@ -30,9 +30,12 @@ class RunLog:
         return [record for line in lines if (record := _record(line)) is not None]
 
     def truncate(self, step: int):
-        """Drops the records after a step: a resumed run's log reads like an unbroken one's."""
+        """Drops the records after a step: a resumed run's log reads like an unbroken one's.
+
+        What was measured of a merge goes too: the run's end measures it anew.
+        """
         if self.path.exists():
-            kept = [record for record in self.read() if record["step"] <= step]
+            kept = [r for r in self.read() if r["step"] <= step and r["kind"] != "merged"]
             replace_text(self.path, "".join(json.dumps(record) + "\n" for record in kept))
 
 

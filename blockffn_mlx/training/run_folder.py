@@ -164,7 +164,7 @@ def _corpus_hash(corpus: Corpus) -> str:
             found.update(f"{split} {name} {len(source.tokens)}".encode())
             for array in (source.tokens, source.starts, source.turns):
                 if array is not None:
-                    found.update(array.tobytes())
+                    found.update(np.ascontiguousarray(array).data)
     return found.hexdigest()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from .data import Corpus, Source
 
+BLOCK = 1 << 20  # tokens looked at together
 A = TypeVar("A")  # arrays of NumPy or of MLX
 
 
@@ -76,17 +77,20 @@ class _Sampler:
         self.assistant_only, self.isolate = assistant_only, isolate
         self.random = np.random.default_rng(seed)
 
-    def trained_tokens(self) -> int:
-        """Tokens of the sources that some row can have as scored targets.
+    def learns_anything(self) -> bool:
+        """Whether some row can have a scored target.
 
         A document's first token has no predecessor of its own, and what lies beyond a row is cut.
         """
-        total = 0
-        for source, ends in zip(self.sources, self._reach(), strict=True):
-            scored = source.assistant if self.assistant_only else np.ones(len(source.tokens), bool)
-            upto = np.concatenate([[0], np.cumsum(scored)])
-            total += int((upto[ends] - upto[np.minimum(source.starts + 1, ends)]).sum())
-        return total
+        for source, reach in zip(self.sources, self._reach(), strict=True):
+            if not self.assistant_only and len(source.tokens) > len(source.starts):
+                return True
+            for begin in range(0, len(source.tokens), BLOCK):
+                spoken = begin + np.flatnonzero(source.assistant[begin : begin + BLOCK])
+                document = np.searchsorted(source.starts, spoken, "right") - 1
+                if ((spoken > source.starts[document]) & (spoken < reach[document])).any():
+                    return True
+        return False
 
     def _reach(self) -> list[np.ndarray]:
         """For each source, where each document ends as far as a row can hold it [D]."""

@@ -19,8 +19,7 @@ def read_text(path: str | Path) -> str:
         OSError: It cannot be read.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path} is not a regular file.")
+    _check_is_file(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -37,24 +36,22 @@ def read_documents(path: str | Path) -> list[str | Conversation]:
         ValueError: It holds no document, or a line is none of these.
     """
     path = Path(path)
-    content = read_text(path)
     if path.suffix.lower() == ".json":
         raise ValueError(f"{path}: write one JSON object a line, into a .jsonl file.")
     if path.suffix.lower() not in JSON_LINES:
-        return [clean(content)]
-    documents = []
-    # Only these end a line: JSON text may hold the other separators that Python knows.
-    for number, line in enumerate(content.replace("\r\n", "\n").split("\n"), 1):
-        if line.strip():
-            try:
-                document = _document(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: {error}") from None
-            if isinstance(document, Conversation):
-                document.where = f"{path}, line {number}"
-            documents.append(document)
+        return [clean(read_text(path))]
+    _check_is_file(path)
+    documents: list[str | Conversation] = []
+    # Only "\n" ends a line: JSON text may hold the other separators that Python knows.
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    documents.append(_document(line, f"{path}, line {number}"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from None
     if not documents:
-        raise ValueError(f"{path} holds no document.")
+        raise ValueError(f"{path} has no documents in it.")
     return documents
 
 
@@ -76,17 +73,26 @@ def source_names(paths: list[Path]) -> Iterator[str]:
         yield "/".join(place.parts[-depth:]) if others else stem
 
 
-def _document(line: str) -> str | Conversation:
+def _document(line: str, where: str) -> str | Conversation:
     try:
         record: Any = json.loads(line)
     except (ValueError, RecursionError):
         record = None
-    if isinstance(record, dict):
-        if "messages" in record:
-            return read_conversation(record["messages"], record.get("tools"))
-        if isinstance(record.get("text"), str):
-            return clean(record["text"])
-        if "prompt" in record and "completion" in record:
-            pair = (("user", record["prompt"]), ("assistant", record["completion"]))
-            return read_conversation([{"role": role, "content": text} for role, text in pair])
-    raise ValueError("expected a JSON object with 'text' (a string), or 'messages' (a list).")
+    try:
+        if isinstance(record, dict):
+            if "messages" in record:
+                return read_conversation(record["messages"], record.get("tools"), where)
+            if isinstance(record.get("text"), str):
+                return clean(record["text"])
+            if "prompt" in record and "completion" in record:
+                pair = (("user", record["prompt"]), ("assistant", record["completion"]))
+                messages = [{"role": role, "content": text} for role, text in pair]
+                return read_conversation(messages, where=where)
+        raise ValueError("expected a JSON object with 'text' (a string), or 'messages' (a list).")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _check_is_file(path: Path):
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is not a regular file.")

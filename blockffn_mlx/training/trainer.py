@@ -66,7 +66,7 @@ class Trainer:
                 raise ValueError(
                     f"{self.group.size()} processes cannot share a micro-batch of {rows} rows."
                 )
-            if not self._make_sampler(stage, seed=[0]).trained_tokens():
+            if not self._make_sampler(stage, seed=[0]).learns_anything():
                 what = "assistant speaks" if stage.assistant_only else "text goes on"
                 raise ValueError(
                     f"there is nothing to learn: no {what} within rows of {stage.context} tokens."

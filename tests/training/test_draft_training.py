@@ -19,6 +19,7 @@ from blockffn_mlx.training.draft import (
     prepare_head,
     save_head,
 )
+from blockffn_mlx.training.run_folder import ChangedRun
 from blockffn_mlx.training.sampling import Batch
 from blockffn_mlx.training.tokenizer import train_tokenizer
 from helpers.models import tiny_model
@@ -148,3 +149,35 @@ def test_noise_is_for_training_only(folder):
     head.eval()
     parts = [values(draft_objective(head, target, batch, noisy)[1]) for _ in range(2)]
     assert parts[0][0] == parts[1][0]
+
+
+@pytest.mark.parametrize("change", ["target", "settings", "none"])
+def test_a_head_of_another_target_does_not_go_on(folder, change):
+    short = ["stage.0.steps=2"]
+
+    def trainer(target: str, *overrides: str) -> DraftTrainer:
+        config = load_config(folder / "run.toml", [*short, *overrides])
+        head, model, corpus = prepare_head(config, str(folder / target))
+        return DraftTrainer(config, head, model, corpus)
+
+    assert trainer("base").train()
+    other = bf.load(folder / "base")[0]
+    other.model.norm.weight = other.model.norm.weight * 1.5
+    save_model(folder / "other", other, train_tokenizer([TEXT], 300), mx.float32)
+    if change == "none":
+        assert trainer("base").train()
+        return
+    changed = trainer("other") if change == "target" else trainer("base", "head.feature=2.0")
+    reason = "base model has changed" if change == "target" else "head.feature was 1.0 and is 2.0"
+    with pytest.raises(ChangedRun, match=reason):
+        changed.train()
+
+
+def test_a_models_own_head_is_not_replaced_by_a_run_in_its_folder(folder):
+    """With the model's folder as output, the head would go where its published one lies."""
+    (folder / "base" / "draft").mkdir()
+    (folder / "base" / "draft" / "config.json").write_text('{"blockffn_mlx": {"source": "x"}}')
+    config = load_config(folder / "run.toml", [f"output='{folder}/base'"])
+    head, target, corpus = prepare_head(config, str(folder / "base"))
+    with pytest.raises(ValueError, match="no training run of this folder wrote it"):
+        DraftTrainer(config, head, target, corpus).train()

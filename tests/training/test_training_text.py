@@ -61,8 +61,8 @@ def test_surrogates_become_replacement_characters(tmp_path):
     [
         ("a.txt", b"\xff\xfeh\x00i\x00", "not UTF-8 text"),
         ("a.jsonl", b'{"text": "\xff"}', "not UTF-8 text"),
-        ("a.jsonl", b"\n \n", "holds no document"),
-        ("a.jsonl", b"", "holds no document"),
+        ("a.jsonl", b"\n \n", "no documents"),
+        ("a.jsonl", b"", "no documents"),
         ("a.json", b'[{"text": "a"}]', "one JSON object a line"),
     ],
 )
