@@ -27,11 +27,11 @@ SLOW_IMPORTS = """
 import builtins, time
 real = builtins.__import__
 
-def slow(name, *rest):
+def slow(name, *rest, **more):
     if name.split(".")[0] in ("mlx_lm", "numpy", "rich"):
         open("on", "w")
         time.sleep(60)
-    return real(name, *rest)
+    return real(name, *rest, **more)
 
 builtins.__import__ = slow
 """
