@@ -17,8 +17,9 @@ from mlx_lm.models.cache import KVCache
 
 from ..arrays import named_arrays
 from ..checkpoints.files import read_json
-from ..device import MLX_VERSION, cache_folder
+from ..device import MLX_VERSION, cache_folder, kernel_backend
 from ..device import name as device_name
+from ..kernels import verdicts
 from ..paths import replace_text
 from .drafter import Drafter
 from .target import Target
@@ -278,7 +279,7 @@ def measure_draft(drafter: Drafter, target: Target, repeats: int = 2) -> dict[in
 
 
 def fingerprint(model: Any) -> str:
-    """Names a network on this machine: device, MLX version, configuration, tensors, backend."""
+    """Names a network on this machine: chip, MLX, kernels, configuration, tensors, backend."""
     parameters = [
         (name, array.shape, str(array.dtype)) for name, array in named_arrays(model.parameters())
     ]
@@ -287,7 +288,8 @@ def fingerprint(model: Any) -> str:
     backends = [getattr(getattr(layer, "mlp", None), "backend", None) for layer in layers]
     facts = (
         device_name(),
-        MLX_VERSION,
+        kernel_backend(),
+        verdicts.fingerprint(),
         repr(getattr(model, "args", None)),
         backends,
         sorted(parameters),
