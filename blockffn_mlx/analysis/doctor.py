@@ -137,13 +137,17 @@ def examine(backend: str | None = None) -> Iterator[Verdict]:
         backend: "metal" or "cuda", "ops", or None for what this machine's GPU speaks. Without a
             GPU the layer in plain operations is held against the dense product.
     """
-    backend = backend or device.gpu_backend() or "ops"
     verdicts.forget()  # whatever was turned off is tried again when it is next used
+    for examination in examinations(backend or device.gpu_backend() or "ops"):
+        yield examine_class(*examination)
+
+
+def examinations(backend: str) -> Iterator[tuple[TileClass, str]]:
+    """What there is to examine: classes, and the kind of their weights."""
     if backend == "ops":
         # MLX is slow on a CPU in half precision, and runs the same code for all dtypes there
         for weights in PACKINGS:
-            whole = TileClass("layer", "ops", mx.float32)
-            yield examine_class(LAYER, whole, weights, TOKENS, "dense")
+            yield TileClass(LAYER.name, backend, mx.float32), weights
         return
     for kernel, (weights, (bits, group_size)), dtype in product(
         KERNELS.values(), PACKINGS.items(), TOLERANCE
@@ -152,22 +156,20 @@ def examine(backend: str | None = None) -> Iterator[Verdict]:
             continue
         packing = Quantization(group_size, bits, "affine") if bits else None
         for tile_class in tile_classes(kernel, backend, dtype, packing):
-            lengths = tile_class.lengths if tile_class.tile else TOKENS
-            kind = weights if kernel.projection else ""
-            yield examine_class(kernel, tile_class, kind, lengths, "ops")
+            yield tile_class, weights if kernel.projection else ""
 
 
-def examine_class(
-    kernel: Kernel, tile_class: TileClass, weights: str, lengths: tuple[int, ...], reference: str
-) -> Verdict:
+def examine_class(tile_class: TileClass, weights: str) -> Verdict:
     """A verdict, with errors for each length and times for the longest."""
+    kernel = KERNELS.get(tile_class.kernel, LAYER)
+    lengths = tile_class.lengths if tile_class.tile else TOKENS
     verdict = Verdict(
         kernel.name,
         weights,
         str(tile_class.dtype).removeprefix("mlx.core."),
         tile_class.backend,
         f"{min(lengths)} to {max(lengths)}" if len(set(lengths)) > 1 else str(lengths[0]),
-        reference,
+        "dense" if kernel is LAYER else "ops",
         TOLERANCE[tile_class.dtype],
     )
     num_experts, expert_size, hidden_size, active = SIZES
