@@ -68,7 +68,7 @@ def add_parser(commands: Any):
 def run_widths(args: argparse.Namespace) -> int:
     """Shows the cost table, measured now or before."""
     model, _ = load_for_text(args)
-    with loading_progress(MofNCompleteColumn()) as progress:
+    with loading_progress(MofNCompleteColumn(), not args.json) as progress:
         cost = pass_cost(model, args.refresh, partial(progress, "measure passes"))
     if args.json:
         print_json({"device": device_name(), "mlx": MLX_VERSION, **asdict(cost)})
@@ -110,7 +110,7 @@ def run_spec(args: argparse.Namespace) -> int:
     prompt_format = choose_format(tokenizer, is_chat_model(model, tokenizer))
     settings = SpecSettings(args.draft_width, args.max_tokens, args.temp, args.seed)
     bench = SpecBench(model, tokenizer, prompt_format, drafter, settings)
-    with loading_progress(MofNCompleteColumn()) as progress:
+    with loading_progress(MofNCompleteColumn(), not args.json) as progress:
         bench.prepare(partial(progress, "measure passes"))
         bench.run(questions, args.warm_up, partial(progress, "questions"))
     asked = {"model": args.model, "questions": str(args.questions), "draft": args.draft}

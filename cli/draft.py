@@ -53,7 +53,7 @@ def draft_options(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[
     drafter = make_drafter(args.draft, model, tokenizer)
     if drafter is None:
         return {}
-    with loading_progress(MofNCompleteColumn()) as progress:
+    with loading_progress(MofNCompleteColumn(), not getattr(args, "json", False)) as progress:
         on_progress = partial(progress, "measure passes")
         policy = make_policy(args.draft_width, model, on_progress, drafter)
     return {"draft": drafter, "draft_width": policy, "draft_stats": SpeculationStats()}

@@ -95,6 +95,12 @@ def load(
     origin = _find(path_or_repo, revision, settings, on_progress)
     if on_hub and revision and snapshot_folder(str(path_or_repo), revision).is_dir():
         remember(str(path_or_repo), asked, revision)
+    if origin.folder == origin.checkpoint and (quantize or dtype):
+        warnings.warn(
+            f"{path_or_repo} is converted already and is taken as it is: to quantise or cast it, "
+            "convert it to a folder of its own.",
+            stacklevel=2,
+        )
     changes = tokenizer_config, model_config
     try:
         model, tokenizer, config = _load_folder(origin, lazy, *changes)
@@ -169,12 +175,6 @@ def _find(
     if not is_local(path_or_repo):
         checkpoint = download(source, revision, on_progress)
     if _is_converted(checkpoint):
-        if settings["quantize"] or settings["dtype"]:
-            warnings.warn(
-                f"{path_or_repo} is converted already and is taken as it is: to quantise or cast "
-                "it, convert it to a folder of its own.",
-                stacklevel=3,
-            )
         return Origin(checkpoint, checkpoint, name)
     cached = writable_path(cached)
     while True:

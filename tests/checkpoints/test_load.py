@@ -185,6 +185,8 @@ def test_what_the_conversion_on_the_way_in_found_is_told(tmp_path):
 def test_settings_that_change_nothing_are_not_silent(converted):
     with pytest.warns(UserWarning, match="is converted already and is taken as it is"):
         bf.load(converted("gqa_block"), quantize=True)
+    with pytest.warns(UserWarning, match="demo is converted already"):
+        bf.load("demo", dtype="float16", lazy=True)
     with pytest.raises(ValueError, match="are settings of quantising"):
         bf.load(GOLDEN / "gqa_block", q_bits=2)
 
