@@ -14,7 +14,7 @@ from pathlib import Path
 
 from blockffn_mlx import convert, load
 from blockffn_mlx.checkpoints.convert import MODEL_FILE
-from blockffn_mlx.checkpoints.convert_draft import convert_draft
+from blockffn_mlx.checkpoints.convert_head import convert_head
 from blockffn_mlx.checkpoints.load import DEMO_FOLDER
 from blockffn_mlx.speculative.drafters import DRAFT_FOLDER
 from blockffn_mlx.training.config import load_config
@@ -57,7 +57,7 @@ def main():
         print(f"{report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB", *report.warnings)
         if args.head.is_dir():
             model, _ = load(str(packed))
-            report = convert_draft(args.head, packed / DRAFT_FOLDER, model, **settings)
+            report = convert_head(args.head, packed / DRAFT_FOLDER, model, **settings)
             print(f"draft head: {report.parameters:,} parameters, {report.bytes / 1e6:.1f} MB")
         trained_on = load_config(args.config)
         names = {name for stage in trained_on.stage for name in stage.weights}

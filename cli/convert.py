@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..checkpoints.cache import cache_folder, cached_models, clear_cache
 from ..checkpoints.convert import DTYPES, ConversionReport, convert
-from ..checkpoints.convert_draft import convert_draft
+from ..checkpoints.convert_head import convert_head
 from ..checkpoints.load import load
 from ..quantisation import BITS, MODE_DEFAULTS
 from ..training.build import fuse_adapter
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace):
         )
         if args.draft_for:
             model, _ = load(args.draft_for, lazy=True, on_progress=progress)
-            report = convert_draft(args.hf_path, args.mlx_path, model, **settings)
+            report = convert_head(args.hf_path, args.mlx_path, model, **settings)
         else:
             settings["upload_repo"] = args.upload_repo
             report = convert(args.hf_path, args.mlx_path, **settings)

@@ -5,7 +5,7 @@ import argparse
 import mlx.core as mx
 
 from ..training.config import TrainingConfig, load_config
-from ..training.draft import DraftTrainer, prepare_head, save_head
+from ..training.head import HeadTrainer, prepare_head, save_head
 from .common import make_parser, run_main, stderr_console
 from .training_progress import (
     add_run_flags,
@@ -48,7 +48,7 @@ def train(config: TrainingConfig, args: argparse.Namespace) -> int:
     head, target, corpus = prepare_head(config, args.model)
     console = stderr_console()
     with training_progress(config.steps, console, line_of) as callbacks, stops() as stop:
-        trainer = DraftTrainer(
+        trainer = HeadTrainer(
             config, head, target, corpus, **callbacks, accept_changes=args.accept_changes
         )
         finished = trainer.train(args.max_seconds, stop)

@@ -1,4 +1,8 @@
-"""Speculative decoding: draft trees, one target pass per round, lossless verification."""
+"""Speculative decoding: draft trees, one target pass per round, lossless verification.
+
+A drafter proposes a draft, which is a tree of tokens; a chain is a tree. A head is EAGLE's network,
+and a draft model a second language model: each has a drafter around it.
+"""
 
 from .drafter import Drafter
 from .drafters import load_draft, make_drafter, make_policy

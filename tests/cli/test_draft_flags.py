@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 import blockffn_mlx as bf
-from blockffn_mlx.checkpoints.convert_draft import convert_draft
+from blockffn_mlx.checkpoints.convert_head import convert_head
 from blockffn_mlx.checkpoints.folder import Origin
 from blockffn_mlx.cli import draft as draft_flags
 from blockffn_mlx.cli import generate as command
@@ -229,7 +229,7 @@ def test_draft_folders_do_not_lead_elsewhere(tmp_path, golden, converted):
         with pytest.raises(ValueError, match="is a link to a file outside its folder"):
             make_drafter(str(folder), model, tokenizer)
     with pytest.raises(ValueError, match="is a link to a file outside its folder"):
-        convert_draft(tmp_path / Path(HEAD).name, tmp_path / "out", model)
+        convert_head(tmp_path / Path(HEAD).name, tmp_path / "out", model)
 
 
 def test_unknown_drafts_are_refused(tmp_path):

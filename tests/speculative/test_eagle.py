@@ -13,7 +13,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
-from blockffn_mlx.checkpoints.convert_draft import convert_draft
+from blockffn_mlx.checkpoints.convert_head import convert_head
 from blockffn_mlx.models.eagle import EagleHead, HeadArgs
 from blockffn_mlx.speculative import load_draft
 from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
@@ -400,9 +400,9 @@ def test_a_converted_head_drafts_like_the_published_one(converted, target, data,
 def test_a_conversion_that_fails_writes_nothing(tmp_path):
     model = tiny_model()
     with pytest.raises(ValueError, match="hidden_size 128 and the model 48"):
-        convert_draft(HEAD, tmp_path / "out", model)
+        convert_head(HEAD, tmp_path / "out", model)
     save_head(tmp_path / "head", random_head(model))
     (tmp_path / "head" / "freq_1.json").write_text("[99]")
     with pytest.raises(ValueError, match="freq_1.json is not a list of token ids below 61"):
-        convert_draft(tmp_path / "head", tmp_path / "out", model)
+        convert_head(tmp_path / "head", tmp_path / "out", model)
     assert [f.name for f in tmp_path.iterdir()] == ["head"]

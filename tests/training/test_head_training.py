@@ -10,12 +10,12 @@ import pytest
 import blockffn_mlx as bf
 from blockffn_mlx.training.build import save_model
 from blockffn_mlx.training.config import Head, load_config
-from blockffn_mlx.training.draft import (
+from blockffn_mlx.training.head import (
     METRICS,
-    DraftTrainer,
     EagleHead,
-    draft_objective,
+    HeadTrainer,
     head_args,
+    head_objective,
     prepare_head,
     save_head,
 )
@@ -54,7 +54,7 @@ def folder(tmp_path):
 def test_a_head_learns_is_written_and_drafts(folder):
     config = load_config(folder / "run.toml")
     head, target, corpus = prepare_head(config, str(folder / "base"))
-    trainer = DraftTrainer(config, head, target, corpus)
+    trainer = HeadTrainer(config, head, target, corpus)
     assert trainer.train()
     figures = [record for record in trainer.log.read() if record["kind"] == "evaluation"]
     assert figures[-1]["loss"] < 0.7 * figures[0]["loss"]
@@ -87,7 +87,7 @@ def objective_parts(target: bf.Model, batch: Batch) -> list[float]:
     settings = Head(intermediate_size=16, noise=0.0)
     mx.random.seed(0)
     head = EagleHead(head_args(settings, target))
-    return values(draft_objective(head, target, batch, settings)[1])
+    return values(head_objective(head, target, batch, settings)[1])
 
 
 def values(metrics: dict[str, mx.array]) -> list[float]:
@@ -106,7 +106,7 @@ def test_rows_pair_a_hidden_state_with_the_next_token(attention):
     out = np.array(head(embeddings, hidden[:, :-1], draft_cache(head), None))
     distance = np.abs(out - np.array(hidden)[:, 1:])
     feature = np.where(distance < 1, distance**2 / 2, distance - 0.5).mean()
-    parts = values(draft_objective(head, target, as_batch(tokens), settings)[1])
+    parts = values(head_objective(head, target, as_batch(tokens), settings)[1])
     assert parts[1] == pytest.approx(feature, rel=1e-4)
     assert parts[0] == pytest.approx(parts[1] + 0.1 * parts[2], rel=1e-5)
     logits = mx.softmax(target.logits(hidden[:, 1:]), axis=-1)
@@ -144,10 +144,10 @@ def test_noise_is_for_training_only(folder):
     head, target, corpus = prepare_head(config, str(folder / "base"))
     batch = as_batch(mx.array([[3, 1, 4, 1, 5, 9, 2, 6]]))
     noisy = replace(config.head, noise=5.0)
-    parts = [values(draft_objective(head, target, batch, noisy)[1]) for _ in range(2)]
+    parts = [values(head_objective(head, target, batch, noisy)[1]) for _ in range(2)]
     assert parts[0][0] != parts[1][0]
     head.eval()
-    parts = [values(draft_objective(head, target, batch, noisy)[1]) for _ in range(2)]
+    parts = [values(head_objective(head, target, batch, noisy)[1]) for _ in range(2)]
     assert parts[0][0] == parts[1][0]
 
 
@@ -155,10 +155,10 @@ def test_noise_is_for_training_only(folder):
 def test_a_head_of_another_target_does_not_go_on(folder, change):
     short = ["stage.0.steps=2"]
 
-    def trainer(target: str, *overrides: str) -> DraftTrainer:
+    def trainer(target: str, *overrides: str) -> HeadTrainer:
         config = load_config(folder / "run.toml", [*short, *overrides])
         head, model, corpus = prepare_head(config, str(folder / target))
-        return DraftTrainer(config, head, model, corpus)
+        return HeadTrainer(config, head, model, corpus)
 
     assert trainer("base").train()
     other = bf.load(folder / "base")[0]
@@ -180,4 +180,4 @@ def test_a_models_own_head_is_not_replaced_by_a_run_in_its_folder(folder):
     config = load_config(folder / "run.toml", [f"output='{folder}/base'"])
     head, target, corpus = prepare_head(config, str(folder / "base"))
     with pytest.raises(ValueError, match="no training run of this folder wrote it"):
-        DraftTrainer(config, head, target, corpus).train()
+        HeadTrainer(config, head, target, corpus).train()

@@ -64,7 +64,7 @@ def head_args(settings: Head, target: Model) -> HeadArgs:
     )
 
 
-def draft_objective(
+def head_objective(
     head: EagleHead, target: Model, batch: Batch[mx.array], settings: Head
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """EAGLE's loss: smooth L1 on hidden states and cross-entropy against the target's softmax.
@@ -109,7 +109,7 @@ def draft_objective(
     return total, dict(zip(METRICS, parts, strict=True))
 
 
-class DraftTrainer(Trainer):
+class HeadTrainer(Trainer):
     """Trains a head; the loop, the checkpoints and the log are the Trainer's.
 
     Args:
@@ -140,8 +140,8 @@ class DraftTrainer(Trainer):
     def objective(
         self, batch: Batch[mx.array], factors: dict[str, mx.array], share: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        """`draft_objective`, weighed by the micro-batch's share of the step's token pairs."""
-        total, metrics = draft_objective(self.head, self.target, batch, self.config.head)
+        """`head_objective`, weighed by the micro-batch's share of the step's token pairs."""
+        total, metrics = head_objective(self.head, self.target, batch, self.config.head)
         weight = share["paired"]
         return weight * total, {name: weight * value for name, value in metrics.items()}
 
@@ -155,7 +155,7 @@ class DraftTrainer(Trainer):
             windows, _ = validation_windows(source, stage.context, self.corpus.pad, limit)
             for begin in range(0, len(windows.inputs), rows):
                 batch = windows.each(partial(_rows_of, begin=begin, end=begin + rows))
-                _, metrics = draft_objective(self.head, self.target, batch, self.config.head)
+                _, metrics = head_objective(self.head, self.target, batch, self.config.head)
                 count = int(batch.paired[:, 1:].sum())
                 sums = {name: sums[name] + count * float(metrics[name]) for name in METRICS}
                 pairs += count

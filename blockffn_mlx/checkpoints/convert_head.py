@@ -18,7 +18,7 @@ from .links import refuse_links
 from .shards import plan_quantization, quantization_config
 
 
-def convert_draft(
+def convert_head(
     hf_path: str | Path,
     mlx_path: str | Path,
     model: Any,
