@@ -6,7 +6,7 @@ was measured. `KERNELS` lists them all.
 """
 
 from .. import device
-from . import combine, down, linear, probe, residual_down, route, routed_up, up
+from . import attention, combine, down, linear, probe, residual_down, route, routed_up, up
 from .kernel import Call, Kernel, Sample, build_kernel
 from .registry import KERNELS
 from .samples import RandomLayer, random_layer
@@ -26,6 +26,7 @@ __all__ = [
     "Sample",
     "Sizes",
     "Tile",
+    "attention",
     "available_backend",
     "build_kernel",
     "combine",

@@ -1,5 +1,6 @@
 """Every kernel: what probe, doctor, benchmark and tests walk, so that none is forgotten."""
 
+from .attention import ATTENTION
 from .combine import COMBINE
 from .down import DOWN
 from .kernel import Kernel
@@ -8,6 +9,5 @@ from .route import ROUTE
 from .routed_up import ROUTED_UP
 from .up import UP
 
-KERNELS: dict[str, Kernel] = {
-    kernel.name: kernel for kernel in (ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, COMBINE)
-}
+ALL = (ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, COMBINE, ATTENTION)
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}

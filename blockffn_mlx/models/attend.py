@@ -4,9 +4,14 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention as mlx_attention
+from mlx_lm.models.cache import KVCache
 
 from .. import device
 from ..ffn import MAX_CHUNK
+from ..kernels import attention, probe
+
+# Over more keys plain operations read each of them less often.
+MAX_KERNEL_KEYS = 8192
 
 
 def scaled_dot_product_attention(
@@ -20,8 +25,8 @@ def scaled_dot_product_attention(
     """mlx-lm's function of that name, except for short chunks on CUDA.
 
     MLX's CUDA build plans its fused attention anew for each (queries, keys) shape with more than
-    one query, at 42 to 65 ms on an H100, and decoding by rounds meets a new one in every round.
-    Plain operations take 0.25 ms at any length, so chunks go through them.
+    one query, at 42 to 65 ms on an H100, and decoding by rounds meets a new one in every round. So
+    a chunk takes the kernel of this package, or plain operations, 0.25 ms at any length.
 
     Args:
         queries: [B, heads, T, D].
@@ -36,10 +41,46 @@ def scaled_dot_product_attention(
     """
     chunk = 1 < queries.shape[2] <= MAX_CHUNK
     if chunk and not hasattr(cache, "bits") and device.compute_backend() == "cuda":
-        return attention_ops(queries, keys, values, scale, mask)
+        out = attention_kernel(queries, cache, scale, mask)
+        return attention_ops(queries, keys, values, scale, mask) if out is None else out
     # Its stub leaves out that the mask may be a word.
     words: Any = mask
     return mlx_attention(queries, keys, values, cache=cache, scale=scale, mask=words)
+
+
+def attention_kernel(
+    queries: mx.array, cache: Any | None, scale: float, mask: mx.array | str | None
+) -> mx.array | None:
+    """Attention over a plain cache as it lies in memory; None where the kernel does not take it."""
+    backend = device.kernel_backend()
+    if backend is None or type(cache) is not KVCache or not 1 < cache.offset <= MAX_KERNEL_KEYS:
+        return None
+    keys, values = cache.keys, cache.values
+    if keys is None or values is None:
+        return None
+    if isinstance(mask, mx.array):
+        if mask.dtype != mx.bool_ or not (mask.ndim == 2 or mask.ndim == 4 and mask.shape[1] == 1):
+            return None
+        mask = mask[None] if mask.ndim == 2 else mask.squeeze(1)
+    elif mask is None:
+        return None
+    batch_size, num_heads, num_tokens, dims = queries.shape
+    sizes = attention.AttentionSizes(
+        batch_size, num_heads, keys.shape[1], num_tokens, dims, queries.dtype
+    )
+    fits = values.shape[-1] == dims and attention.covers(sizes)
+    if not fits or not probe.works(attention.ATTENTION, num_tokens, queries.dtype, backend=backend):
+        return None
+    out = attention.launch(
+        queries,
+        keys,
+        values,
+        mask if isinstance(mask, mx.array) else None,
+        length=cache.offset,
+        scale=scale,
+        backend=backend,
+    )
+    return out.swapaxes(1, 2)
 
 
 def attention_ops(

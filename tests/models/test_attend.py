@@ -4,7 +4,10 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+import metal_host
 from blockffn_mlx import device
+from blockffn_mlx.kernels import probe
+from blockffn_mlx.kernels.kernel import build_kernel
 from blockffn_mlx.models import attend
 from blockffn_mlx.models.attend import attention_ops
 from helpers.models import tiny_model
@@ -60,3 +63,30 @@ def test_a_model_decodes_the_same_either_way(attention, monkeypatch):
             parts = [model(ids[:, :5], cache), model(ids[:, 5:], cache)]
         logits.append(mx.concatenate(parts, axis=1))
     assert mx.abs(logits[0] - logits[1]).max() < 1e-5 * mx.abs(logits[0]).max()
+
+
+@pytest.mark.skipif(device.gpu_backend() is not None, reason="watched in the harness")
+@pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)
+@pytest.mark.parametrize("mask", ["causal", "tree", "rows"])
+@pytest.mark.parametrize("heads, kv_heads, dims", [(4, 4, 96), (8, 2, 128), (5, 1, 64)])
+def test_the_kernel_reads_a_cache_where_it_lies(monkeypatch, heads, kv_heads, dims, mask):
+    monkeypatch.setattr(device, "compute_backend", lambda: "cuda")
+    monkeypatch.setattr(device, "kernel_backend", lambda: "metal")
+    monkeypatch.setattr(probe, "works", lambda *_, **__: True)
+    monkeypatch.setattr(attend, "attention_ops", None)
+    cache = KVCache()
+    for num_tokens in (30, 7):  # the second chunk stands behind the first
+        queries = mx.random.normal((2, heads, num_tokens, dims))
+        new = mx.random.normal((2, 2, kv_heads, num_tokens, dims))
+        keys, values = cache.update_and_fetch(*new)
+    if mask != "causal":
+        shape = (7, 37) if mask == "tree" else (2, 1, 7, 37)
+        mask = (mx.random.uniform(shape=shape) < 0.6) | (mx.arange(37) == 0)
+    build_kernel.cache_clear()
+    with metal_host.harness("check") as runs:
+        found = attend.scaled_dot_product_attention(queries, keys, values, cache, 0.1, mask)
+        mx.eval(found)
+    build_kernel.cache_clear()
+    expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.1, mask=mask)
+    assert [run.name for run in runs] == ["blockffn_attention"] and not runs[0].counters.unwritten
+    assert found.shape == expected.shape and mx.abs(found - expected).max() < 2e-6
