@@ -60,7 +60,9 @@ class TensorInfo:
 
     def __post_init__(self):
         sizes = (self.offset, *self.shape, *self.strides)
-        if len(self.shape) != len(self.strides) or not are_sizes(sizes):
+        # MLX counts a dimension in 32 bits.
+        fits = len(self.shape) == len(self.strides) <= 32 and max(self.shape, default=0) < 1 << 31
+        if not are_sizes(sizes) or not fits:
             raise ValueError(f"{self.path} holds a tensor with impossible sizes.")
 
     @property

@@ -27,6 +27,8 @@ class RoPE(nn.Module):
     def __init__(self, dims: int, args: Any):
         super().__init__()
         scaling = args.rope_scaling or {}
+        if dims % 2 or dims < (4 if scaling.get("type") == "dynamic" else 2):
+            raise ValueError(f"config: no positions can be rotated in {dims} dimensions")
         self.dims = dims
         self.base = args.rope_theta
         self.factor = scaling.get("factor", 1.0)

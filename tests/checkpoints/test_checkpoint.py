@@ -144,6 +144,8 @@ def safetensors_file(path: Path, header: dict | bytes, data: bytes = b"") -> Pat
         ({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8, 8]}}, "damaged"),
         ({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "contradicts"),
         ({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, "truncated"),
+        ({"w": {"dtype": "F32", "shape": [0, 1 << 31], "data_offsets": [0, 0]}}, "impossible"),
+        ({"w": {"dtype": "F32", "shape": [1] * 40, "data_offsets": [0, 4]}}, "impossible"),
         ({"w": {"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}}, "F8_E4M3"),
     ],
 )

@@ -280,3 +280,11 @@ def test_config_round_trip():
     config = json.loads('{"hidden_size": 64, "auto_map": {}, "expert_size": 16}')
     args = bf.ModelArgs.from_dict(config)
     assert (args.hidden_size, args.expert_size) == (64, 16)
+
+
+@pytest.mark.parametrize("width, kind", [(2, "dynamic"), (3, "linear"), (5, "dynamic")])
+@pytest.mark.parametrize("attention", ["vanilla", "mla"])
+def test_widths_that_cannot_be_rotated_are_named(width, kind, attention):
+    sizes = {"hidden_size": 4 * width, "qk_rope_head_dim": width, "attention_type": attention}
+    with pytest.raises(ValueError, match=f"rotated in {width} dimensions"):
+        tiny_model(**sizes, rope_scaling={"type": kind, "factor": 2.0})
