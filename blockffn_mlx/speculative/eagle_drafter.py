@@ -101,7 +101,7 @@ class EagleDrafter:
     def _learn(self, accepted: int):
         """Notes how far the round after the latest draft got, if there was one."""
         levels, self.drafted_levels = self.drafted_levels, 0
-        if not levels:
+        if not levels or accepted > levels:  # a prompt, after a round that was broken off
             return
         for level in range(self.depth + 1):
             self.tried[level] *= MEMORY
