@@ -224,13 +224,12 @@ class Chat:
             ValueError: If the message is too long for the context.
             KeyboardInterrupt: If Ctrl-C ended the answer and nobody is there to go on.
         """
-        chat = self.conversation
-        dropped = chat.ask(message, self.settings.max_tokens)
-        if dropped:
-            turns = "turn" if dropped == 1 else f"{dropped} turns"
-            self.view.warn(f"the context is full: the oldest {turns} no longer count")
-        options = self.generation_options()
+        chat, options = self.conversation, self.generation_options()
         with Interruption() as interruption, measured(chat, options.get("draft_stats")) as stats:
+            dropped = chat.ask(message, self.settings.max_tokens)
+            if dropped:
+                turns = "turn" if dropped == 1 else f"{dropped} turns"
+                self.view.warn(f"the context is full: the oldest {turns} no longer count")
             with self.view.answer(stats.panel if self.settings.stats else None) as shown:
                 options["should_stop"] = lambda: interruption.asked
                 options["on_prefill"] = shown.reading

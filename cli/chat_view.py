@@ -3,7 +3,8 @@
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.live import Live
@@ -63,9 +64,12 @@ class View:
         """Something that was asked for."""
         self.console.print(renderable)
 
-    def answer(self, panel: Callable[[], Any] | None) -> "LiveAnswer | PlainAnswer":
+    @contextmanager
+    def answer(self, panel: Callable[[], Any] | None) -> Iterator["LiveAnswer | PlainAnswer"]:
         """Where one answer goes; `panel` draws the live statistics, if they are wanted."""
-        return LiveAnswer(self.console, panel) if self.is_live else PlainAnswer(self.console)
+        place = LiveAnswer(self.console, panel) if self.is_live else PlainAnswer(self.console)
+        with quiet(), place as shown:
+            yield shown
 
 
 class PlainAnswer:
@@ -116,21 +120,16 @@ class LiveAnswer:
         )
 
     def __enter__(self) -> "LiveAnswer":
-        self.silence = quiet()
-        self.silence.__enter__()
         self.live.start()
         self._draw()
         return self
 
     def __exit__(self, *exception):
-        try:
-            # The screen is left clean, then what was live is printed for good.
-            self.live.update(Text(""))
-            self.live.stop()
-            self._print_finished()
-            self._print(self.tail)
-        finally:
-            self.silence.__exit__(*exception)
+        # The screen is left clean, then what was live is printed for good.
+        self.live.update(Text(""))
+        self.live.stop()
+        self._print_finished()
+        self._print(self.tail)
 
     def reading(self, done: int, total: int):
         """The prompt is being read."""

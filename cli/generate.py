@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
 
 def build_prompt(args: argparse.Namespace, model: Any, tokenizer: Any, message: str) -> Prompt:
     """The message in the chat format, or as plain text for base models and `--raw`."""
+    if args.use_default_chat_template and not tokenizer.has_chat_template:
+        raise ValueError(f"{args.model} has no chat template to use")
     chat = not args.raw and tokenizer.has_chat_template
     if chat and not is_chat_model(model, tokenizer) and not args.use_default_chat_template:
         left_out = "without a system prompt " if args.system_prompt or args.prefill_response else ""
