@@ -2,6 +2,7 @@
 
 import json
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -112,3 +113,15 @@ def check_folder(folder: Path, limit: int = 256 << 20):
             raise ValueError(f"{file} is not a regular file: remove it from the folder.")
         if file.suffix in (".json", ".jinja") and status.st_size > limit:
             raise ValueError(f"{file} has more than {limit >> 20} MB, and is refused.")
+
+
+def objects(content: Any) -> Iterator[dict[str, Any]]:
+    """Every JSON object inside a value, itself included."""
+    waiting = [content]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            yield item
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)

@@ -10,14 +10,14 @@ import codecs
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from .files import check_folder, parse_json, read_json, read_text
+from .files import check_folder, objects, parse_json, read_json, read_text
 
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 MARKS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -103,7 +103,7 @@ def read_fast_text(path: Path, vocab_size: int = MAX_IDS) -> str:
         raise ValueError(f"{path} does not hold a JSON object.")
     model = content.get("model")
     pieces = model.get("vocab") if isinstance(model, dict) else None
-    ids = [part.get("id") for part in _objects(content.get("added_tokens"))]
+    ids = [part.get("id") for part in objects(content.get("added_tokens"))]
     ids += _template_ids(content.get("post_processor"))
     if isinstance(pieces, dict):
         ids += pieces.values()
@@ -112,12 +112,12 @@ def read_fast_text(path: Path, vocab_size: int = MAX_IDS) -> str:
         if any(len(str(p[0])) > MAX_PIECE_LENGTH for p in pieces if isinstance(p, list) and p):
             raise ValueError(f"{path} is refused: a piece is far longer than a word.")
     _check_ids(ids, vocab_size, path)
-    for part in _objects(content.get("normalizer")):
+    for part in objects(content.get("normalizer")):
         if part.get("type") == "Precompiled":
             check_charsmap(_decoded(part.get("precompiled_charsmap")), path)
     # What these insert or cut comes from numbers and texts of which nobody asks how large they are.
     steps = [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]
-    for part in _objects(steps):
+    for part in objects(steps):
         for name, value in part.items():
             is_long = isinstance(value, str) and len(value) > MAX_STEP_TEXT
             is_large = type(value) in (int, float) and abs(value) > MAX_STEP_NUMBER
@@ -204,22 +204,10 @@ def _decoded(text: Any) -> bytes:
         return b""
 
 
-def _objects(content: Any) -> Iterable[dict[str, Any]]:
-    """Every JSON object inside a value."""
-    waiting = [content]
-    while waiting:
-        item = waiting.pop()
-        if isinstance(item, dict):
-            yield item
-            waiting.extend(item.values())
-        elif isinstance(item, list):
-            waiting.extend(item)
-
-
 def _template_ids(post_processor: Any) -> list[int]:
     """The ids that a post-processor adds: of templates, and BERT's and RoBERTa's pairs."""
     ids: list[int] = []
-    for part in _objects(post_processor):
+    for part in objects(post_processor):
         lists = [part[name] for name in ("ids", "sep", "cls") if isinstance(part.get(name), list)]
         ids += [value for values in lists for value in values if type(value) is int]
     return ids

@@ -1,5 +1,6 @@
 """Turns what a user asks for, a kind of draft and a width, into a drafter and a policy."""
 
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from mlx_lm.utils import load_model
 from .. import device
 from ..checkpoints import reader as checkpoint
 from ..checkpoints.eagle_head import build_head, read_frequent, read_head
+from ..checkpoints.files import check_folder, objects
 from ..checkpoints.hub import download, is_local
 from ..checkpoints.links import refuse_links
 from ..checkpoints.load import load, model_folder, unpack
@@ -24,6 +26,12 @@ from .policy import AdaptiveWidth, FixedWidth, Policy
 
 # Where a converted model's own draft head lies inside its folder.
 DRAFT_FOLDER = "draft"
+# What a config counts of a model, and the most there is of it.
+COUNT = re.compile(
+    r"(num|n)_(hidden_|local_|routed_|shared_|attention_|key_value_)*"
+    r"(layers?|experts|heads?)$"
+)
+MOST = 10_000
 
 
 def make_drafter(
@@ -98,9 +106,9 @@ def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDrafter:
     if "expert_size" in config:
         draft, draft_tokenizer = load(str(path))
     else:
-        draft, draft_tokenizer = load_mlx_lm(path)
+        draft, draft_tokenizer = load_mlx_lm(path, config)
     if tokenizer is None or draft_tokenizer is None:
-        same = draft.args.vocab_size == model.args.vocab_size
+        same = getattr(draft.args, "vocab_size", None) == model.args.vocab_size
     else:
         same = draft_tokenizer.get_vocab() == tokenizer.get_vocab()
     if not same:
@@ -117,16 +125,27 @@ def model_drafter(draft: nn.Module, model: Any) -> ModelDrafter:
     Raises:
         ValueError: If it has no embedding for some token of the target.
     """
-    if draft.args.vocab_size < model.args.vocab_size:
+    known = getattr(draft.args, "vocab_size", None)
+    if type(known) is not int or known < model.args.vocab_size:
         raise ValueError(
-            f"the draft model knows {draft.args.vocab_size} tokens, the model "
+            f"the draft model knows {known} tokens, the model "
             f"{model.args.vocab_size}: take one of the same family, or lookup"
         )
     return ModelDrafter(draft, model.args.vocab_size)
 
 
-def load_mlx_lm(path: Path) -> tuple[Any, Any]:
-    """A model that mlx-lm has the code for, and its tokenizer; code in the folder never runs."""
+def load_mlx_lm(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """A model that mlx-lm has the code for, and its tokenizer; code in the folder never runs.
+
+    Raises:
+        ValueError: If mlx-lm cannot load it, or its config asks for more than any model has.
+    """
+    check_folder(path)
+    for part in objects(config):
+        for name, value in part.items():
+            # mlx-lm makes a Python object for each before it looks at a tensor.
+            if COUNT.match(name) and isinstance(value, (int, float)) and not value <= MOST:
+                raise ValueError(f"{path}/config.json: {name} {value} makes no sense")
     try:
         # mlx-lm searches with the folder's name as a pattern, so that it gets one without signs.
         with tempfile.TemporaryDirectory() as place:

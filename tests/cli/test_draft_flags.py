@@ -218,6 +218,41 @@ def test_a_draft_models_folder_runs_no_code_and_asks_nothing(
     assert not mark.exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": 1e400},
+        {"num_hidden_layers": "many"},
+        {"num_attention_heads": 0},
+        {"model_type": []},
+        {"model_type": "../llama"},
+        {"vocab_size": None},
+        {"text_config": {"num_experts": 10**9}},
+        {"rope_scaling": 5},
+        {"quantization": {"bits": 4}},
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"tie_word_embeddings": {}},
+    ],
+    ids=str,
+)
+def test_odd_configs_of_draft_models_are_named(tmp_path, golden, converted, change):
+    model, tokenizer, _ = golden("gqa_block")
+    sizes = dict(hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_attention_heads=2)
+    config = {**sizes, "model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 384}
+    weights = dict(tree_flatten(llama.Model(llama.ModelArgs.from_dict(config)).parameters()))
+    mx.save_safetensors(str(tmp_path / "model.safetensors"), weights)
+    for file in converted("gqa_block").glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    try:
+        make_drafter(str(tmp_path), model, tokenizer)
+    except ValueError as error:
+        assert str(tmp_path) in str(error) and "\n" not in str(error)
+    else:
+        assert "text_config" not in change and "num_hidden_layers" not in change
+
+
 def test_draft_folders_do_not_lead_elsewhere(tmp_path, golden, converted):
     model, tokenizer, _ = golden("gqa_block")
     for source in (Path(HEAD), converted("mla_linear")):
