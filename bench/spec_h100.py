@@ -4,13 +4,15 @@ The questions are the bundled ones (or Spec-Bench's own file); each is answered 
 rounds, with all experts and with those needed, before the next one is asked. Also says how evenly
 rounds take: one above three times the median met something that it had to compile or plan.
 
+Everything is printed as it comes, and no question is asked after so many --seconds. The warm-up's
+answers, during which kernels are compiled, are not in the table.
+
 usage: python bench/spec_h100.py [--widths 16 auto] [--questions FILE --limit 2] [--out FILE.json]
-Under three minutes on an H100.
+"auto" measures passes at a few widths first, in each of which CUDA compiles kernels.
 """
 
 import argparse
 import json
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -26,7 +28,10 @@ from blockffn_mlx.analysis.spec_bench import (
     read_questions,
 )
 from blockffn_mlx.prompt import choose_format, is_chat_model
-from blockffn_mlx.speculative import AdaptiveWidth, Policy, make_drafter
+from blockffn_mlx.speculative import AdaptiveWidth, FixedWidth, Policy, make_drafter
+from blockffn_mlx.speculative.cost import measure, measure_draft
+
+START = time.perf_counter()
 
 
 class TimedPolicy:
@@ -70,6 +75,23 @@ def costs(policy: TimedPolicy) -> dict[str, Any]:
     return {"pass_ms": passes, "pass_after_8192_ms": deep, "draft_ms": drafts}
 
 
+def make(width: str, model: Any, drafter: Any) -> Policy:
+    """A fixed width, or "auto" over a few widths, measured here and kept nowhere."""
+    if width != "auto":
+        return FixedWidth(int(width))
+    cost = measure(model, widths=(1, 4, 8, 16, 32), repeats=2)
+    return AdaptiveWidth(cost, draft=measure_draft(drafter, model))
+
+
+def note(text: str):
+    """What happened when, for a run that is cut off."""
+    print(f"  [{time.perf_counter() - START:5.0f} s] {text}", flush=True)
+
+
+def rounded(seconds: dict[str, float]) -> dict[str, float]:
+    return {mode: round(value, 2) for mode, value in seconds.items()}
+
+
 def run(model: Any, tokenizer: Any, args: argparse.Namespace, width: str) -> dict[str, Any]:
     """All questions in all modes at one width."""
     questions = chosen_questions(read_questions(args.questions), args.limit)
@@ -78,14 +100,28 @@ def run(model: Any, tokenizer: Any, args: argparse.Namespace, width: str) -> dic
     bench = SpecBench(
         model, tokenizer, prompt_format, drafter, SpecSettings(width, args.max_tokens)
     )
-    bench.prepare(lambda done, total: None)
-    timed = {mode: TimedPolicy(policy) for mode, policy in bench.policies.items()}
+    timed = {}
+    for mode, (backend, speculates) in MODES.items():
+        if speculates:
+            bench.set_backend(backend)
+            timed[mode] = TimedPolicy(make(width, model, drafter))
+            note(f"width {width}: {mode} has its policy")
     bench.policies = dict(timed)
     for question in questions[: args.warm_up]:
-        bench.ask(question)
+        note(f"warm-up: {rounded(bench.ask(question))} s")
+    bench.results.clear()
     for policy in timed.values():
         policy.rounds.clear()
-    bench.run(questions, warm_up=0)
+    for number, question in enumerate(questions):
+        if number and time.perf_counter() - START > args.seconds:
+            note("no time is left for further questions")
+            break
+        first = bench.ask(question)
+        note(f"{question.group}: {rounded(first)} s")
+    results, bench.results = bench.results, {}
+    again = bench.ask(question)
+    bench.results = results
+    bench.repeated = {mode: (first[mode], again[mode]) for mode in MODES}
     rounds = {mode: policy.summary() | costs(policy) for mode, policy in timed.items()}
     return bench.document() | {"draft": args.draft, "rounds": rounds}
 
@@ -114,18 +150,18 @@ def main():
     parser.add_argument("--questions", type=Path, default=PROMPTS)
     parser.add_argument("--limit", type=int, help="questions per group")
     parser.add_argument("--max-tokens", type=int, default=96)
-    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--warm-up", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=170, help="ask no more after so many")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    start = time.perf_counter()
     model, tokenizer = bf.load(args.model)
+    note("loaded")
     documents = []
     for width in args.widths:
         documents.append(run(model, tokenizer, args, width))
         show(documents[-1])
-    print(f"{time.perf_counter() - start:.0f} s in all", file=sys.stderr)
-    if args.out:
-        args.out.write_text(json.dumps(documents, indent=1))
+        if args.out:
+            args.out.write_text(json.dumps(documents, indent=1))
 
 
 if __name__ == "__main__":
