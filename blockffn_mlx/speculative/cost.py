@@ -17,7 +17,7 @@ from mlx_lm.models.cache import KVCache
 
 from ..arrays import named_arrays
 from ..checkpoints.files import read_json
-from ..device import MLX_VERSION, cache_folder, kernel_backend
+from ..device import MLX_VERSION, cache_folder, compute_backend, kernel_backend
 from ..device import name as device_name
 from ..kernels import verdicts
 from ..paths import replace_text
@@ -26,10 +26,11 @@ from .target import Target
 from .tree import MAX_NODES, Tree
 from .verify import target_pass
 
-# Both sides of the widths at which matrix kernels change on known chips, and powers of two.
-WIDTHS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 32, 33, 48, MAX_NODES)
-# A CPU has no such kernels, and its time grows evenly with the width.
-CPU_WIDTHS = (1, 2, 4, 8, 16, 32, MAX_NODES)
+# Both sides of the widths at which matrix kernels change on Apple's chips, and powers of two.
+METAL_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 32, 33, 48, MAX_NODES)
+# A CPU has no such kernels, and its time grows evenly with the width; CUDA takes seconds to compile
+# those of a width, and its time hardly grows.
+WIDTHS = (1, 2, 4, 8, 16, 32, MAX_NODES)
 # Tokens that a drafter may be asked for when its own cost is measured.
 DRAFT_WIDTHS = (2, 4, 8, 16, MAX_NODES)
 # Tokens before a measured pass, and before one that shows what more of them cost.
@@ -184,7 +185,7 @@ def measure(
         on_progress: Called with (steps done, steps in all).
     """
     if widths is None:
-        widths = CPU_WIDTHS if mx.default_device() == mx.cpu else WIDTHS
+        widths = METAL_WIDTHS if compute_backend() == "metal" else WIDTHS
     # A generator of its own: the user's seed must not notice that something was measured.
     draw = np.random.default_rng(0)
     vocab_size = model.args.vocab_size
