@@ -5,6 +5,7 @@ imports begin.
 """
 
 import os
+import resource
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -34,6 +35,9 @@ _HOMES = {
     "sparsity": ".analysis.sparsity",
     "stream_generate": ".generate",
 }
+
+# The most open files that mlx-lm wants to be allowed.
+MLX_LM_FILES = 4096
 
 __all__ = [
     "Model",
@@ -70,6 +74,19 @@ def require_backend():
         ) from None
 
 
+def keep_file_limit():
+    """Lets mlx-lm be imported where fewer open files are allowed than it asks for."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hard == resource.RLIM_INFINITY or hard >= MLX_LM_FILES:
+        return
+    raise_limit = resource.setrlimit
+    resource.setrlimit = lambda *limit: None
+    try:
+        import_module("mlx_lm.utils")
+    finally:
+        resource.setrlimit = raise_limit
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name], __name__), name)
@@ -93,6 +110,7 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-# The commands print the sentence themselves.
+# The commands do both once they have taken over Ctrl-C, and print the sentence themselves.
 if not os.path.basename(sys.argv[0] if sys.argv else "").startswith(("blockffn-", "convert.py")):
     require_backend()
+    keep_file_limit()

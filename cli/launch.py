@@ -4,14 +4,16 @@ The imports take seconds, in which Ctrl-C, a machine without a backend, closed s
 deleted working directory are one line each.
 """
 
+import errno
 import os
 import signal
 import sys
 from importlib import import_module
 
-from .. import require_backend
+from .. import keep_file_limit, require_backend
 
 INTERRUPTED = 130
+TOO_MANY = os.strerror(errno.EMFILE)
 
 
 def chat() -> int:
@@ -59,11 +61,18 @@ def launch(name: str) -> int:
         return _refuse(f"{prog}: the working directory is gone: change to one that exists")
     except ImportError as error:
         return _refuse(str(error))
-    from .. import device  # not above: without a backend it cannot be imported
-
-    device.set_command_buffer_limits()
     try:
-        return import_module(f".{name}", __package__).main()
+        keep_file_limit()
+        from .. import device  # not above: without a backend it cannot be imported
+
+        device.set_command_buffer_limits()
+        main = import_module(f".{name}", __package__).main
+    except (ImportError, OSError) as error:
+        if TOO_MANY not in str(error):
+            raise
+        return _refuse(f"{prog}: {TOO_MANY.lower()}: allow more of them (ulimit -n)")
+    try:
+        return main()
     finally:
         leave_at_once()
 

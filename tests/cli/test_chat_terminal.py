@@ -121,7 +121,7 @@ def test_commands(chat, tmp_path, folder):
     assert "taken back: once more again" in terminal.enter("/undo")
 
     assert "toy, context" in terminal.enter(f"/model {folder}")
-    assert "is no folder" in terminal.enter("/model /nowhere")
+    assert "is not a folder" in terminal.enter("/model /nowhere")
     terminal.send("/exit\r")
     assert terminal.end() == 0
 
@@ -206,7 +206,7 @@ def test_rough_treatment(chat, folder, tmp_path):
     assert "the history is not kept" in terminal.text
     shutil.rmtree(copy)
     terminal.enter("still there?")
-    assert "is no folder" in terminal.enter(f"/model {copy}")
+    assert "is not a folder" in terminal.enter(f"/model {copy}")
 
     terminal.send(PASTE.format("long " * 20_000))
     terminal.pump(0.5)

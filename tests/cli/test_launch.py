@@ -147,3 +147,27 @@ pwd.getpwuid = unknown
 """
     result = run([*script("blockffn-chat", before), "-m", "2"], input="hi\n", cwd=tmp_path)
     assert result.returncode == 0 and result.stdout.strip(), result.stderr
+
+
+@pytest.mark.parametrize("limit", [8, 16, 32, 1024])
+def test_few_open_files(limit):
+    """mlx-lm raises the limit to 4,096 when imported, which a hard limit below does not allow."""
+    before = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))"
+    flags = ["--model", "demo", "-p", "hi", "-m", "2"]
+    code = f"""
+import resource
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+real = resource.setrlimit
+
+def strict(what, limits):
+    if what == resource.RLIMIT_NOFILE and limits[1] > {limit}:
+        raise ValueError("not allowed to raise maximum limit")
+    real(what, limits)
+
+resource.setrlimit = strict
+"""
+    result = run([*script("blockffn-generate", before + code), *flags])
+    if limit == 1024:
+        assert result.returncode == 0, result.stderr
+    elif result.returncode:
+        assert "open files" in one_line(result.stderr)
