@@ -91,7 +91,7 @@ def build_corpus(data: Data, tokenizer: Any = None) -> tuple[Corpus, Any]:
     if missing := [str(path) for path in files if not path.exists()]:
         raise ValueError(f"No such file or folder: {', '.join(missing)}.")
     if tokenizer is None and data.tokenizer:
-        tokenizer = open_tokenizer(data.tokenizer)
+        tokenizer = open_tokenizer(data.tokenizer, end_tokens(Path(data.tokenizer)))
     if paths[0].is_dir():
         if len(paths) > 1 or not (paths[0] / "manifest.json").exists():
             raise ValueError("data.path must be one folder with a manifest.json, or files.")
@@ -106,6 +106,16 @@ def build_corpus(data: Data, tokenizer: Any = None) -> tuple[Corpus, Any]:
         tokenizer = train_tokenizer(texts, data.vocab_size)
     corpus = read_files(paths, tokenizer, data.held_out, data.validation)
     return corpus.without(data.exclude), tokenizer
+
+
+def end_tokens(folder: Path) -> list[int] | None:
+    """What ends an answer by the settings beside a tokenizer; None where nothing says so."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ids = special_ids(read_json(folder / name)).get("eos_token_id")
+            if ids is not None:
+                return ids if isinstance(ids, list) else [ids]
+    return None
 
 
 def prepare(config: TrainingConfig) -> tuple[Model, Corpus, Any]:

@@ -102,7 +102,10 @@ def claim_folder(folder: Path, own: dict[str, Any], accept_changes: bool):
     path = folder / RUN_FILE
     trained = any((folder / CHECKPOINTS).glob("step-*"))
     if path.exists():
-        changes = _changes(read_json(path), own)
+        try:
+            changes = _changes(read_json(path), own)
+        except ValueError:
+            changes = [f"{RUN_FILE}, which says so, is damaged"]
         if trained and changes and not accept_changes:
             raise ChangedRun(
                 f"{folder} holds a run that differs from this one ({'; '.join(changes)}): choose "

@@ -10,7 +10,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from blockffn_mlx.training.build import prepare
+import blockffn_mlx as bf
+from blockffn_mlx.training.build import prepare, save_model
 from blockffn_mlx.training.config import load_config
 from blockffn_mlx.training.run_folder import ChangedRun, hold_folder
 from blockffn_mlx.training.state import DamagedState, find_states, read_state, save_state
@@ -340,3 +341,22 @@ def test_a_home_folder_is_filled_in(folder, monkeypatch):
     assert config.output == str(folder / "homely") and config.data.path == [f"{folder}/text.txt"]
     with pytest.raises(ValueError, match="no such home folder"):
         load_config(folder / "run.toml", ["output='~nobody_of_that_name/x'"])
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"settings": 3}'])
+def test_a_damaged_record_of_the_run_asks_before_it_goes_on(trained, text):
+    (trained / "run" / "run.json").write_text(text)
+    with pytest.raises(ChangedRun):
+        make_trainer(trained, *SHORT).train()
+    told = make_trainer(trained, *SHORT, accept_changes=True)
+    assert told.train() and make_trainer(trained, *SHORT).train()
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_end_tokens_beside_a_tokenizer_reach_the_model(trained, name):
+    folder = shutil.copytree(trained / "run" / "tokenizer", trained / "tokenizer")
+    (folder / name).write_text('{"eos_token_id": [1, 7]}')
+    config = load_config(trained / "run.toml", [f"data.tokenizer='{folder}'"])
+    model, _, tokenizer = prepare(config)
+    save_model(trained / "model", model, tokenizer, mx.float32)
+    assert bf.load(trained / "model")[1].eos_token_ids == {1, 7}
