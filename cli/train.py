@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 def prepared(config: TrainingConfig, base: str | None) -> tuple[Model, Corpus, Any]:
     """Model, corpus and tokenizer of a run, from scratch or from a base."""
-    return prepare_finetune(config, base) if base else prepare(config)
+    return prepare(config) if base is None else prepare_finetune(config, base)
 
 
 def train(config: TrainingConfig, args: argparse.Namespace) -> int:

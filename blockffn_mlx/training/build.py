@@ -126,6 +126,8 @@ def prepare(config: TrainingConfig) -> tuple[Model, Corpus, Any]:
     Raises:
         ValueError: The text's token ids do not fit the model's vocabulary, or other misfits.
     """
+    if config.lora:
+        raise ValueError("LoRA changes a model that is there: remove [lora], or fine-tune one.")
     args = config.model_args()
     kept = Path(config.output) / "tokenizer"
     tokenizer = kept_tokenizer(kept) if config.data.tokenizer is None else None

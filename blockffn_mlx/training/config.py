@@ -342,8 +342,9 @@ def load_config(
     table, where = source, "settings"
     if not isinstance(table, dict):
         where = str(source)
+        text = read_text(where)
         try:
-            table = tomllib.loads(read_text(where))
+            table = tomllib.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} is not valid TOML: {error}") from None
     for override in overrides:

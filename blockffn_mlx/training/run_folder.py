@@ -44,7 +44,10 @@ def hold_folder(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: If another process holds it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"{folder} is not a folder: choose another output.") from None
     place = folder.resolve() / LOCK_FILE
     if place in _held:
         yield

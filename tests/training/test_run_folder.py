@@ -93,6 +93,11 @@ def test_a_finished_model_of_somebody_elses_is_not_taken_for_ours(folder):
         make_trainer(folder, *SHORT).train()
 
 
+def test_a_file_is_no_output(folder):
+    with pytest.raises(ValueError, match="run.toml is not a folder"):
+        make_trainer(folder, *SHORT, f"output='{folder}/run.toml'").train()
+
+
 def test_a_held_folder_is_refused_at_once(folder):
     code = (
         "import sys; from pathlib import Path\n"

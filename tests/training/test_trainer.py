@@ -347,6 +347,7 @@ def test_bad_settings_are_refused(folder, override, message):
         ("data.path=[]", "data.path is empty"),
         ("data.path=['missing.txt']", "No such file or folder: missing.txt"),
         ("model.vocab_size=200", "holds token .* vocab_size is 200"),
+        ("lora.rank=4", r"remove \[lora\], or fine-tune"),
     ],
 )
 def test_misfits_are_refused(folder, override, message):
