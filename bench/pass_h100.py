@@ -12,6 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import NormalDist, median
 
@@ -181,51 +182,53 @@ def main():
         row = {"bits": bits or 16, "what": what, **values}
         document["rows"].append(row)
         print(json.dumps(row), flush=True)
+        if args.out:  # after each row: the machine may be taken away
+            args.out.write_text(json.dumps(document, indent=1) + "\n")
 
     mx.random.seed(0)
+    models = {}
     for bits in args.bits:
         start = time.perf_counter()
         ours, theirs = (finished(make(args.layers), bits) for make in (sparse_model, dense_model))
-        found = bf.sparsity(ours, token_ids(ours, 256).tolist())
-        note(bits, "models", seconds=round(time.perf_counter() - start, 1), tls=round(found.tls, 3),
-             cls=round(found.cls, 3))  # fmt: skip
-        both = {"ours": ours, "llama": theirs}
+        models[bits] = {"ours": ours, "llama": theirs}
+        note(bits, "models", seconds=round(time.perf_counter() - start, 1))
 
-        def compared(
-            what: str, make: Callable[[nn.Module], Callable[[], float]], both=both, bits=bits
-        ):
-            start = time.perf_counter()
-            measures = {name: make(model) for name, model in both.items()}
-            values = alternate(args.rounds, **measures)
-            ratio = round(values["ours"] / values["llama"], 3)
-            seconds = round(time.perf_counter() - start, 1)
-            note(bits, what, **values, ratio=ratio, seconds=seconds)
+    def compared(bits: int, what: str, make: Callable):
+        start = time.perf_counter()
+        measures = {name: make(model) for name, model in models[bits].items()}
+        values = alternate(args.rounds, **measures)
+        ratio = round(values["ours"] / values["llama"], 3)
+        seconds = round(time.perf_counter() - start, 1)
+        note(bits, what, **values, ratio=ratio, seconds=seconds)
 
-        if "decode" in args.what:
+    if "decode" in args.what:
+        for bits, both in models.items():
             for model in both.values():
                 decode_ms(model)
-            compared("decode", lambda model: lambda: decode_ms(model))
+            compared(bits, "decode", lambda model: lambda: decode_ms(model))
             for name, model in both.items():
                 build, encode = host_ms(model)
                 note(bits, f"host {name}", build=round(build, 3), encode=round(encode, 3))
-        if "chunk" in args.what:
-            for tokens in CHUNKS:
-                compared(f"chunk {tokens}", lambda model, t=tokens: pass_ms(model, t))
-        if "batch" in args.what:
-            for batch in BATCHES:
-                compared(f"batch {batch}", lambda model, b=batch: pass_ms(model, 1, b))
-        if "prompt" in args.what and not bits:
-            for tokens in PROMPTS:
-                compared(f"prompt {tokens}", lambda model, t=tokens: prompt_ms(model, t))
-        if "dense" in args.what:
-            for layer in ours.layers:
+    if "batch" in args.what:
+        for bits, batch in product(models, BATCHES):
+            compared(bits, f"batch {batch}", lambda model, b=batch: pass_ms(model, 1, b))
+    if "chunk" in args.what:
+        for bits, tokens in product(models, CHUNKS):
+            compared(bits, f"chunk {tokens}", lambda model, t=tokens: pass_ms(model, t))
+    if "prompt" in args.what:
+        for tokens in PROMPTS:
+            bits = args.bits[0]
+            compared(bits, f"prompt {tokens}", lambda model, t=tokens: prompt_ms(model, t))
+    if "sparsity" in args.what:
+        for bits, both in models.items():
+            found = bf.sparsity(both["ours"], token_ids(both["ours"], 256).tolist())
+            note(bits, "sparsity", tls=round(found.tls, 3), cls=round(found.cls, 3))
+    if "dense" in args.what:
+        for bits, both in models.items():
+            for layer in both["ours"].layers:
                 layer.mlp.backend = "dense"
-            decode_ms(ours)
-            compared("own dense decode", lambda model: lambda: decode_ms(model))
-        del ours, theirs, both
-        mx.clear_cache()
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+            decode_ms(both["ours"])
+            compared(bits, "own dense decode", lambda model: lambda: decode_ms(model))
 
 
 if __name__ == "__main__":

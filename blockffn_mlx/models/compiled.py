@@ -6,7 +6,7 @@ itself stay outside, so any cache of mlx-lm's will do. What this does not take (
 shards, MLA, dynamic NTK, long passes, machines without the kernels) goes through the layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -84,6 +84,7 @@ class CompiledPasses:
         else:
             where = mx.array(positions.offset)
 
+        h = h.reshape(batch_size * num_tokens, -1)
         queries, keys, values = pieces[0](h, where, *parts[0].entry_arrays)
         last = len(parts) - 1
         for i, (part, layer_cache) in enumerate(zip(parts, cache, strict=True)):
@@ -191,7 +192,10 @@ def layer_parts(layer: nn.Module) -> LayerParts | None:
     weights = join([attention[name] for name in JOINED])
     if weights is None:
         return None
-    output, router = (tuple(arrays_of(module)) for module in (attention.o_proj, mlp.router_proj))
+    weights, output, router = (
+        with_transpose(arrays)
+        for arrays in (weights, arrays_of(attention.o_proj), arrays_of(mlp.router_proj))
+    )
     experts = (tuple(weights.arrays) for weights in (mlp.up_proj.weights, mlp.down_proj.weights))
     norm = layer.post_attention_layernorm.weight
     return LayerParts(
@@ -201,6 +205,15 @@ def layer_parts(layer: nn.Module) -> LayerParts | None:
         attention.scale,
         mlp,
     )
+
+
+def with_transpose(arrays: Sequence[mx.array]) -> Arrays:
+    """A linear map's arrays as `LinearMap` takes them."""
+    if len(arrays) > 1:
+        return tuple(arrays)
+    transposed = arrays[0].T
+    mx.eval(transposed)  # a view
+    return arrays[0], transposed
 
 
 def is_plain(linear: nn.Module) -> bool:

@@ -39,7 +39,7 @@ class Shape(NamedTuple):
 
 
 class LinearMap(NamedTuple):
-    """A linear map without a bias."""
+    """A linear map without a bias, given as (weight, its transposed view) or as packed arrays."""
 
     output_dims: int
     input_dims: int
@@ -58,16 +58,22 @@ class LinearMap(NamedTuple):
     def __call__(self, launch: Call | None, x: mx.array, weights: Arrays) -> mx.array:
         """x [T, in] -> [T, out]."""
         if launch:
-            return linear.call(launch, x, weights)
+            return linear.call(launch, x, self.stored(weights))
+        if self.form.packing is None:
+            return x @ weights[1]
         return self.form.weights(weights).multiply(x)
+
+    def stored(self, arrays: Arrays) -> Arrays:
+        """What a kernel reads."""
+        return arrays[:1] if self.form.packing is None else arrays
 
     def add(
         self, launch: Call | None, h: mx.array, x: mx.array, weights: Arrays, factor: float
     ) -> mx.array:
         """h [T, out] + factor * the product, rounded once by the kernel."""
         if launch:
-            return linear.call(launch, x, weights, h, factor)
-        return add_scaled(h, self.form.weights(weights).multiply(x), factor)
+            return linear.call(launch, x, self.stored(weights), h, factor)
+        return add_scaled(h, self(None, x, weights), factor)
 
 
 class Entry(NamedTuple):
@@ -90,24 +96,25 @@ class Entry(NamedTuple):
         norm: mx.array,
         weights: Arrays,
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """h [B, T, H] -> queries, keys and values [B, heads, T, D], rotated."""
+        """h [B * T, H] -> queries, keys and values [B, heads, T, D], rotated."""
         batch_size, num_tokens, *_ = shape
-        turned = self.num_heads + self.num_kv_heads
-        x = mx.fast.rms_norm(h, norm, self.eps).reshape(-1, h.shape[-1])
-        x = self.projection(launch, x, weights)
-        x = x.reshape(batch_size, num_tokens, turned + self.num_kv_heads, self.head_dim)
-        x, values = mx.split(x, [turned], axis=2)
-        if shape.per_token:  # mx.fast.rope takes an offset per row, not per token
-            x = x.reshape(batch_size * num_tokens, turned, 1, self.head_dim)
-        else:
+        turned, dims = self.num_heads + self.num_kv_heads, self.head_dim
+        x = self.projection(launch, mx.fast.rms_norm(h, norm, self.eps), weights)
+        # [B * T, heads, 1, D] for single tokens, and for positions of their own: mx.fast.rope takes
+        # an offset per row, not per token
+        by_row = num_tokens == 1 or shape.per_token
+        x = x.reshape(*((shape.rows, -1, 1) if by_row else (batch_size, num_tokens, -1)), dims)
+        x, values = mx.split(x, [turned], axis=1 if by_row else 2)
+        if not by_row:
             x = x.swapaxes(1, 2)
         x = mx.fast.rope(
-            x, self.head_dim, traditional=False, base=self.base, scale=self.scale, offset=positions
+            x, dims, traditional=False, base=self.base, scale=self.scale, offset=positions
         )
-        if shape.per_token:
-            x = x.reshape(batch_size, num_tokens, turned, self.head_dim).swapaxes(1, 2)
+        if num_tokens > 1 and by_row:
+            x = x.reshape(batch_size, num_tokens, turned, dims).swapaxes(1, 2)
+            values = values.reshape(batch_size, num_tokens, self.num_kv_heads, dims)
         queries, keys = mx.split(x, [self.num_heads], axis=1)
-        return queries, keys, values.swapaxes(1, 2)
+        return queries, keys, values if num_tokens == 1 else values.swapaxes(1, 2)
 
 
 class ExitLaunches(NamedTuple):
@@ -153,13 +160,13 @@ class Exit(NamedTuple):
         up: Arrays,
         down: Arrays,
     ) -> Arrays:
-        """h [B, T, H] and attended [B, heads, T, D] -> h behind the layer.
+        """h [B * T, H] and attended [B, heads, T, D] -> h behind the layer.
 
         Where somebody watches, the router's logits and scores [B, T, E] come with it.
         """
-        batch_size, num_tokens, hidden_size = h.shape
-        h = h.reshape(-1, hidden_size)
-        x = attended.swapaxes(1, 2).reshape(len(h), -1)
+        batch_size, _, num_tokens, _ = attended.shape
+        x = attended if num_tokens == 1 else attended.swapaxes(1, 2)
+        x = x.reshape(len(h), -1)
         h = self.output.add(launches.output, h, x, output, self.residual_scale)
         x = mx.fast.rms_norm(h, norm, self.eps)
         logits = self.router(launches.router, x, router)
@@ -171,7 +178,6 @@ class Exit(NamedTuple):
         else:
             weights = (self.sizes.up.weights(up), self.sizes.down.weights(down))
             h = add_scaled(h, plan.run(x, scores, *weights), self.residual_scale)
-        h = h.reshape(batch_size, num_tokens, hidden_size)
         if not watched:
             return (h,)
         return h, *(seen.reshape(batch_size, num_tokens, -1) for seen in (logits, scores))
@@ -202,7 +208,8 @@ def exit_piece(
 
     def final(h, attended, arrays, norm):
         h, *seen = leave(launches, watched, h, attended, *arrays)
-        return mx.fast.rms_norm(h, norm, final_eps), *seen
+        h = mx.fast.rms_norm(h, norm, final_eps)
+        return h.reshape(shape.batch_size, shape.num_tokens, -1), *seen
 
     if entry is None:
         return final
