@@ -81,7 +81,7 @@ def folder_state(folder: Path) -> list[list[Any]]:
     The time of the last change of the file itself is one that no program can set.
     """
     files = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
-    return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in files]
+    return [[name, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in files]
 
 
 def cached_models() -> list[CachedModel]:
