@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.generate import BatchResponse
 from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
 
-from .prompt import as_prompt, check_ids
+from .prompt import StopTexts, as_prompt, check_ids
 
 
 def batch_generate(
@@ -42,7 +42,8 @@ def batch_generate(
     Raises:
         ValueError: For an empty prompt, or a token outside the vocabulary.
     """
-    ids = [as_prompt(tokenizer, prompt).ids for prompt in prompts]
+    asked = [as_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = [prompt.ids for prompt in asked]
     for prompt in ids:
         check_ids(prompt, model.args.vocab_size)
     begin = time.perf_counter()
@@ -62,6 +63,10 @@ def batch_generate(
         verbose=verbose,
         **options,
     )
+    for index, prompt in enumerate(asked):
+        markers = [tokenizer.decode([token]) for token in prompt.stop_ids]
+        end = StopTexts([*prompt.stop, *markers])
+        response.texts[index] = end.feed(response.texts[index]) + end.rest()
     stats = response.stats
     stats.prompt_tokens, stats.prompt_time = sum(map(len, ids)), stats.prompt_time + spent
     return response

@@ -11,7 +11,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.generate import (
     GenerationResponse,
-    TextStateMachine,
     generate_step,
     generation_stream,
     wired_limit,
@@ -20,7 +19,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import speculative
-from .prompt import Prompt, as_prompt, check_ids
+from .prompt import Prompt, StopTexts, as_prompt, check_ids
 from .quantisation import BITS, GROUP_SIZES
 
 # Positions at the beginning that a cache of limited size never drops, as in mlx-lm.
@@ -239,33 +238,3 @@ def respond(
         )
         if finish_reason:
             return
-
-
-class StopTexts:
-    """Passes text on up to the first stop text, holding back what may be the start of one.
-
-    Attributes:
-        found: Whether a stop text was met; nothing is passed on from then on.
-    """
-
-    def __init__(self, stop: Sequence[str]):
-        ends = [(text, None) for text in stop if text]
-        self.state = TextStateMachine({"answer": ends}).make_state("answer")
-
-    @property
-    def found(self) -> bool:
-        return self.state[0] is None
-
-    def feed(self, text: str) -> str:
-        """Takes new text, returns what is certain to belong to the answer."""
-        if self.found:
-            return ""
-        self.state, segments = TextStateMachine.split(self.state, text)
-        return "".join(piece for _, piece in segments)
-
-    def rest(self) -> str:
-        """What was held back, once no more text can come."""
-        if self.found:
-            return ""
-        self.state, held, _ = TextStateMachine.flush(self.state)
-        return held

@@ -7,6 +7,7 @@ from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
 
 import blockffn_mlx as bf
 from helpers.models import tiny_model
+from helpers.toy_chat import toy_model, toy_tokenizer
 
 LENGTHS = (5, 1, 17, 2, 40, 9, 3, 33, 12, 6, 21, 4, 8, 14, 2, 28)
 
@@ -79,3 +80,16 @@ def test_given_caches_stay_as_they_are():
 def test_a_wrong_prompt_is_refused_before_anything_runs(wrong, reason):
     with pytest.raises(ValueError, match=reason):
         bf.batch_generate(tiny_model(), NoText(), [[1, 2], wrong])
+
+
+def test_role_markers_end_the_answers_to_messages():
+    tokenizer = toy_tokenizer()
+    left = [1605, tokenizer.convert_tokens_to_ids("<|user|>"), 1605, 1605]
+    response = bf.batch_generate(
+        toy_model(),
+        tokenizer,
+        [[{"role": "user", "content": "hi"}]],
+        max_tokens=4,
+        sampler=lambda logprobs: mx.array([left.pop(0) if left else 1605]),
+    )
+    assert response.texts == ["ok"]

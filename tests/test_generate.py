@@ -9,8 +9,8 @@ import pytest
 from mlx_lm.models.cache import RotatingKVCache
 
 import blockffn_mlx as bf
-from blockffn_mlx.generate import StopTexts, respond
-from blockffn_mlx.prompt import as_prompt
+from blockffn_mlx.generate import respond
+from blockffn_mlx.prompt import StopTexts, as_prompt
 from blockffn_mlx.speculative import SpeculationStats
 from helpers.commands import run
 from helpers.models import tiny_model

@@ -9,8 +9,8 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import trim_prompt_cache
 
-from ..generate import StopTexts, stream_generate
-from ..prompt import Prompt, TokenText, choose_format, clean, encode_text
+from ..generate import stream_generate
+from ..prompt import Prompt, StopTexts, TokenText, choose_format, clean, encode_text
 from .history import decode_tokens, reuse
 
 # An answer gets at most this part of the context kept free for it before old turns are dropped.

@@ -10,6 +10,7 @@ from .format import (
     choose_format,
     is_chat_model,
 )
+from .stop import StopTexts
 from .template import apply_template
 from .tokens import BREAK, TokenText, check_ids, clean, encode_text
 
@@ -20,6 +21,7 @@ __all__ = [
     "Format",
     "Prompt",
     "RawFormat",
+    "StopTexts",
     "TokenText",
     "apply_template",
     "as_prompt",
