@@ -14,57 +14,14 @@ import mlx.core as mx
 from ..arrays import named_arrays
 from ..models.blockffn import Model, ModelArgs
 from . import canonical_deco
+from .bmtrain import from_bmtrain_config, from_bmtrain_name
 from .canonical_deco import is_deco, read_deco
 from .names import split_fused, strip_prefixes
 from .tensor_info import TensorInfo
 
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTER = "mlp.router_proj.weight"
 LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
-
-# BMTrain, the framework that trained the models, uses names of its own.
-BMTRAIN_NAMES = {
-    "input_embedding.weight": EMBEDDING,
-    "encoder.output_layernorm.weight": FINAL_NORM,
-}
-BMTRAIN_LAYER = re.compile(r"encoder\.layers\.([0-9]+)\.(self_att|ffn)\.(.+)")
-BMTRAIN_LAYER_NAMES = {
-    "layernorm_before_attention.weight": "input_layernorm.weight",
-    "self_attention.project_q.weight": "self_attn.q_proj.weight",
-    "self_attention.project_k.weight": "self_attn.k_proj.weight",
-    "self_attention.project_v.weight": "self_attn.v_proj.weight",
-    "self_attention.attention_out.weight": "self_attn.o_proj.weight",
-    "self_attention.q_down_proj.weight": "self_attn.q_a_proj.weight",
-    "self_attention.q_down_layernorm.weight": "self_attn.q_a_layernorm.weight",
-    "self_attention.q_up_proj.weight": "self_attn.q_b_proj.weight",
-    "self_attention.kv_down_proj.weight": "self_attn.kv_a_proj_with_mqa.weight",
-    "self_attention.kv_down_layernorm.weight": "self_attn.kv_a_layernorm.weight",
-    "self_attention.kv_up_proj.weight": "self_attn.kv_b_proj.weight",
-    "self_attention.o_proj.weight": "self_attn.o_proj.weight",
-    "layernorm_before_ffn.weight": "post_attention_layernorm.weight",
-    "ffn.moe_router.w_gate": "mlp.router_proj.weight",
-    "ffn.moe_experts.moe_w_in": "mlp.up_proj.weight",
-    "ffn.moe_experts.moe_w_out": "mlp.down_proj.weight",
-    "ffn.router_norm.weight": "mlp.router_norm.weight",
-}
-BMTRAIN_CONFIG = {
-    "dim_model": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "num_layers": "num_hidden_layers",
-    "dim_q_lora": "q_lora_rank",
-    "dim_kv_lora": "kv_lora_rank",
-    "dim_q_nope_head": "qk_nope_head_dim",
-    "dim_q_pe_head": "qk_rope_head_dim",
-    "dim_v_head": "v_head_dim",
-    "dim_expert": "expert_size",
-    "num_expert": "num_experts",
-    "ffn_activate_fn": "hidden_act",
-    "router_activate_fn": "router_act",
-    "tie_lm_head": "tie_word_embeddings",
-    "eps": "rms_norm_eps",
-    "base": "rope_theta",
-}
 
 # The expert tensors under the names of each implementation.
 EXPERTS = re.compile(r"mlp\.(experts\.|mlp\.)?(up|down)_proj(\.weight)?")
@@ -141,7 +98,7 @@ def canonicalize(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Cano
         weights = {name: Weight(*parts) for name, parts in found.items()}
         return CanonicalCheckpoint(args, weights, layout, warnings)
     bmtrain = "dim_model" in config
-    config = checked_config(_from_bmtrain(config) if bmtrain else config)
+    config = checked_config(from_bmtrain_config(config) if bmtrain else config)
     named, raw_names = _rename(tensors)
     hidden_size = named[EMBEDDING].shape[-1] if EMBEDDING in named else 0
     split_fused(named, raw_names, "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), hidden_size)
@@ -203,23 +160,13 @@ def _rename(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict
     for raw, bare in zip(tensors, plain, strict=True):
         if BUFFERS.fullmatch(bare):
             continue
-        name = BMTRAIN_NAMES.get(bare, bare)
-        if match := BMTRAIN_LAYER.fullmatch(bare):
-            name = f"model.layers.{match[1]}.{BMTRAIN_LAYER_NAMES.get(match[3], match[3])}"
-        elif (match := LAYER.fullmatch(bare)) and (expert := EXPERTS.fullmatch(match[2])):
+        name = from_bmtrain_name(bare)
+        if (match := LAYER.fullmatch(name)) and (expert := EXPERTS.fullmatch(match[2])):
             name = f"model.layers.{match[1]}.mlp.{expert[2]}_proj.weight"
         if name in named:
             raise ValueError(f"{raw} and {raw_names[name]} are the same tensor: remove one.")
         named[name], raw_names[name] = tensors[raw], raw
     return named, raw_names
-
-
-def _from_bmtrain(config: dict[str, Any]) -> dict[str, Any]:
-    """A BMTrain config under Hugging Face's keys and with BMTrain's own defaults."""
-    renamed = {BMTRAIN_CONFIG.get(key, key): value for key, value in config.items()}
-    # The latent attention's sizes are 0 where the model has none.
-    renamed = {key: value for key, value in renamed.items() if value != 0}
-    return {"norm_after_router": "none", "rms_norm_eps": 1e-5, **renamed}
 
 
 def checked_config(config: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from blockffn_mlx.checkpoints.canonical import BMTRAIN_CONFIG, BMTRAIN_LAYER_NAMES, BMTRAIN_NAMES
+from blockffn_mlx.checkpoints.bmtrain import BMTRAIN_CONFIG, BMTRAIN_LAYER_NAMES, BMTRAIN_NAMES
 from blockffn_mlx.checkpoints.reader import load_checkpoint, read_json
 from helpers.torch_files import save_bin
 
