@@ -24,6 +24,8 @@ from mlx_lm.models import llama
 from mlx_lm.models.cache import make_prompt_cache
 
 import blockffn_mlx as bf
+from blockffn_mlx.ffn import make_plan
+from blockffn_mlx.kernels import Sizes, residual_down, route
 
 ACTIVE = 0.125  # share of the experts that a token uses
 TOPICS, TOPIC_TOKENS = 64, 512
@@ -156,6 +158,42 @@ def host_ms(model: nn.Module) -> tuple[float, float]:
     return build, encode
 
 
+def encode_us(model: nn.Module) -> dict[str, float]:
+    """Microseconds of the host for each launch of a kind, in chains of 100 that wait for nothing."""
+    layer, hidden = model.layers[0], model.args.hidden_size
+    mlp, weight = layer.mlp, layer.self_attn.o_proj.weight
+    x = mx.zeros((1, hidden), mx.bfloat16)
+    plan = make_plan(Sizes.of(x, mlp.up_proj.weights, mlp.down_proj.weights), mlp.act, fused=True)
+    logits = mx.zeros((1, model.args.num_experts), mx.bfloat16)
+    h, active = plan.up(
+        x, logits, mlp.router_norm.weight, route.epsilon(1e-5), *mlp.up_proj.weights.arrays
+    )
+    factor, down = residual_down.factor_array(0.5), mlp.down_proj.weights.arrays
+    mx.eval(h, active)
+    steps = {
+        "add": lambda x: x + x,
+        "rms_norm": lambda x: mx.fast.rms_norm(x, layer.input_layernorm.weight, 1e-5),
+        "gemv": lambda x: x @ weight.T,
+        "product of 8 rows": lambda x: (mx.broadcast_to(x, (8, hidden)) @ weight.T)[:1],
+        "view": lambda x: x.reshape(1, 1, hidden).reshape(1, hidden),
+        "residual_down": lambda x: plan.down(h, active, x, factor, *down)[0],
+    }
+    found = {}
+    for name, step in steps.items():
+        times = []
+        for _ in range(6):
+            x = mx.ones((1, hidden), mx.bfloat16)
+            mx.eval(x)
+            for _ in range(100):
+                x = step(x)
+            start = time.perf_counter()
+            mx.async_eval(x)
+            times.append(time.perf_counter() - start)
+            mx.eval(x)
+        found[name] = round(median(times) * 1e4, 2)
+    return found
+
+
 def alternate(rounds: int, **measures: Callable[[], float]) -> dict[str, float]:
     """Medians of measurements taken in turn."""
     values = {name: [] for name in measures}
@@ -209,6 +247,8 @@ def main():
             for name, model in both.items():
                 build, encode = host_ms(model)
                 note(bits, f"host {name}", build=round(build, 3), encode=round(encode, 3))
+    if "encode" in args.what and not args.bits[0]:
+        note(0, "us a launch", **encode_us(models[0]["ours"]))
     if "batch" in args.what:
         for bits, batch in product(models, BATCHES):
             compared(bits, f"batch {batch}", lambda model, b=batch: pass_ms(model, 1, b))
