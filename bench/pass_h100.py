@@ -159,7 +159,7 @@ def host_ms(model: nn.Module) -> tuple[float, float]:
 
 
 def encode_us(model: nn.Module) -> dict[str, float]:
-    """Microseconds of the host for each launch of a kind, in chains of 100 that wait for nothing."""
+    """Microseconds of the host for a launch of each kind, in chains of 100."""
     layer, hidden = model.layers[0], model.args.hidden_size
     mlp, weight = layer.mlp, layer.self_attn.o_proj.weight
     x = mx.zeros((1, hidden), mx.bfloat16)
