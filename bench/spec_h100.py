@@ -7,7 +7,7 @@ rounds take: one above three times the median met something that it had to compi
 Everything is printed as it comes, and no question is asked after so many --seconds. The warm-up's
 answers, during which kernels are compiled, are not in the table.
 
-usage: python bench/spec_h100.py [--widths 16 auto] [--questions FILE --limit 2] [--out FILE.json]
+usage: python bench/spec_h100.py [--plain] [--widths 16 auto] [--limit 2] [--out FILE.json]
 "auto" measures passes at a few widths first, in each of which CUDA compiles kernels.
 """
 
@@ -18,6 +18,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import mlx.core as mx
+
 import blockffn_mlx as bf
 from blockffn_mlx.analysis.spec_bench import (
     MODES,
@@ -27,6 +29,7 @@ from blockffn_mlx.analysis.spec_bench import (
     chosen_questions,
     read_questions,
 )
+from blockffn_mlx.checkpoints.load import unpack
 from blockffn_mlx.prompt import choose_format, is_chat_model
 from blockffn_mlx.speculative import AdaptiveWidth, FixedWidth, Policy, make_drafter
 from blockffn_mlx.speculative.cost import measure, measure_draft
@@ -108,7 +111,9 @@ def run(model: Any, tokenizer: Any, args: argparse.Namespace, width: str) -> dic
             note(f"width {width}: {mode} has its policy")
     bench.policies = dict(timed)
     for question in questions[: args.warm_up]:
-        note(f"warm-up: {rounded(bench.ask(question))} s")
+        for mode in MODES:
+            bench.answer(mode, question)
+            note(f"{mode} is warm")
     bench.results.clear()
     for policy in timed.values():
         policy.rounds.clear()
@@ -146,7 +151,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo")
     parser.add_argument("--draft", default="auto")
-    parser.add_argument("--widths", nargs="+", default=["16", "auto"])
+    parser.add_argument("--widths", nargs="+", default=["16"])
+    parser.add_argument(
+        "--plain", action="store_true", help="unpacked bfloat16, whose kernels compile sooner"
+    )
     parser.add_argument("--questions", type=Path, default=PROMPTS)
     parser.add_argument("--limit", type=int, help="questions per group")
     parser.add_argument("--max-tokens", type=int, default=96)
@@ -155,6 +163,9 @@ def main():
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model, tokenizer = bf.load(args.model)
+    if args.plain:
+        unpack(model)
+        model.set_dtype(mx.bfloat16)
     note("loaded")
     documents = []
     for width in args.widths:

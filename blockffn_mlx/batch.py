@@ -44,20 +44,20 @@ def batch_generate(
     """
     asked = [as_prompt(tokenizer, prompt) for prompt in prompts]
     ids = [prompt.ids for prompt in asked]
-    for prompt in ids:
-        check_ids(prompt, model.args.vocab_size)
+    for row in ids:
+        check_ids(row, model.args.vocab_size)
     begin = time.perf_counter()
     caches = deepcopy(prompt_caches) or [model.make_cache() for _ in ids]
-    for prompt, cache in zip(ids, caches, strict=True):
-        for start in range(0, len(prompt) - 1, prefill_step_size):
-            part = prompt[start : min(start + prefill_step_size, len(prompt) - 1)]
+    for row, cache in zip(ids, caches, strict=True):
+        for start in range(0, len(row) - 1, prefill_step_size):
+            part = row[start : min(start + prefill_step_size, len(row) - 1)]
             model(mx.array([part]), cache=cache)
             mx.eval([layer_cache.state for layer_cache in cache])
     spent = time.perf_counter() - begin
     response = mlx_lm_batch_generate(
         model,
         tokenizer,
-        [prompt[-1:] for prompt in ids],
+        [row[-1:] for row in ids],
         prompt_caches=caches,
         max_tokens=max_tokens,
         verbose=verbose,
