@@ -42,6 +42,7 @@ class Chip:
         build: Microseconds of Python for each node of the graph.
         encode: Microseconds of the host for each launch.
         encode_product: The same for plain products with one row, and with more.
+        encode_custom: The same for this package's kernels.
     """
 
     published: float
@@ -55,6 +56,7 @@ class Chip:
     build: float = 1.0
     encode: float = 0.61
     encode_product: tuple[float, float] = (0.61, 0.61)
+    encode_custom: float = 0.61
 
 
 def _large(
@@ -96,6 +98,7 @@ CHIPS = {
         build=1.1,
         encode=4.5,
         encode_product=(9.0, 28.0),
+        encode_custom=18.0,
     ),  # fmt: skip
 }
 
@@ -203,6 +206,8 @@ def predict_pass(
 def _encode(chip: Chip, launch: Launch) -> float:
     if launch.kind == "matmul":
         return chip.encode_product[launch.rows > 1]
+    if launch.kind in ("experts", "linear"):
+        return chip.encode_custom
     return chip.encode
 
 
