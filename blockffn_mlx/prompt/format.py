@@ -92,10 +92,12 @@ class ChatFormat(Format):
         system, question, answer = ("system", _mark(0)), ("user", _mark(1)), _mark(2)
         layout = self._apply([question, ("assistant", answer), ("user", _mark(3))])
         try:
-            self.has_system = system[1] in self._apply([system, question])
+            with_system = self._apply([system, question])
         except ValueError:
-            self.has_system = False
-        markers, added = self._markers(layout), _added_tokens(tokenizer)
+            with_system = ""
+        self.has_system = system[1] in with_system
+        before_system = with_system.partition(system[1])[0] if self.has_system else ""
+        markers, added = self._markers(layout, before_system), _added_tokens(tokenizer)
         self.stop = tuple(text for text in markers if text not in added)
         self.stop_ids = tuple(added[text][0] for text in markers if text in added)
         # Other added tokens are whole words, such as an empty line.
@@ -154,18 +156,21 @@ class ChatFormat(Format):
         conversation = [{"role": role, "content": text} for role, text in messages]
         return apply_template(self.tokenizer, conversation, self.options)
 
-    def _markers(self, layout: str) -> tuple[str, ...]:
+    def _markers(self, layout: str, before_system: str) -> tuple[str, ...]:
         """What stands around the messages of a laid-out question, answer and question."""
         if not all(layout.count(_mark(i)) == 1 for i in (1, 2, 3)):
             raise ValueError("the model's chat template leaves messages out or repeats them")
         before, rest = layout.split(_mark(1))
         to_answer, rest = rest.split(_mark(2))
         to_user, _ = rest.split(_mark(3))
-        user = before.removeprefix(self.tokenizer.bos_token or "")
+        bos = self.tokenizer.bos_token or ""
+        user = before.removeprefix(bos)
         user = user if to_user.endswith(user) else to_user
         end = to_user.removesuffix(user)
-        markers = (user, to_answer.removeprefix(end), end)
-        return tuple(dict.fromkeys(m.strip() for m in markers if m.strip()))
+        around = (user, to_answer.removeprefix(end), end, before_system)
+        markers = (text.removeprefix(bos).removesuffix(bos).strip() for text in around)
+        # A single character, such as a quotation mark, may stand in any answer.
+        return tuple(dict.fromkeys(marker for marker in markers if len(marker) > 1))
 
 
 def is_chat_model(model: Any, tokenizer: Any) -> bool:

@@ -278,3 +278,38 @@ def test_a_tokenizer_that_fails_on_a_text_is_named(tmp_path, step):
     assert encode_text(tokenizer, "hello").ids
     with pytest.raises(ValueError, match="the tokenizer fails on this text"):
         encode_text(tokenizer, "a" * 40 + "!")
+
+
+IN_LINES = "{% for m in messages %}<|im_start|>{{m.role}}\n{{m.content}}<|im_end|>\n{% endfor %}"
+IN_BRACKETS = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+QUOTED = "{% for m in messages %}<|{{ m.role }}|>{{ m.content | tojson }}{% endfor %}<|assistant|>"
+
+
+@pytest.mark.parametrize(
+    "template, stop, stop_ids",
+    [
+        (
+            f"{IN_LINES}<|im_start|>assistant\n",
+            {"<|im_start|>user", "<|im_start|>assistant", "<|im_end|>", "<|im_start|>system"},
+            set(),
+        ),
+        (IN_BRACKETS, {"[INST]", "[/INST]"}, {"<|end|>"}),
+        (QUOTED, {'<|user|>"', '<|assistant|>"', '<|system|>"'}, set()),
+    ],
+)
+def test_markers_of_other_formats(template, stop, stop_ids):
+    tokenizer = toy_tokenizer()
+    tokenizer._tokenizer.chat_template = template
+    chat_format = ChatFormat(tokenizer)
+    assert set(chat_format.stop) == stop
+    assert set(chat_format.stop_ids) == set(map(tokenizer.convert_tokens_to_ids, stop_ids))
+    for marker in stop:
+        own = encode_text(tokenizer, marker).ids
+        spelled, harmless = (
+            sum(ids[i : i + len(own)] == own for i in range(len(ids)))
+            for ids in (chat_format.prompt([("user", text)]).ids for text in (marker, "x"))
+        )
+        assert spelled == harmless
