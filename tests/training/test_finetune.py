@@ -14,10 +14,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 import blockffn_mlx as bf
-from blockffn_mlx.training.build import is_quantized, prepare_finetune, save_model
+from blockffn_mlx.training.build import is_quantized, prepare, prepare_finetune, save_model
 from blockffn_mlx.training.config import Lora, load_config
 from blockffn_mlx.training.evaluate import evaluate
 from blockffn_mlx.training.lora import add_lora, merge_lora
+from blockffn_mlx.training.run_folder import ChangedRun
 from blockffn_mlx.training.tokenizer import train_tokenizer
 from blockffn_mlx.training.trainer import Trainer
 from helpers.models import tiny_model
@@ -222,23 +223,23 @@ def test_a_run_does_not_replace_its_source(folder, output):
 
 
 def test_another_base_in_the_folder_is_refused(folder):
-    assert command(f"{folder}/run.toml", "--finetune", f"{folder}/base").returncode == 0
+    def run(base: str | None, *overrides: str) -> bool:
+        config = load_config(folder / "run.toml", overrides)
+        made = prepare(config) if base is None else prepare_finetune(config, str(folder / base))
+        return Trainer(config, *made[:2]).train()
+
+    assert run("base")
     save_model(folder / "base2", base_model(), train_tokenizer([TEXT], 300), mx.float32)
-    shutil.rmtree(folder / "base")
-    shutil.copytree(folder / "base2", folder / "base")  # the same weights again: the same run
-    assert command(f"{folder}/run.toml", "--finetune", f"{folder}/base").returncode == 0
+    assert run("base2")  # the same weights elsewhere: the same run
     other = base_model()
     other.model.norm.weight = other.model.norm.weight * 1.5
     save_model(folder / "other", other, train_tokenizer([TEXT], 300), mx.float32)
-    done = command(f"{folder}/run.toml", "--finetune", f"{folder}/other")
-    assert done.returncode == 1 and "the base model has changed" in done.stderr
-    # From nothing, in the same folder, is another run too.
-    fresh = [word for k, v in FRESH.items() for word in ("--set", f"model.{k}={v}")]
-    done = command(f"{folder}/run.toml", *fresh)
-    assert done.returncode == 1 and "the base model has changed" in done.stderr
-
-
-FRESH = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with pytest.raises(ChangedRun, match="the base model has changed"):
+        run("other")
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1}
+    fresh = [f"model.{name}={size}" for name, size in sizes.items()]
+    with pytest.raises(ChangedRun, match="the base model has changed"):
+        run(None, *fresh, "model.num_attention_heads=2")
 
 
 @pytest.mark.parametrize("kind", ["messages", "text"])
