@@ -99,6 +99,9 @@ class ConversationEncoder:
         """
         messages, learned = self._placed(conversation)
         text = self._render(messages, conversation)
+        for message in messages:
+            if message["role"] != "assistant" and not _holds(text, message["content"].strip()):
+                raise ValueError(f"the chat template leaves out a {message['role']} message.")
         encoded = encode_text(self.tokenizer, text)
         ids, (starts, ends) = encoded.ids, _spans(encoded)
         closing = np.isin(ids, self.closing) & (starts < ends)
@@ -116,7 +119,8 @@ class ConversationEncoder:
         guard = self.format.guard
         messages = [{**m, "content": guard(m["content"])} for m in conversation.messages]
         learned = list(conversation.learned)
-        if not self.format.has_system and messages[0]["role"] == "system" and len(messages) > 1:
+        roles = [message["role"] for message in messages[:2]]
+        if not self.format.has_system and roles == ["system", "user"]:
             first, second, *later = messages
             content = f"{first['content']}\n\n{second['content']}"
             messages, learned = [{**second, "content": content}, *later], learned[1:]
@@ -202,6 +206,13 @@ def _read_calls(calls: Any, number: int) -> list[dict]:
             raise ValueError(f"message {number} has a tool call whose arguments are not an object.")
         read.append({**call, "function": {**function, "arguments": arguments}})
     return read
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether a text holds a part, as it is or as a string of JSON."""
+    return part in text or any(
+        json.dumps(part, ensure_ascii=ascii_only)[1:-1] in text for ascii_only in (True, False)
+    )
 
 
 def _unused(text: str) -> str:

@@ -266,3 +266,46 @@ def test_a_system_message_without_a_place_joins_the_first():
     )
     messages = [{"role": "system", "content": "Be brief."}, *chat("fine")]
     assert spoken(messages, template) == "fine</s>"
+
+
+@pytest.mark.parametrize(
+    ("template", "role"),
+    [
+        (
+            PLAIN.replace("%}[{{", "%}{% if m['role'] != 'tool' %}[{{", 1).replace(
+                "</s>{% endfor", "</s>{% endif %}{% endfor", 1
+            ),
+            "tool",
+        ),
+        (PLAIN.replace("m['content']", "'' if loop.first else m['content']"), "user"),
+    ],
+)
+def test_a_message_that_a_template_drops_is_refused(template, role):
+    messages = [*chat("fine"), {"role": "tool", "content": "3"}, *chat("well")]
+    messages = messages if role == "tool" else chat("fine", "well")
+    assert spoken(messages, PLAIN) == "fine</s>well</s>"
+    encoder = ConversationEncoder(wrapped(PLAIN))
+    encoder.tokenizer = wrapped(template)
+    with pytest.raises(ValueError, match=f"leaves out a {role} message"):
+        encoder.encode(read_conversation(messages))
+
+
+def test_what_a_tool_says_may_be_written_as_json():
+    template = PLAIN.replace("m['content'] }}", "m['content'] | tojson }}")
+    messages = [*chat("fine"), {"role": "tool", "content": 'a "b" \n c'}, *chat("well")]
+    encoder = ConversationEncoder(wrapped(PLAIN))
+    encoder.tokenizer = wrapped(template)
+    ids, said = encoder.encode(read_conversation(messages))
+    kept = [token for token, is_said in zip(ids, said, strict=True) if is_said]
+    assert encoder.tokenizer.decode(kept).count("fine") == 1
+
+
+def test_a_system_message_is_not_learned_with_an_answer():
+    template = (
+        "{% for m in messages %}{% if m.role != 'system' %}[{{ m.role }}]{{ m.content }}</s>"
+        "{% endif %}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    system, answer = {"role": "system", "content": "Be brief."}, chat("fine")[1]
+    with pytest.raises(ValueError, match="leaves out a system message"):
+        spoken([system, answer], template)
+    assert spoken([system, *chat("fine")], template) == "fine</s>"
