@@ -44,6 +44,32 @@ def test_mlx_folder_loads_as_it_is(converted, cache):
     assert tokenizer.eos_token_ids == {2} and not cache.exists()
 
 
+def test_folders_that_earlier_versions_wrote_still_load(tmp_path, converted):
+    """They hold kv_b_proj as it was published, no list of their files, or no mark at all."""
+    folder = tmp_path / "old"
+    shutil.copytree(converted("mla_linear"), folder)
+    tensors = load_checkpoint(folder)
+    for name in [name for name in tensors if name.endswith("embed_q.weight")]:
+        values = tensors.pop(name.replace("embed_q", "unembed_out"))
+        heads = mx.concatenate([tensors.pop(name).swapaxes(1, 2), values], axis=1)
+        tensors[name.replace("embed_q", "kv_b_proj")] = heads.flatten(0, 1)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    (folder / "model.safetensors.index.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    data = np.load(GOLDEN / "mla_linear" / "golden.npz")
+    for mark in ({"source": "x", "version": "0.1.0"}, None):
+        (folder / "config.json").write_text(json.dumps({**config, "blockffn_mlx": mark}))
+        bf.convert(folder, tmp_path / "new", overwrite=True)
+        for path in (folder, tmp_path / "new"):
+            model, _ = bf.load(path)
+            assert (
+                np.abs(np.array(model(mx.array(data["input_ids"]))) - data["logits"]).max() < 1e-4
+            )
+        bf.convert(GOLDEN / "mla_linear", folder, overwrite=True)
+        mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+        (folder / "model.safetensors.index.json").unlink()
+
+
 def test_checkpoint_is_converted_once(tmp_path, cache):
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / "gqa_block", source)
