@@ -307,7 +307,7 @@ class Chat:
 
     def open_model(self, name: str):
         """Changes the model; the messages stay, the cache is computed anew."""
-        changed = {"model": name, "revision": None, "draft": "none"}
+        changed = {"model": name, "revision": None, "adapter_path": None, "draft": "none"}
         before = self.conversation
         self._take_model(argparse.Namespace(**{**vars(self.settings), **changed}))
         self.conversation.replace([(m.role, m.content) for m in before.messages])

@@ -102,6 +102,12 @@ def add_model_flags(
         "demo: the small model that comes with the package",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--adapter-path", metavar="DIR", help="LoRA adapters trained by mlx-lm")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="accepted as in mlx-lm; code of a model's folder is never run",
+    )
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise what is converted")
     parser.add_argument("--q-bits", type=int, help="bits per weight (4)")
     parser.add_argument("--q-group-size", type=int, help="weights per scale (64)")
@@ -125,6 +131,7 @@ def load_for_text(args: argparse.Namespace, lazy: bool = False) -> tuple[Model, 
             q_group_size=args.q_group_size,
             dtype=args.dtype,
             lazy=lazy,
+            adapter_path=args.adapter_path,
             on_progress=progress,
         )
     if tokenizer is None:

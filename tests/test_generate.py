@@ -6,7 +6,9 @@ import os
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import blockffn_mlx as bf
 from blockffn_mlx.generate import respond
@@ -374,3 +376,19 @@ def test_inspect_says_what_it_leaves_out(converted, tmp_path):
 def test_closed_standard_input_is_named(converted):
     result = run("generate", "--model", converted("gqa_block"), "-p", "-", input=None)
     assert "standard input" in refused(result)
+
+
+def test_mlx_lm_flags_for_adapters_and_trust(converted, tmp_path):
+    flags = ["--model", converted("gqa_block"), "-p", "ab", "--raw", "--json", "-m", 6]
+    plain = run("generate", *flags, "--trust-remote-code")
+    assert "adapter" in refused(run("generate", *flags, "--adapter-path", tmp_path / "none"))
+    model, _ = bf.load(str(converted("gqa_block")))
+    lora = {"rank": 2, "scale": 10.0, "dropout": 0.0, "keys": ["self_attn.o_proj"]}
+    linear_to_lora_layers(model, 2, lora)
+    weights = {n: mx.ones(w.shape) for n, w in tree_flatten(model.parameters()) if "lora" in n}
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": lora}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    adapted = run("generate", *flags, "--adapter-path", tmp_path)
+    tokens = [json.loads(result.stdout)["tokens"] for result in (plain, adapted)]
+    assert tokens[0] != tokens[1]
