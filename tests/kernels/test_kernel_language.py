@@ -1,11 +1,14 @@
 """Every kernel's captured text compiles under the rules of each version of Metal."""
 
 from dataclasses import replace
+from functools import partial
 
+import mlx.core as mx
 import pytest
 
 import metal_host
-from blockffn_mlx.kernels import TILES
+from blockffn_mlx.kernels import TILES, linear
+from blockffn_mlx.quantisation import Format, Quantization
 from helpers.kernel_variants import PACKINGS, variants
 
 pytestmark = pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)
@@ -67,3 +70,23 @@ def test_what_a_version_refuses_is_seen(standard):
         assert old in launch.source
         faulty = replace(launch, source=launch.source.replace(old, new))
         assert metal_host.refusals(faulty, standard) != []
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("packing", [None, Quantization(64, 4, "affine")])
+def test_a_linear_map_compiles(residual, packing):
+    """Its list of experts is so short that it may lie in another address space."""
+    form = Format(mx.bfloat16, packing)
+    weight = mx.zeros((64, 128), mx.bfloat16)
+    weights = [weight] if packing is None else list(mx.quantize(weight, 64, 4))
+    for tokens in (1, 8, 17):
+        x = mx.zeros((tokens, 128), mx.bfloat16)
+        added = (mx.zeros((tokens, 64), mx.bfloat16), 0.5) if residual else ()
+        launch = linear.arguments(tokens, 64, 128, form, residual=residual, backend="metal")
+        mx.eval(x, weights, added[:1])
+        (found,) = metal_host.launches(partial(linear.call, launch, x, weights, *added))
+        there = found.source.replace("const device uint32_t* active", "const constant uint* active")
+        assert there != found.source
+        for source in (found.source, there):  # the second once the list has been computed
+            for standard in ("metal4.1", "c++14"):
+                assert metal_host.refusals(replace(found, source=source), standard) == []
