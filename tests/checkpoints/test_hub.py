@@ -75,6 +75,7 @@ def test_a_converted_repository_is_taken_as_it_is(server, converted, cache):
     assert not cache.exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*What was downloaded before is used")
 @pytest.mark.parametrize("how", ["no network", "by choice"])
 @pytest.mark.parametrize("revision", [None, "v1", COMMIT, COMMIT[:7]])
 def test_what_was_loaded_once_loads_offline(server, monkeypatch, how, revision):
