@@ -4,12 +4,14 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.base import scaled_dot_product_attention as mlx_attention
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from .. import device
 from ..ffn import MAX_CHUNK
 from ..kernels import attention, probe
 
+# Caches that lie in one piece, and what says how many of their rows count.
+FILLED_ROWS = {KVCache: "offset", BatchKVCache: "_idx"}
 # Over more keys plain operations read each of them less often.
 MAX_KERNEL_KEYS = 8192
 
@@ -25,8 +27,9 @@ def scaled_dot_product_attention(
     """mlx-lm's function of that name, except for short chunks on CUDA.
 
     MLX's CUDA build plans its fused attention anew for each (queries, keys) shape with more than
-    one query, at 42 to 65 ms on an H100, and decoding by rounds meets a new one in every round. So
-    a chunk takes the kernel of this package, or plain operations, 0.25 ms at any length.
+    one query or with a mask of its own, at 42 to 65 ms on an H100, and decoding by rounds or in a
+    batch with padding meets a new one each time. So a chunk takes the kernel of this package,
+    or plain operations, 0.25 ms at any length.
 
     Args:
         queries: [B, heads, T, D].
@@ -39,7 +42,8 @@ def scaled_dot_product_attention(
     Returns:
         [B, heads, T, D'].
     """
-    chunk = 1 < queries.shape[2] <= MAX_CHUNK
+    num_tokens = queries.shape[2]
+    chunk = num_tokens <= MAX_CHUNK and (num_tokens > 1 or isinstance(mask, mx.array))
     if chunk and not hasattr(cache, "bits") and device.compute_backend() == "cuda":
         out = attention_kernel(queries, cache, scale, mask)
         return attention_ops(queries, keys, values, scale, mask) if out is None else out
@@ -53,10 +57,10 @@ def attention_kernel(
 ) -> mx.array | None:
     """Attention over a plain cache as it lies in memory; None where the kernel does not take it."""
     backend = device.kernel_backend()
-    if backend is None or type(cache) is not KVCache or not 1 < cache.offset <= MAX_KERNEL_KEYS:
+    if backend is None or cache is None or type(cache) not in FILLED_ROWS:
         return None
-    keys, values = cache.keys, cache.values
-    if keys is None or values is None:
+    keys, values, length = cache.keys, cache.values, getattr(cache, FILLED_ROWS[type(cache)])
+    if keys is None or values is None or length > MAX_KERNEL_KEYS:
         return None
     if isinstance(mask, mx.array):
         if mask.dtype != mx.bool_ or not (mask.ndim == 2 or mask.ndim == 4 and mask.shape[1] == 1):
@@ -76,7 +80,7 @@ def attention_kernel(
         keys,
         values,
         mask if isinstance(mask, mx.array) else None,
-        length=cache.offset,
+        length=length,
         scale=scale,
         backend=backend,
     )

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
 import metal_host
 from blockffn_mlx import device
@@ -67,19 +67,23 @@ def test_a_model_decodes_the_same_either_way(attention, monkeypatch):
 
 @pytest.mark.skipif(device.gpu_backend() is not None, reason="watched in the harness")
 @pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)
-@pytest.mark.parametrize("mask", ["causal", "tree", "rows"])
+@pytest.mark.parametrize(
+    "mask, tokens", [("causal", 7), ("tree", 7), ("rows", 7), ("padding", 7), ("padding", 1)]
+)
 @pytest.mark.parametrize("heads, kv_heads, dims", [(4, 4, 96), (8, 2, 128), (5, 1, 64)])
-def test_the_kernel_reads_a_cache_where_it_lies(monkeypatch, heads, kv_heads, dims, mask):
+def test_the_kernel_reads_a_cache_where_it_lies(monkeypatch, heads, kv_heads, dims, mask, tokens):
     monkeypatch.setattr(device, "compute_backend", lambda: "cuda")
     monkeypatch.setattr(device, "kernel_backend", lambda: "metal")
     monkeypatch.setattr(probe, "works", lambda *_, **__: True)
     monkeypatch.setattr(attend, "attention_ops", None)
-    cache = KVCache()
-    for num_tokens in (30, 7):  # the second chunk stands behind the first
+    cache = BatchKVCache([0, 3]) if mask == "padding" else KVCache()
+    for num_tokens in (37 - tokens, tokens):  # the second chunk stands behind the first
+        if mask == "padding" and num_tokens == tokens:
+            mask = cache.make_mask(num_tokens)
         queries = mx.random.normal((2, heads, num_tokens, dims))
         new = mx.random.normal((2, 2, kv_heads, num_tokens, dims))
         keys, values = cache.update_and_fetch(*new)
-    if mask != "causal":
+    if isinstance(mask, str) and mask != "causal":
         shape = (7, 37) if mask == "tree" else (2, 1, 7, 37)
         mask = (mx.random.uniform(shape=shape) < 0.6) | (mx.arange(37) == 0)
     build_kernel.cache_clear()
