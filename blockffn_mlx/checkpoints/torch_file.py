@@ -5,13 +5,14 @@ import pickle
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from .files import open_file
 from .pickles import MAX_BYTES, TensorRef, read_pickle
 from .tensor_info import Extent, TensorInfo, stored_dtype
 
 LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+MAX_DIRECTORY_BYTES = 8 << 20  # of a zip file: 100,000 tensors
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model", "module")
 
 
@@ -42,9 +43,24 @@ def load_pickle(path: str | Path) -> Any:
         return read_pickle(file, str(path), allow_tensors=False)[0]
 
 
+class _Careful:
+    """A file of which a zip directory, which is read in one piece, gets only so much."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        if size > MAX_DIRECTORY_BYTES:
+            raise ValueError("far more entries than any checkpoint has")
+        return self.file.read(size)
+
+
 def _open_zip(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
     try:
-        with zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(cast(BinaryIO, _Careful(file))) as archive:
             entries = {info.filename: info for info in archive.infolist()}
     except OSError:
         raise

@@ -156,3 +156,17 @@ def test_the_checksum_of_a_part_of_a_storage_is_that_of_all_of_it(tmp_path):
     path.write_bytes(data.replace(DATA["0"], DATA["0"].replace(third, b"\xff" + third[1:])))
     with pytest.raises(ValueError, match="checksum"):
         load_checkpoint(path)
+
+
+def test_a_directory_of_a_million_entries_is_not_read(tmp_path):
+    name = b"archive/data.pkl"
+    local = struct.pack("<4s5H3L2H", b"PK\3\4", *[0] * 8, len(name), 0) + name
+    entry = struct.pack("<4s6H3L5H2L", b"PK\1\2", *[0] * 9, len(name), *[0] * 6) + name
+    count, size = 1_000_000, 1_000_000 * len(entry)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, size, len(local), 0)
+    path = tmp_path / "many.bin"
+    path.write_bytes(local + entry * count + end)
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="damaged"):
+        load_checkpoint(path)
+    assert time.perf_counter() - start < 4
