@@ -34,15 +34,16 @@ def as_dtype(values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
 
 # Every tile class, going round the dtypes and packings: tokens, dtype, bits, group size.
 LAYERS = [
-    (1, 0, 4, 32), (1, 1, 0, 32), (2, 2, 0, 32), (2, 0, 8, 32), (3, 1, 4, 64), (4, 2, 8, 32),
-    (5, 0, 0, 32), (7, 2, 4, 32), (8, 1, 8, 64), (13, 2, 0, 32), (16, 0, 4, 64), (29, 1, 0, 32),
-    (17, 2, 8, 32), (33, 2, 4, 64), (64, 1, 0, 32),
+    (13, 2, 0, 32), (3, 1, 4, 64), (1, 0, 4, 32), (33, 2, 4, 64), (2, 0, 8, 32), (8, 1, 8, 64),
+    (1, 1, 0, 32), (2, 2, 0, 32), (4, 2, 8, 32), (5, 0, 0, 32), (7, 2, 4, 32), (16, 0, 4, 64),
+    (29, 1, 0, 32), (17, 2, 8, 32), (64, 1, 0, 32),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("tokens, kind, bits, group_size", LAYERS)
 def test_integers_come_out_to_the_last_bit(tokens, kind, bits, group_size):
-    dtype, experts, size, hidden = DTYPES[kind], 35, 64, 192
+    dtype, experts, size = DTYPES[kind], 35, 64
+    hidden = 192 if group_size == 64 else 160  # 160: windows that the rows do not fill
     rng = np.random.default_rng([tokens, kind, bits])
     x = rng.integers(-2, 3, (tokens, hidden)).astype(float)
     scores = rng.choice([0, 0, 0, 0.5, 1, -2], (tokens, experts))
