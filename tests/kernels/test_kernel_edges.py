@@ -39,6 +39,18 @@ def test_the_list_of_the_union(tokens, experts):
         assert active.tolist() == [len(listed), *listed, *[0] * (experts - len(listed))]
 
 
+def test_a_single_threadgroup_leaves_the_list():
+    """As many rows as one tile has, of the only expert."""
+    layer = random_layer(3, 1, 32, 64, 1, mx.bfloat16)
+    tile = kernels.Tile(8, True, 4, 8, 1)
+    with running():
+        _, active = KERNELS["up"].launch(
+            layer.x, layer.scores, layer.up, act="relu", backend=BACKEND, tile=tile
+        )
+        mx.eval(active)
+    assert active.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("width, dtype", [(1024 + 96, mx.float32), (2048 + 96, mx.bfloat16)])
 def test_combine_goes_round_wide_rows(width, dtype):
     """Wider than what the threads of a threadgroup take at once."""
