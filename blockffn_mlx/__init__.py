@@ -12,10 +12,12 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from . import moved
 from .version import __version__
 
 if TYPE_CHECKING:
-    from . import checkpoint, ffn, kernels, speculative, training
+    from . import checkpoints as checkpoint
+    from . import ffn, kernels, speculative, training
     from .analysis.sparsity import router_scores, sparsity
     from .batch import batch_generate
     from .checkpoints.convert import convert
@@ -109,6 +111,7 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+moved.install()
 
 # The commands do both once they have taken over Ctrl-C, and print the sentence themselves.
 if not os.path.basename(sys.argv[0] if sys.argv else "").startswith(("blockffn-", "convert.py")):

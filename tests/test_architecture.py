@@ -1,12 +1,17 @@
 """The plan of the house: imports go down its floors, and what the guides name is there."""
 
 import ast
+import importlib
 import re
 import sys
 import tomllib
+import warnings
 from pathlib import Path
 
 import pytest
+
+import blockffn_mlx
+from blockffn_mlx.moved import MOVED
 
 ROOT = Path(__file__).parents[1]
 # Rooms below blockffn_mlx by floor, the lowest first; rooms of one floor do not know each other.
@@ -24,8 +29,8 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SAME_FLOOR = [("device", "version")]  # may import in this direction
-# The front door, the line that converted folders import, and the kernels' source.
-ABOVE = {"__init__", "checkpoint", "model", "metal"}
+# The front door, the line that converted folders import, former names, and the kernels' source.
+ABOVE = {"__init__", "model", "moved", "metal"}
 MODULES = [
     path
     for folder in ("blockffn_mlx", "cli", "metal")
@@ -109,3 +114,18 @@ def test_each_task_names_at_most_four_places():
     assert len(tasks) >= 5
     for task in tasks:
         assert 1 <= len(re.findall(r"^\d\. ", task, re.M)) <= 4, task.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", sorted(MOVED))
+def test_former_names_give_the_module_that_took_their_place(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        former = importlib.import_module(f"blockffn_mlx.{name}")
+    assert former is importlib.import_module(f"blockffn_mlx.{MOVED[name]}")
+    assert not (ROOT / "blockffn_mlx" / f"{name}.py").exists()
+
+
+def test_public_functions_stay_functions_beside_former_modules():
+    for name in ("load", "convert", "sparsity", "generate"):
+        assert callable(getattr(blockffn_mlx, name))
+    assert callable(blockffn_mlx.checkpoint.load_checkpoint)
