@@ -31,6 +31,8 @@ from .tokenizer_files import open_tokenizer
 
 # The model that comes with the package: its name, and its converted folder.
 DEMO = "demo"
+# What a config that contradicts the weights or itself can lead to.
+MISFITS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError)
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 WAIT = 0.2  # seconds between two looks at what another process is converting
 
@@ -228,7 +230,14 @@ def _load_folder(
         model.load_weights(list(weights.items()), strict=True)
         if not lazy:
             mx.eval(model.parameters())
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RuntimeError,
+        ArithmeticError,
+    ) as error:
         raise ValueError(f"{folder} cannot be loaded ({str(error)[:200]}).") from error
     model.eval()
     model.origin = origin

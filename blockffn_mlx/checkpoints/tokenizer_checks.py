@@ -141,7 +141,10 @@ def check_ids(tokenizer: Any, vocab_size: int, source: str | Path):
     ids = list(tokenizer.get_vocab().values())
     if getattr(fast, "post_processor", None) is not None:
         ids += _template_ids(json.loads(fast.post_processor.__getstate__()))
-    ids += getattr(tokenizer, "all_special_ids", [])
+    try:
+        ids += getattr(tokenizer, "all_special_ids", [])
+    except RecursionError as error:  # an unknown token that is unknown itself
+        raise ValueError(f"{source} names special tokens that its vocabulary lacks.") from error
     _check_ids(ids, vocab_size, source)
 
 

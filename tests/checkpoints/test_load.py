@@ -462,3 +462,14 @@ def test_numbers_that_are_no_weights_are_refused(tmp_path, converted, name, dtyp
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     with pytest.raises(ValueError, match="no weights are"):
         bf.load(str(folder))
+
+
+@pytest.mark.parametrize("heads", [0, 1_000, 1 << 40, -1])
+@pytest.mark.parametrize("name", ["gqa_block", "mla_linear"])
+def test_more_heads_than_a_model_can_have(tmp_path, converted, name, heads):
+    folder = tmp_path / "m"
+    shutil.copytree(converted(name), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": heads}))
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        bf.load(str(folder))

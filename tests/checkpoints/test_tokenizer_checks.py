@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 from blockffn_mlx.checkpoints import tokenizer as tokenizer_module
 from blockffn_mlx.checkpoints.tokenizer import read_tokenizer
 from blockffn_mlx.checkpoints.tokenizer_checks import check_ids, check_tokenizer_folder
+from blockffn_mlx.checkpoints.tokenizer_files import open_tokenizer
 from helpers.models import GOLDEN
 
 SOURCE = GOLDEN / "gqa_block"
@@ -207,3 +208,13 @@ def test_hostile_fast_tokenizers(tmp_path, step, value):
         assert "tokenizer.json" in str(error) and "\n" not in str(error)
     else:
         assert value == {"type": "Fuse", "x": [[]] * 3}
+
+
+def test_an_unknown_token_that_is_unknown_itself(tmp_path):
+    read_tokenizer(SOURCE, VOCAB_SIZE).save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"unk_token": "<of no vocabulary>", "eos_token": "<nor this>"}
+    config["added_tokens_decoder"] = {}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="embedding rows|vocabulary lacks"):
+        open_tokenizer(tmp_path, vocab_size=VOCAB_SIZE)
