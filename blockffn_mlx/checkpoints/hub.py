@@ -265,7 +265,7 @@ def _explained(error: Exception, repo: str, revision: str | None) -> ValueError 
             "HF_TOKEN."
         )
     if is_any(RepositoryNotFoundError) or status == 401:
-        return ValueError(f"the Hub knows no {repo}: check its name, or log in if it is private.")
+        return ValueError(f"the Hub has no {repo}: check its name, or log in if it is private.")
     if status == 403:
         return ValueError(f"the Hub forbids access to {repo} (403): use a token that may read it.")
     if status == 404:

@@ -206,7 +206,7 @@ class _Machine:
     def top(self, kind: type) -> Any:
         """The container on top of the stack."""
         if type(self.stack[-1]) is not kind:
-            raise _Refused(f"changes what is no {kind.__name__}")
+            raise _Refused(f"changes something that is not a {kind.__name__}")
         return self.stack[-1]
 
     def pop_items(self) -> list[Any]:
@@ -226,16 +226,16 @@ class _Machine:
 
     def push_name(self, module: Any, name: Any):
         if not (type(module) is type(name) is str):
-            raise _Refused("names what is no class or function")
+            raise _Refused("names something that is not a class or function")
         if not self.allow_tensors or (module, name) not in NAMES:
             full = " ".join(f"{module}.{name}".split())[:200]
-            raise _Refused(f"names {full}, which is no tensor")
+            raise _Refused(f"names {full}, which is not a tensor")
         self.stack.append(_Name(module, name))
 
     def call(self, function: Any, arguments: Any) -> Any:
         """What the few functions that tensors need would return."""
         if type(function) is not _Name or type(arguments) is not tuple:
-            raise _Refused("calls what is no function")
+            raise _Refused("calls something that is not a function")
         match (function.module, function.name), arguments:
             case (name, ()) if name == ORDERED_DICT:
                 return {}

@@ -39,7 +39,7 @@ def quantization_config(settings: Quantization, plan: dict[str, Quantization]) -
 
 
 class Noticed:
-    """The values of a checkpoint that are no numbers, or stop being some where it is cast."""
+    """The values of a checkpoint that are not numbers, or stop being numbers where it is cast."""
 
     def __init__(self):
         self.not_finite: dict[str, int] = {}

@@ -185,7 +185,7 @@ def _build_fast(data: bytes, path: Path) -> Tokenizer:
 def _sentencepiece_model(proto: Any) -> models.Model:
     trainer, pieces = proto.trainer_spec, proto.pieces
     if not all(math.isfinite(piece.score) for piece in pieces):
-        raise ValueError("a score is no number")
+        raise ValueError("a score is not a number")
     if any(len(piece.piece) > MAX_PIECE_LENGTH for piece in pieces):
         raise ValueError("a piece is far longer than a word")
     if len({piece.piece for piece in pieces}) < len(pieces):

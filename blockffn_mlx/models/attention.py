@@ -13,7 +13,6 @@ from ..ffn import MAX_CHUNK
 from .attend import scaled_dot_product_attention
 
 # MLA's inner norms keep the default of the original code whatever the config says.
-# MLA's inner norms keep the default of the original code whatever the config says.
 MLA_NORM_EPS = 1e-6
 
 

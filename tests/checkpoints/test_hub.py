@@ -113,8 +113,8 @@ def test_trouble_of_the_hub_does_not_stop_what_is_here(server, trouble):
     [
         ("gated", ValueError, "is gated: accept its terms"),
         ("bad token", ValueError, "does not accept your token"),
-        ("unknown", ValueError, f"knows no {REPO}"),
-        ("private", ValueError, f"knows no {REPO}"),
+        ("unknown", ValueError, f"has no {REPO}"),
+        ("private", ValueError, f"has no {REPO}"),
         ("no revision", ValueError, "has no revision v9"),
         ("forbidden", ValueError, r"forbids access .*403"),
         ("limited", OSError, r"limits how often .*429"),
