@@ -31,10 +31,10 @@ from .tokenizer_files import open_tokenizer
 
 # The model that comes with the package: its name, and its converted folder.
 DEMO = "demo"
-# What a config that contradicts the weights or itself can lead to.
-MISFITS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError)
 DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 WAIT = 0.2  # seconds between two looks at what another process is converting
+# What a config that contradicts the weights or itself can lead to.
+MISFITS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError)
 
 
 def load(
