@@ -61,10 +61,11 @@ def call(
 
     Args:
         launch: From `arguments`.
-        x: [T, in].
+        x: [T, in], or [1, T, in].
         weights: [out, in], plain; or weight, scales and biases.
         residual: [T, out].
         factor: Of the product.
     """
     added = [] if residual is None else [residual, residual_down.factor_array(factor)]
-    return launch(x[None], only_expert(), *added, *weights)[0]
+    one = x if x.ndim == 3 else x[None]
+    return launch(one, only_expert(), *added, *weights)[0]

@@ -95,10 +95,10 @@ CHIPS = {
         measured=True,
         matrix_teraflops=480,
         limits=None,
-        build=1.1,
-        encode=4.5,
-        encode_product=(9.0, 28.0),
-        encode_custom=18.0,
+        build=1.5,
+        encode=5.0,
+        encode_product=(7.0, 26.0),
+        encode_custom=22.0,
     ),  # fmt: skip
 }
 

@@ -166,7 +166,7 @@ class Exit(NamedTuple):
         """
         batch_size, _, num_tokens, _ = attended.shape
         x = attended if num_tokens == 1 else attended.swapaxes(1, 2)
-        x = x.reshape(len(h), -1)
+        x = x.reshape(*([1] if launches.output else []), len(h), -1)  # as the kernel takes it
         h = self.output.add(launches.output, h, x, output, self.residual_scale)
         x = mx.fast.rms_norm(h, norm, self.eps)
         logits = self.router(launches.router, x, router)

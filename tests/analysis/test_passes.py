@@ -158,7 +158,8 @@ def measured_on_apple():
         yield f"dense decode, {bits or 16} bits, M5 Max", cost.seconds, cost.bytes / (share * 478e9)
 
 
-# Issue-sized passes measured through MLX's CUDA build, 3B shapes.
+# Whole passes of the 3B shapes through MLX's CUDA build, and the kernels by themselves. Our own are
+# those of docs/passes.md.
 def measured_on_the_h100():
     chip = CHIPS["H100"]
     for bits, milliseconds in ((None, 6.4), (4, 4.3)):
@@ -168,6 +169,19 @@ def measured_on_the_h100():
     for tokens, milliseconds in ((128, 11), (512, 11), (2048, 27)):
         cost = predict_pass(chip, trace_pass(model, None, tokens))
         yield f"llama, prompt of {tokens}", cost.seconds, milliseconds / 1e3
+    ours = model_from_config(SPARSE)
+    for what, tokens, batch_size, milliseconds in (
+        ("decode", 1, 1, 4.5), ("a step waited for", 1, 1, 5.8), ("chunk of 8", 8, 1, 7.35),
+        ("batch of 8", 1, 8, 6.5), ("prompt of 512", 512, 1, 16.1),
+        ("prompt of 2048", 2048, 1, 32.7),
+    ):  # fmt: skip
+        cache, rows = make_prompt_cache(ours), tokens * batch_size
+        if rows <= 64:
+            trace_pass(ours, cache, 64, batch_size, logits=False)
+        graph = trace_pass(ours, cache, tokens, batch_size, again=rows <= 64)
+        active = union_share(rows, 0.875, 0.768) if rows <= 64 else 1.0
+        cost = predict_pass(chip, graph, active, overlapped=what == "decode")
+        yield f"ours, {what}", cost.seconds, milliseconds / 1e3
     for experts, *times in ((16, 12.1, 12.3), (40, 20.5, 21.1), (128, 50.7, 51.9)):
         for tokens, microseconds in zip((1, 8), times, strict=True):
             cost = gpu_seconds("H100", trace_layer(tokens, 128, 128, 2048), experts / 128)
