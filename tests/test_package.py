@@ -1,5 +1,6 @@
 """The package as a user gets it: the wheel, its commands, and a machine without a backend."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -58,7 +59,10 @@ def fresh(wheel, tmp_path_factory) -> Path:
 
 
 def run(command: list, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    """Runs a command as a user does: nothing on Python's path but what is installed."""
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    options = {"env": clean, "timeout": 120, **options}
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def test_wheel_holds_commands_and_kernels_under_one_name(wheel):
