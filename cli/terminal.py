@@ -23,11 +23,17 @@ def printable(text: str) -> str:
     return text.translate(CONTROLS)
 
 
+# Columns where no terminal has a width.
+PIPE_WIDTH = 160
+
+
 class PlainConsole(Console):
     """A console to which strings are text: no markup in brackets, nothing that it obeys."""
 
     def __init__(self, **options: Any):
         super().__init__(markup=False, emoji=False, highlight=False, **options)
+        if not self.is_terminal and "width" not in options and "COLUMNS" not in os.environ:
+            self.width = PIPE_WIDTH  # in a file a cut number is lost
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)

@@ -1,6 +1,7 @@
 """Shared fixtures: golden checkpoints, converted once a session, and small random models."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import mlx.core as mx
@@ -11,6 +12,9 @@ import blockffn_mlx as bf
 from blockffn_mlx.ffn import plan
 from blockffn_mlx.kernels import verdicts
 from helpers.models import GOLDEN
+
+# What a shell starts in its background ignores Ctrl-C, and so would every command tested here.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
