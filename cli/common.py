@@ -97,7 +97,7 @@ def add_model_flags(
     options: dict[str, Any] = {"default": default, "required": default is None}
     parser.add_argument(
         "model" if positional else "--model",
-        **({} if positional else options),
+        **({"nargs": "?"} if positional else options),
         help="a converted folder, a PyTorch checkpoint folder, a Hub id (converted once, kept), or "
         "demo: the small model that comes with the package",
     )

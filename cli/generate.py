@@ -9,6 +9,7 @@ from ..generate import KEPT_POSITIONS, RULE, figures, stream_generate
 from ..prompt import Prompt, choose_format, is_chat_model
 from .common import (
     add_model_flags,
+    complain,
     load_for_text,
     make_parser,
     note,
@@ -60,6 +61,13 @@ def run(args: argparse.Namespace) -> int:
     message = read_stdin() if args.prompt == "-" else args.prompt
     model, tokenizer = load_for_text(args)
     prompt = build_prompt(args, model, tokenizer, message)
+    length, limit = len(prompt.ids), model.args.max_position_embeddings
+    if length > limit and args.max_kv_size is None and not model.args.rope_scaling:
+        complain(
+            PROG,
+            f"the prompt has {length:,} tokens, but the model knows positions up to {limit:,} "
+            "only: what it answers may make no sense",
+        )
     drafting = draft_options(args, model, tokenizer)
     responses = stream_generate(
         model,

@@ -26,6 +26,7 @@ def parser() -> argparse.ArgumentParser:
     """The command's flags."""
     parser = make_parser(PROG, "Show which experts a text activates and how sparse that is.")
     add_model_flags(parser, positional=True)
+    parser.add_argument("--model", dest="named", metavar="MODEL", help="the same, by flag")
     parser.add_argument("--prompt", "-p", type=text, help="the text to look at; - reads stdin")
     parser.add_argument("--text", metavar="FILE", help="a text whose loss is measured")
     parser.add_argument("--chunk", type=COUNT, default=8, help="window of chunk-level sparsity")
@@ -43,6 +44,9 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Loads, measures, draws."""
+    if (args.model is None) == (args.named is None):
+        raise ValueError("name one model: a folder, a Hub id, or demo")
+    args.model = args.model or args.named
     if args.prompt is None and args.text is None:
         raise ValueError("nothing to look at: give --prompt TEXT or --text FILE")
     if args.prompt is None and (args.svg or args.tokens):

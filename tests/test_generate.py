@@ -392,3 +392,10 @@ def test_mlx_lm_flags_for_adapters_and_trust(converted, tmp_path):
     adapted = run("generate", *flags, "--adapter-path", tmp_path)
     tokens = [json.loads(result.stdout)["tokens"] for result in (plain, adapted)]
     assert tokens[0] != tokens[1]
+
+
+@pytest.mark.parametrize("words, told", [(3, 0), (1300, 1)])
+def test_a_prompt_beyond_the_models_positions_is_told(words, told):
+    result = run("generate", "--model", "demo", "-p", "word " * words, "-m", "1", "--raw")
+    assert result.returncode == 0
+    assert result.stderr.count("positions up to 1,024 only") == told

@@ -30,6 +30,8 @@ def save_transcript(
         OSError: If the file cannot be written.
     """
     path = plain_file(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent}")
     kept = [{"role": role, "content": content} for role, content in messages]
     old = [{"role": role, "content": content, "dropped": True} for role, content in dropped]
     first = sum(message["role"] == "system" for message in kept[:1])

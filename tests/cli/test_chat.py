@@ -517,3 +517,8 @@ def test_memory_advice_names_the_widest_quantisation_that_fits():
     assert quantized.smaller() == (3, 3500)
     assert MemoryNeed(weights=9_000, cache=0, limit=100, bits=16, quantized=False).smaller() is None
     assert MemoryNeed(weights=9_000, cache=0, limit=0, bits=16, quantized=False).fits
+
+
+def test_saving_into_a_folder_that_is_not_there_names_the_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"there is no folder {tmp_path}/gone"):
+        save_transcript(tmp_path / "gone" / "chat.jsonl", [("user", "hi")])
