@@ -16,7 +16,7 @@ from ..models.blockffn import Model, ModelArgs
 from . import canonical_deco
 from .bmtrain import from_bmtrain_config, from_bmtrain_name
 from .canonical_deco import is_deco, read_deco
-from .names import split_fused, strip_prefixes
+from .names import check_names, split_fused, strip_prefixes
 from .tensor_info import TensorInfo
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -114,7 +114,7 @@ def canonicalize(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> Cano
     )
     is_split = sizes.has("self_attn.embed_q.weight")
     expected = model_shapes(args) if is_split else published_shapes(args)
-    _check_names(expected, named, raw_names)
+    check_names(expected, named, raw_names)
     weights = {}
     for name, shape in expected.items():
         source_shape, transform = transforms.get(name.rpartition(".mlp.")[2], (shape, None))
@@ -371,15 +371,3 @@ def _is_tied(
             "tie_word_embeddings to false to use it, or remove it."
         )
     return True
-
-
-def _check_names(
-    expected: dict[str, tuple[int, ...]], named: dict[str, TensorInfo], raw_names: dict[str, str]
-):
-    for problem, names in (
-        ("lacks the tensor", [name for name in expected if name not in named]),
-        ("has the unexpected tensor", [raw_names[name] for name in named if name not in expected]),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"the checkpoint {problem} {names[0]}{more}.")

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..arrays import named_arrays
 from ..models.deco import Model, ModelArgs
-from .names import split_fused, strip_prefixes
+from .names import check_names, split_fused, strip_prefixes
 from .tensor_info import TensorInfo
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -222,13 +222,7 @@ def read_deco(
     expected = {name: array.shape for name, array in named_arrays(Model(args).parameters())}
     if args.router_norm_type == "none" or args.router_norm_fixed:  # then the file's is not used
         named = {n: info for n, info in named.items() if not n.endswith("mlp.router_norm.weight")}
-    for problem, names in (
-        ("lacks the tensor", [name for name in expected if name not in named]),
-        ("has the unexpected tensor", [raw_names[name] for name in named if name not in expected]),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"the checkpoint {problem} {names[0]}{more}.")
+    check_names(expected, named, raw_names)
     num_experts, width, hidden = args.num_experts, args.expert_size, args.hidden_size
 
     def to_up(array: mx.array) -> mx.array:

@@ -68,3 +68,16 @@ def split_fused(
             stop = start + (first if start == 0 else rest)
             named[target], raw_names[target] = info.rows(start, stop), raw
             start = stop
+
+
+def check_names(
+    expected: dict[str, tuple[int, ...]], named: dict[str, TensorInfo], raw_names: dict[str, str]
+):
+    """Raises ValueError if a model's tensor is missing, or one that it does not have is there."""
+    for problem, names in (
+        ("lacks the tensor", [name for name in expected if name not in named]),
+        ("has the unexpected tensor", [raw_names[name] for name in named if name not in expected]),
+    ):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"the checkpoint {problem} {names[0]}{more}.")
