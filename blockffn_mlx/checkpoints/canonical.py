@@ -16,12 +16,10 @@ from ..models.blockffn import Model, ModelArgs
 from . import canonical_deco
 from .bmtrain import from_bmtrain_config, from_bmtrain_name
 from .canonical_deco import is_deco, read_deco
-from .names import check_names, split_fused, strip_prefixes
+from .names import EMBEDDING, HEAD, LAYER, check_names, split_fused, strip_prefixes
 from .tensor_info import TensorInfo
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ROUTER = "mlp.router_proj.weight"
-LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
 
 # The expert tensors under the names of each implementation.
 EXPERTS = re.compile(r"mlp\.(experts\.|mlp\.)?(up|down)_proj(\.weight)?")

@@ -12,11 +12,9 @@ import mlx.core as mx
 
 from ..arrays import named_arrays
 from ..models.deco import Model, ModelArgs
-from .names import check_names, split_fused, strip_prefixes
+from .names import EMBEDDING, HEAD, LAYER, check_names, split_fused, strip_prefixes
 from .tensor_info import TensorInfo
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
 # The key that counts, and ours; where both are there, the first is true.
 CONFIG = {
     "num_layers": "num_hidden_layers",

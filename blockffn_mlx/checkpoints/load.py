@@ -21,11 +21,12 @@ from ..paths import expand
 from ..quantisation import packed_settings
 from .atomic_folder import MODEL_FILE, TargetBusy, TargetExists
 from .cache import cached_path, folder_state, is_cached, kept_commit, writable_path
-from .canonical import LAYER, checked_config
+from .canonical import checked_config
 from .convert import convert
 from .folder import Origin, end_ids
 from .hub import Progress, commit_of, download, is_local, remember, snapshot_folder
 from .links import refuse_links
+from .names import LAYER
 from .reader import check_kinds, open_checkpoint, read_json
 from .tokenizer_files import open_tokenizer
 

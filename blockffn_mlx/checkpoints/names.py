@@ -5,6 +5,10 @@ from collections.abc import Collection
 
 from .tensor_info import TensorInfo
 
+# Names that every architecture shares.
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LAYER = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.(.+)")
+
 # What wrappers put before every name, and the names that wrapped modules have inside others.
 PREFIXES = ("module.", "_orig_mod.", "_forward_module.", "base_model.model.")
 WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")

@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten
 
 from ..models.blockffn import Model
 from ..quantisation import Quantization, largest_group_size
-from .canonical import LAYER, Weight
+from .canonical import Weight
 from .hub import Progress
+from .names import LAYER
 
 
 def plan_quantization(model: nn.Module, settings: Quantization) -> dict[str, Quantization]:
