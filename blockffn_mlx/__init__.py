@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .checkpoints.convert import convert
     from .checkpoints.load import load
     from .generate import generate, stream_generate
+    from .models.activation import intervene
     from .models.blockffn import Model, ModelArgs
 
 # The module of each public name that is not a module itself.
@@ -32,6 +33,7 @@ _HOMES = {
     "batch_generate": ".batch",
     "convert": ".checkpoints.convert",
     "generate": ".generate",
+    "intervene": ".models.activation",
     "load": ".checkpoints.load",
     "router_scores": ".analysis.sparsity",
     "sparsity": ".analysis.sparsity",
@@ -50,6 +52,7 @@ __all__ = [
     "convert",
     "ffn",
     "generate",
+    "intervene",
     "kernels",
     "load",
     "router_scores",

@@ -1,6 +1,7 @@
 """The BlockFFN layer: a router over many small experts (arXiv 2507.08771)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import mlx.core as mx
 
@@ -12,6 +13,9 @@ from .router import Router
 
 # Sees a layer's router in a pass: (logits before ReLU, finished scores), both [B, T, E].
 Observer = Callable[[mx.array, mx.array], None]
+
+# Changes a layer's finished scores [B, T, E]; None leaves them as they are.
+Intervention = Callable[[mx.array], mx.array | None]
 
 # A projection as users hand it in: [E, out, in], or MLX's (weight, scales[, biases]).
 UserWeights = mx.array | tuple[mx.array, ...]
@@ -60,6 +64,8 @@ class BlockFFN(Router):
     Attributes:
         observer: None, or a function called in every pass with the router's logits before ReLU
             and the finished scores, both [B, T, E]: how statistics and training losses watch.
+        intervention: None, or a function of the finished scores [B, T, E] that gives others in
+            their place; the observer sees those.
         backend: One of `chunk_union_ffn`'s; benchmarks set "dense" to compare.
     """
 
@@ -71,6 +77,7 @@ class BlockFFN(Router):
         self.backend = "auto"
         self.sharding_group: mx.distributed.Group | None = None
         self.observer: Observer | None = None
+        self.intervention: Intervention | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, T, H] -> [B, T, H]."""
@@ -82,11 +89,40 @@ class BlockFFN(Router):
             training=self.training,
         )
         logits = self.router_proj(flat)
-        scores = self.finish(logits, plan.route)
-        if self.observer is not None:
-            shape = *x.shape[:-1], -1
-            self.observer(logits.reshape(shape), scores.reshape(shape))
+        scores = routed(self, logits, self.finish(logits, plan.route), x.shape[:-1])
         out = plan.run(flat, scores, up, down)
         if self.sharding_group is not None:
             out = mx.distributed.all_sum(out, group=self.sharding_group)
         return out.reshape(x.shape)
+
+
+def routed(
+    layer: Any, router_logits: mx.array, scores: mx.array, batch_shape: tuple[int, ...]
+) -> mx.array:
+    """The scores that a layer computes with, after its intervention; tells its observer.
+
+    Args:
+        layer: With `observer` and `intervention`.
+        router_logits: [B * T, E], before ReLU.
+        scores: [B * T, E], finished.
+        batch_shape: (B, T).
+
+    Returns:
+        [B * T, E].
+
+    Raises:
+        ValueError: If an intervention gives another shape.
+    """
+    shape = *batch_shape, -1
+    if layer.intervention is not None:
+        before = scores.reshape(shape)
+        after = layer.intervention(before)
+        if after is not None:
+            if after.shape != before.shape:
+                raise ValueError(
+                    f"an intervention gave scores {after.shape}, where {before.shape} are needed"
+                )
+            scores = after.astype(scores.dtype).reshape(scores.shape)
+    if layer.observer is not None:
+        layer.observer(router_logits.reshape(shape), scores.reshape(shape))
+    return scores

@@ -3,7 +3,7 @@
 Sparsity reports, validation while training, the speculative decoder and the chat all count here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,7 +14,12 @@ from ..ffn import Observer
 
 def routed_layers(model: Any) -> list[Any]:
     """The layers that have a router; a DECO's first ones are dense."""
-    return [layer for layer in model.layers if hasattr(layer.mlp, "observer")]
+    return [layer for layer in model.layers if has_router(layer)]
+
+
+def has_router(layer: Any) -> bool:
+    """Whether a layer has experts to choose from."""
+    return hasattr(layer.mlp, "observer")
 
 
 @contextmanager
@@ -53,6 +58,53 @@ def record_router_scores(model: Any) -> Iterator[list[list[mx.array]]]:
     observers = [lambda logits, scores, passes=passes: passes.append(scores) for passes in recorded]
     with watch_routers(model, observers):
         yield recorded
+
+
+@contextmanager
+def intervene(model: Any, change: Callable[[int, mx.array], mx.array | None]) -> Iterator[None]:
+    """Changes the finished router scores of a model inside the block: ablation, scaling, steering.
+
+    Everything that runs the model takes part: plain passes, generation, speculation (whose drafts
+    are still verified by the changed model), training. Compiled passes step aside. Whoever watches
+    the routers (`router_scores`, `sparsity`) sees the changed scores. Blocks nest: an inner one
+    changes what the outer one gave.
+
+    Example:
+        Without expert 3 of layer 0::
+
+            def without(layer, scores):
+                if layer == 0:
+                    return mx.where(mx.arange(scores.shape[-1]) == 3, 0, scores)
+
+            with bf.intervene(model, without):
+                logits = model(ids)
+
+    Args:
+        model: A BlockFFN or DECO model.
+        change: Called in each pass for each layer that has a router, with the layer's index in the
+            model and its scores [B, T, E] after ReLU, norm and weight, where 0 is inactive. Gives
+            scores of that shape, or None to leave them. In decoding T is 1, in a round of
+            speculation the number of drafted tokens.
+
+    Raises:
+        ValueError: In a pass, where `change` gives another shape.
+    """
+    layers = [(i, layer.mlp) for i, layer in enumerate(model.layers) if has_router(layer)]
+    previous = [mlp.intervention for _, mlp in layers]
+    for (index, mlp), outer in zip(layers, previous, strict=True):
+
+        def changed(scores, index=index, outer=outer):
+            given = scores if outer is None else outer(scores)
+            scores = scores if given is None else given
+            found = change(index, scores)
+            return scores if found is None else found
+
+        mlp.intervention = changed
+    try:
+        yield
+    finally:
+        for (_, mlp), intervention in zip(layers, previous, strict=True):
+            mlp.intervention = intervention
 
 
 def union_share(scores: Sequence[mx.array]) -> mx.array:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,6 +80,19 @@ class ModelArgs(BaseModelArgs):
     def head_dim(self) -> int:
         """Width of a value head, and of GQA's query and key heads. MLA ignores v_head_dim."""
         return self.hidden_size // self.num_attention_heads
+
+
+class RoutedOutput(NamedTuple):
+    """What a pass gives with `output_router_probs`.
+
+    Attributes:
+        logits: [B, T, V].
+        router_probs: For each layer with a router its finished scores [B, T, E]; an expert is
+            active where its score is not 0. They do not add up to 1: the router is a ReLU.
+    """
+
+    logits: mx.array
+    router_probs: tuple[mx.array, ...]
 
 
 class DecoderLayer(nn.Module):
@@ -165,9 +178,28 @@ class Model(nn.Module):
         if not args.tie_word_embeddings:
             self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
 
-    def __call__(self, inputs: mx.array, cache: list[Any] | None = None) -> mx.array:
-        """Token ids [B, T] -> logits [B, T, V]."""
-        return self.logits(self.model(inputs, cache))
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        output_router_probs: bool = False,
+    ) -> Any:
+        """Token ids [B, T] -> logits [B, T, V].
+
+        Args:
+            inputs: Token ids [B, T].
+            cache: One cache per layer, from `make_cache`.
+            output_router_probs: Whether the routers' finished scores come with them, under the name
+                that the published model cards use.
+
+        Returns:
+            The logits, or a `RoutedOutput` of them and the scores.
+        """
+        if not output_router_probs:
+            return self.logits(self.model(inputs, cache))
+        with record_router_scores(self) as recorded:
+            logits = self.logits(self.model(inputs, cache))
+        return RoutedOutput(logits, tuple(scores for (scores,) in recorded))
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Token ids [B, T] -> scaled embeddings [B, T, H]."""

@@ -3,7 +3,8 @@
 From one attention to the next a model is one compiled function, the same for all layers that are
 alike; weights are its inputs, so that it never holds old ones. Caches, masks and the attention
 itself stay outside, so any cache of mlx-lm's will do. What this does not take (training, LoRA,
-shards, MLA, dynamic NTK, long passes, machines without the kernels) goes through the layers.
+shards, MLA, dynamic NTK, interventions, long passes, machines without the kernels) goes through the
+layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -120,7 +121,10 @@ class CompiledPasses:
             self.found = [owner[key] for owner, key in self.slots]
         mlps = [part.mlp for part in self.parts or ()]
         if not mlps or any(
-            mlp.training or mlp.sharding_group is not None or mlp.backend != mlps[0].backend
+            mlp.training
+            or mlp.sharding_group is not None
+            or mlp.intervention is not None
+            or mlp.backend != mlps[0].backend
             for mlp in mlps
         ):
             return None

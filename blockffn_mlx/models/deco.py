@@ -14,7 +14,7 @@ from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.llama import MLP
 
 from ..ffn import ExpertLinear, make_plan
-from ..ffn.layer import Observer
+from ..ffn.layer import Intervention, Observer, routed
 from ..kernels import Sizes
 from . import blockffn
 from .attention import Attention, Positions
@@ -122,7 +122,7 @@ class DecoFFN(nn.Module):
     router's product.
 
     Attributes:
-        observer, backend: As BlockFFN's.
+        observer, intervention, backend: As BlockFFN's.
     """
 
     def __init__(self, args: ModelArgs):
@@ -144,6 +144,7 @@ class DecoFFN(nn.Module):
             self.shared_experts = dense_mlp(args.hidden_size, args.shared_expert_size)
         self.backend = "auto"
         self.observer: Observer | None = None
+        self.intervention: Intervention | None = None
         self._routed: tuple[mx.array, mx.array, mx.array] | None = None
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
@@ -196,10 +197,7 @@ class DecoFFN(nn.Module):
         up, down = self.expert_up_proj.weights, self.expert_down_proj.weights
         plan = make_plan(Sizes.of(flat, up, down), self.act, self.backend, training=self.training)
         logits, mean = self.route(flat)
-        scores = self.finish(logits, x.dtype)
-        if self.observer is not None:
-            shape = *x.shape[:-1], -1
-            self.observer(logits.reshape(shape), scores.reshape(shape))
+        scores = routed(self, logits, self.finish(logits, x.dtype), x.shape[:-1])
         out = plan.run(flat, scores, up, down, self.activate, mean)
         if "shared_experts" in self:
             out = out + self.shared_experts(flat)

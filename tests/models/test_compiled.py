@@ -15,7 +15,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from blockffn_mlx import device
 from blockffn_mlx.ffn import plan
 from blockffn_mlx.kernels.kernel import Call
-from blockffn_mlx.models.activation import record_router_scores
+from blockffn_mlx.models.activation import intervene, record_router_scores
 from blockffn_mlx.models.compiled import CompiledPasses
 from blockffn_mlx.quantisation import Packed, Plain
 from helpers.models import tiny_model
@@ -154,6 +154,15 @@ def test_watchers_see_logits_and_scores(compiled, monkeypatch):
     assert all(compiled) and len(found) == 10 and found[0].shape == (1, 5, 9)
     monkeypatch.setattr(CompiledPasses, "run", lambda *arguments: None)
     assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(found, seen(), strict=True))
+
+
+def test_interventions_take_the_layers(compiled):
+    model = tiny_model(**SIZES)
+    with intervene(model, lambda layer, scores: scores * 2):
+        changed = steps(model, model.make_cache())
+    assert not any(compiled)
+    plain = steps(model, model.make_cache())
+    assert any(compiled) and not mx.allclose(changed[1], plain[1])
 
 
 def test_new_weights_are_noticed(monkeypatch, compiled):
