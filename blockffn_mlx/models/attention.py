@@ -64,12 +64,19 @@ class Positions:
     Attributes:
         offset: Position of the first token; an array [B] for a batch with left padding.
         per_token: Positions [T] or [B, T] where they are not consecutive (trees, packed text).
+        num_tokens: T.
+        counts: Booleans [B, T, 1], False for padding; None without padding.
         length: Total number of tokens, cached ones included. Only dynamic NTK asks for it.
     """
 
     offset: int | mx.array
     per_token: mx.array | None
     num_tokens: int
+    counts: mx.array | None = None
+
+    def clear_padding(self, x: mx.array) -> mx.array:
+        """x [B, T, H] with zeros for padding, for which no router chooses an expert."""
+        return x if self.counts is None else mx.where(self.counts, x, 0)
 
     @property
     def length(self) -> int:

@@ -10,10 +10,11 @@ from mlx.nn.layers.distributed import shard_inplace
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask
 from mlx_lm.models.cache import KVCache
 
-from ..ffn import ACTIVATIONS, BlockFFN
+from ..ffn import ACTIVATIONS, MAX_CHUNK, BlockFFN
 from .activation import record_router_scores, union_share
 from .attention import Attention, MLAttention, Positions
 from .compiled import CompiledPasses, layer_halves
+from .padding import without_padding
 from .pieces import LinearMap
 
 
@@ -113,7 +114,8 @@ class DecoderLayer(nn.Module):
     ) -> mx.array:
         attended = self.self_attn(self.input_layernorm(x), mask, cache, positions)
         h = x + attended * self.residual_scale
-        return h + self.mlp(self.post_attention_layernorm(h)) * self.residual_scale
+        x = positions.clear_padding(self.post_attention_layernorm(h))
+        return h + self.mlp(x) * self.residual_scale
 
 
 class BlockFFNModel(nn.Module):
@@ -157,10 +159,13 @@ class BlockFFNModel(nn.Module):
         if mask is None:
             mask = create_attention_mask(h, cache[0], return_array=self.masks_are_arrays)
         offset = 0 if cache[0] is None else cache[0].offset
-        where = Positions(offset, positions, inputs.shape[1])
-        compiled = self.compiled.run(self, h, cache, mask, where)
-        if compiled is not None:
-            return compiled
+        counts = without_padding(inputs, cache[0])
+        where = Positions(offset, positions, inputs.shape[1], counts)
+        # Compiled passes know no padding; that matters where only a union is computed.
+        if counts is None or inputs.size > MAX_CHUNK:
+            compiled = self.compiled.run(self, h, cache, mask, where)
+            if compiled is not None:
+                return compiled
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             h = layer(h, mask, layer_cache, where)
         return self.norm(h)

@@ -240,7 +240,7 @@ class DecoderLayer(nn.Module):
         self, x: mx.array, mask: mx.array | str | None, cache: Any | None, positions: Positions
     ) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x), mask, cache, positions)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        return h + self.mlp(positions.clear_padding(self.post_attention_layernorm(h)))
 
 
 class DecoModel(blockffn.BlockFFNModel):

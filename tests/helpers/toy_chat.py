@@ -34,6 +34,6 @@ def toy_folder(folder: Path, **overrides) -> Path:
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
     config = {**asdict(model.args), "model_file": MODEL_FILE, "eos_token_id": 6}
     (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", MODEL_FILE):
         shutil.copy(TOKENIZER / name, folder)
     return folder
