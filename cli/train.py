@@ -143,9 +143,16 @@ def line_of(record: dict) -> str:
     return (
         f"step {record['step']} {record['stage']}: loss {record['loss']:.3f}, "
         f"AL {record['al']:.3f}, CS {record['cs']:.3f} x {record['cs_factor']:.3g}, "
-        f"TLS {record['tls']:.1%}, CLS_8 {record['cls_8']:.1%}, "
+        f"{entropy_of(record)}TLS {record['tls']:.1%}, CLS_8 {record['cls_8']:.1%}, "
         f"{record['tokens_per_second']:.0f} tokens/s, {record['peak_memory_gb']:.2f} GB"
     )
+
+
+def entropy_of(record: dict) -> str:
+    """The router entropy and its present weight, where it is controlled."""
+    if "entropy_factor" not in record:
+        return ""
+    return f"entropy {record['entropy']:.3f} x {record['entropy_factor']:.3g}, "
 
 
 def spoken_of(figures: dict) -> str:

@@ -14,6 +14,7 @@ from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.llama import MLP
 
 from ..ffn import ExpertLinear, make_plan
+from ..ffn.experts import host_values
 from ..ffn.layer import Intervention, Observer, routed
 from ..kernels import Sizes
 from . import blockffn
@@ -114,6 +115,14 @@ class RouterScale(nn.Module):
         self.weight = mx.full((size,), args.router_norm_init_var)
 
 
+class _Kept:
+    """What a layer's product was made of, and the product; no array of the module's own tree."""
+
+    router: mx.array | None = None
+    up: mx.array | None = None
+    rows: mx.array
+
+
 class DecoFFN(nn.Module):
     """The layer. Submodules are named like the checkpoint's tensors.
 
@@ -145,7 +154,7 @@ class DecoFFN(nn.Module):
         self.backend = "auto"
         self.observer: Observer | None = None
         self.intervention: Intervention | None = None
-        self._routed: tuple[mx.array, mx.array, mx.array] | None = None
+        self._routed = _Kept()
 
     def route(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
         """x [T, H] -> the router's logits [T, E] and, where it is taken, the mean [T]; float32."""
@@ -159,15 +168,15 @@ class DecoFFN(nn.Module):
 
         The mean is that of the rows as they are used, so of the dequantised ones.
         """
-        router, up = self.moe_router.weight, self.expert_up_proj.weight
-        if self._routed is not None and self._routed[0] is router and self._routed[1] is up:
-            return self._routed[2]
+        router, up, kept = self.moe_router.weight, self.expert_up_proj.weight, self._routed
+        if kept.router is router and kept.up is up:
+            return kept.rows
         rows = router.astype(mx.float32)
         if self.takes_mean:
             mean = self.expert_up_proj.weights.plain().astype(mx.float32).mean(axis=(0, 1))
             rows = mx.concatenate([rows, mean[None]])
-        if not self.training:
-            self._routed = (router, up, rows)
+        if not self.training and host_values(rows[0, 0]) is not None:  # None: inside mx.compile
+            kept.router, kept.up, kept.rows = router, up, rows
         return rows
 
     def finish(self, router_logits: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -17,7 +17,8 @@ from ..checkpoints.load import load
 from ..checkpoints.reader import read_json
 from ..checkpoints.tokenizer_files import open_tokenizer
 from ..device import physical_memory
-from ..models.blockffn import Model, ModelArgs
+from ..models import find_architecture
+from ..models.blockffn import Model
 from .config import Data, Initialisation, TrainingConfig
 from .data import Corpus, read_files
 from .lora import add_lora, merge_lora
@@ -26,17 +27,19 @@ from .text import read_documents
 from .tokenizer import keep_tokenizer, kept_tokenizer, save_tokenizer, train_tokenizer
 
 
-def build_model(args: ModelArgs, settings: Initialisation, seed: int) -> Model:
-    """A BlockFFN model with fresh weights.
+def build_model(args: Any, settings: Initialisation, seed: int) -> Model:
+    """A model with fresh weights, by the ModelArgs of its architecture.
 
     Raises:
         ValueError: Its sizes are more than this machine can hold.
     """
     layer = 2 * args.num_experts * args.expert_size + 2 * args.hidden_size
     layer += args.num_experts + args.num_attention_heads * args.head_dim
+    layer += 3 * getattr(args, "intermediate_size", 0)  # a dense one's
     check_memory(args.hidden_size * (args.vocab_size + layer * args.num_hidden_layers))
+    architecture, _ = find_architecture(asdict(args))
     try:
-        model = Model(args)
+        model = architecture(args)
         initialise(model, settings, seed)
     except (RuntimeError, OverflowError, MemoryError) as error:
         reason = " ".join(str(error).split())[:120]
@@ -55,7 +58,7 @@ def check_memory(parameters: int):
 
 
 def initialise(model: nn.Module, settings: Initialisation, seed: int):
-    """Fresh weights: matrices normal, norms 1, biases 0."""
+    """Fresh weights: matrices normal, biases 0, norms and scales as a new module has them."""
     mx.random.seed(seed)
     into_residual = settings.std
     if settings.residual:
@@ -63,7 +66,7 @@ def initialise(model: nn.Module, settings: Initialisation, seed: int):
 
     def initial(path: str, parameter: mx.array) -> mx.array:
         if parameter.ndim < 2:
-            return mx.zeros_like(parameter) if path.endswith("bias") else mx.ones_like(parameter)
+            return mx.zeros_like(parameter) if path.endswith("bias") else parameter
         std = into_residual if "o_proj" in path or "down_proj" in path else settings.std
         return std * mx.random.normal(parameter.shape)
 

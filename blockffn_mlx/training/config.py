@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..models.blockffn import ModelArgs
+from ..models import find_architecture
 from ..paths import expand
 from .tables import build_table, check_ranges, override_setting
 from .text import read_text
@@ -24,10 +24,13 @@ MODEL_SIZES = (
     "kv_lora_rank",
     "qk_nope_head_dim",
     "qk_rope_head_dim",
+    "head_dim",
+    "intermediate_size",
     "expert_size",
     "num_experts",
     "max_position_embeddings",
 )
+OBJECTIVES = ("al", "cs", "entropy")
 
 
 @dataclass
@@ -101,18 +104,23 @@ class OptimizerSettings:
 
 @dataclass
 class Sparsity:
-    """Weights of the objectives on the router (paper section 3.3 and Table 8); 0 leaves one out.
+    """The objectives on the router (arXiv 2507.08771, section 3.3 and Table 8), and their weights.
 
     Attributes:
+        objective: Which of "al", "cs" and "entropy" train the router: one, or a list. "entropy" is
+            DECO's, its coefficient under control (see `EntropyCoefficient`).
         al: Activation locality.
         cs: Chunk sparsification, the initial factor; `hold`, `interval`, `min_ratio`, `max_ratio`,
             `ramp` and `warmup` are those of `AdaptiveFactor`.
-        entropy: Router entropy.
+        entropy_start, entropy_multiplier, target: Where that coefficient starts, its factor a
+            step, and the share of experts in use above which it rises.
+        entropy: Router entropy at a constant weight.
         l1: L1 norm of the scores, summed over tokens and layers.
         balance: Load balance.
         count_padded_chunks: As in `chunk_sparsification_loss`.
     """
 
+    objective: list[str] = field(default_factory=lambda: ["al", "cs"])
     al: float = 2e-3
     cs: float = 5e-2
     chunk_length: int = 64
@@ -123,17 +131,22 @@ class Sparsity:
     max_ratio: float = 4.0
     ramp: bool = True
     warmup: int = 0
+    entropy_start: float = 1e-8
+    entropy_multiplier: float = 1.002
+    target: float = 0.2
     entropy: float = 0.0
     l1: float = 0.0
     balance: float = 0.0
     count_padded_chunks: bool = False
 
     def __post_init__(self):
-        weights = dict.fromkeys(("al", "cs", "entropy", "l1", "balance", "hold", "warmup"), 0)
-        check_ranges(
-            self,
-            at_least={"chunk_length": 1, "interval": 1, "min_ratio": 0, "max_ratio": 0} | weights,
-        )
+        weights = ("al", "cs", "entropy", "l1", "balance", "hold", "warmup", "target")
+        ratios = {"min_ratio": 0, "max_ratio": 0, "entropy_multiplier": 1, "entropy_start": 0}
+        counts = {"chunk_length": 1, "interval": 1}
+        check_ranges(self, at_least=dict.fromkeys(weights, 0) | ratios | counts)
+        if unknown := [name for name in self.objective if name not in OBJECTIVES]:
+            known = ", ".join(OBJECTIVES)
+            raise ValueError(f"objective {unknown[0]!r:.60} is not one of {known}.")
         if self.hold < self.warmup:
             raise ValueError(f"hold is {self.hold}, but counts the warm-up of {self.warmup} too.")
 
@@ -253,7 +266,8 @@ class TrainingConfig:
 
     Attributes:
         output: Folder for checkpoints, the log and the finished model.
-        model: The fields of the model's config.json; empty when fine-tuning or training a head.
+        model: The fields of the model's config.json, with `ffn_type = "deco"` for a DECO; empty
+            when fine-tuning or training a head.
         log_interval, eval_interval, checkpoint_interval: In optimiser steps.
         keep_checkpoints: Older ones are removed.
     """
@@ -294,33 +308,39 @@ class TrainingConfig:
         """Optimiser steps of all stages."""
         return sum(stage.steps for stage in self.stage)
 
-    def model_args(self) -> ModelArgs:
+    def model_args(self) -> Any:
         """The architecture of a model trained from scratch.
 
         Raises:
             ValueError: An unknown field, or one of a wrong type or size.
         """
-        args = build_table(ModelArgs, self.model, "[model]")
-        for name in MODEL_SIZES:
-            if getattr(args, name) < 1:
-                raise ValueError(f"[model]: {name} is {getattr(args, name)}, but must be positive.")
-        check_ranges(args, at_least={"rms_norm_eps": 0})
-        for name in ("rope_theta", "norm_scale", "dim_model_base"):
-            if getattr(args, name) <= 0:
-                raise ValueError(f"[model]: {name} is {getattr(args, name)}, but must be above 0.")
-        if args.num_hidden_layers > MOST_LAYERS:
+        if not isinstance(layers := self.model.get("num_hidden_layers", 1), int):
+            layers = 1  # refused below, by its type
+        if layers > MOST_LAYERS:
             raise ValueError(f"[model]: num_hidden_layers is more than {MOST_LAYERS:,}.")
-        if args.hidden_size % args.num_attention_heads or args.head_dim % 2:
+        kind = self.model.get("ffn_type")
+        _, args_type = find_architecture({"ffn_type": kind} if isinstance(kind, str) else {})
+        args = build_table(args_type, self.model, "[model]")
+        for name in MODEL_SIZES:
+            if (size := getattr(args, name, 1)) < 1:
+                raise ValueError(f"[model]: {name} is {size}, but must be positive.")
+        check_ranges(args, at_least={"rms_norm_eps": 0, "shared_expert_size": 0})
+        for name in ("rope_theta", "norm_scale", "dim_model_base"):
+            if (number := getattr(args, name, 1)) <= 0:
+                raise ValueError(f"[model]: {name} is {number}, but must be above 0.")
+        splits = "head_dim" in self.model or args.hidden_size % args.num_attention_heads == 0
+        if not splits or args.head_dim % 2:
             raise ValueError(
                 f"[model]: hidden_size {args.hidden_size} does not split into "
                 f"{args.num_attention_heads} attention heads of an even width."
             )
-        if args.num_attention_heads % args.num_key_value_heads or args.qk_rope_head_dim % 2:
+        rope_dim = getattr(args, "qk_rope_head_dim", 2)
+        if args.num_attention_heads % args.num_key_value_heads or rope_dim % 2:
             raise ValueError(
                 "[model]: num_key_value_heads must divide num_attention_heads, and "
                 "qk_rope_head_dim must be even."
             )
-        rotated = args.qk_rope_head_dim if args.attention_type == "mla" else args.head_dim
+        rotated = rope_dim if args.attention_type == "mla" else args.head_dim
         if rotated == 2 and (args.rope_scaling or {}).get("type") == "dynamic":
             raise ValueError("[model]: dynamic rope_scaling turns more than two dimensions.")
         return args

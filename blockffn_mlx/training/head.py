@@ -119,8 +119,6 @@ class HeadTrainer(Trainer):
         corpus, callbacks: As for `Trainer`.
     """
 
-    metrics = METRICS
-
     def __init__(
         self,
         config: TrainingConfig,

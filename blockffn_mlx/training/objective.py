@@ -12,9 +12,6 @@ from . import losses
 from .config import Sparsity
 from .sampling import Batch
 
-# What `objective` reports, by name.
-METRICS = ("loss", "al", "cs", "tls", "cls_8")
-
 CHUNK = 8
 
 
@@ -53,26 +50,28 @@ def objective(
 ) -> tuple[mx.array, dict[str, mx.array]]:
     """One micro-batch's part of the scalar to minimise, and of the metrics.
 
-    LM + factors["al"] * mean over layers of AL + factors["cs"] * mean over layers of CS + the
+    LM + factors["al"] * mean over layers of AL + factors["cs"] * mean over layers of CS +
+    factors["entropy"] / number of layers, dense ones included, * sum of the router entropies + the
     penalties that have a weight. Parts of a step add up, over micro-batches and processes, to what
     its tokens give in one batch; only the balance penalty, a product of means, is a mean of parts.
 
     Args:
         model: A BlockFFN model.
         batch: Arrays of MLX.
-        factors: The present weights of AL ("al") and CS ("cs"), scalars: an input, so that a
-            compiled step serves any.
+        factors: The present weights of AL ("al"), CS ("cs") and, if it is wanted, the entropy
+            ("entropy"), scalars: an input, so that a compiled step serves any.
         settings: Weights of the other objectives.
         share: What the micro-batch holds of the step's tokens, see `shares`.
 
     Returns:
-        (total, scalars by the names of METRICS).
+        (total, scalars by name: "loss", "al", "cs", "tls", "cls_8", and "entropy" if it counts).
     """
     with record_router(model) as routers:
         loss = share["scored"] * masked_mean(token_losses(model, batch), batch.scored)
     norm = model.args.norm_after_router
     chunks = share["all_chunks" if settings.count_padded_chunks else "chunks"]
-    localities, sparsifications, penalties, sums = [], [], [], []
+    wants_entropy = "entropy" in factors or settings.entropy > 0
+    localities, sparsifications, entropies, penalties, sums = [], [], [], [], []
     for logits, scores in routers:
         localities.append(losses.activation_locality_loss(logits, batch.paired, settings.steepness))
         sparsifications.append(
@@ -84,9 +83,8 @@ def objective(
                 count_padded_chunks=settings.count_padded_chunks,
             )
         )
-        if settings.entropy:
-            entropy = losses.router_entropy_loss(logits, batch.real, norm)
-            penalties.append(share["real"] * settings.entropy / len(routers) * entropy)
+        if wants_entropy:
+            entropies.append(losses.router_entropy_loss(logits, batch.real, norm))
         if settings.balance:
             balance = losses.load_balance_loss(logits, batch.real, norm)
             penalties.append(share["real"] * settings.balance / len(routers) * balance)
@@ -106,7 +104,11 @@ def objective(
         [layer.chunk_activation.sum() / mx.maximum(layer.chunks.sum(), 1) for layer in sums]
     )
     tls, cls = share["real"] * (1 - used), share["windows"] * (1 - used_by_chunk)
-    return total, {"loss": loss, "al": al, "cs": cs, "tls": tls, "cls_8": cls}
+    metrics = {"loss": loss, "al": al, "cs": cs, "tls": tls, "cls_8": cls}
+    if wants_entropy:
+        metrics["entropy"] = share["real"] * mx.stack(entropies).sum() / len(model.layers)
+        total = total + (settings.entropy + factors.get("entropy", 0.0)) * metrics["entropy"]
+    return total, metrics
 
 
 def counts(batch: Batch[np.ndarray], chunk_length: int) -> dict[str, int]:

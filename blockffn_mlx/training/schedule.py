@@ -1,4 +1,4 @@
-"""Schedules: the adaptive factor of the chunk sparsification loss, and the learning rate."""
+"""Schedules: the weights of the objectives on the router, and the learning rate."""
 
 from collections import deque
 from typing import Any
@@ -94,17 +94,82 @@ class AdaptiveFactor:
         self.losses = deque(state["losses"], maxlen=2 * self.interval)
 
 
-def adaptive_factor(settings: Sparsity) -> AdaptiveFactor:
-    """The factor's schedule in a run's settings."""
-    return AdaptiveFactor(
-        initial=settings.cs,
-        hold=settings.hold,
-        interval=settings.interval,
-        min_ratio=settings.min_ratio,
-        max_ratio=settings.max_ratio,
-        ramp=settings.ramp,
-        warmup=settings.warmup,
-    )
+class EntropyCoefficient:
+    """The controlled coefficient of DECO's router entropy (arXiv 2605.10933, in its code's form).
+
+    Args:
+        start: The coefficient at the start, and its least value.
+        multiplier: Its factor a step: up where too many experts are in use, down elsewhere.
+        target: The share of experts in use that is not too many.
+    """
+
+    def __init__(self, start: float, multiplier: float, target: float):
+        self.start, self.multiplier, self.target = start, multiplier, target
+        self._coefficient, self._rate = start, None
+
+    @property
+    def coefficient(self) -> float:
+        """The value for the next step; waits for the rate of the step before."""
+        if self._rate is not None:
+            # A percentage of two decimals, as the authors' code compares it.
+            above = round(100 * float(self._rate), 2) > 100 * self.target
+            self._rate = None
+            c, k = self._coefficient, self.multiplier
+            self._coefficient = c * k if above else max(c / k, self.start)
+        return self._coefficient
+
+    def step(self, rate: Any):
+        """Records a step's share of experts in use: a number, or a 0-d array that is read later."""
+        _ = self.coefficient
+        self._rate = rate
+
+    def load(self, coefficient: float):
+        """Goes on from a coefficient."""
+        self._coefficient, self._rate = coefficient, None
+
+
+class RouterFactors:
+    """The present weights of a run's objectives on the router.
+
+    Args:
+        settings: The run's.
+    """
+
+    def __init__(self, settings: Sparsity):
+        self.asked = settings.objective
+        self.al = settings.al if "al" in self.asked else 0.0
+        self.adaptive = AdaptiveFactor(
+            initial=settings.cs if "cs" in self.asked else 0.0,
+            hold=settings.hold,
+            interval=settings.interval,
+            min_ratio=settings.min_ratio,
+            max_ratio=settings.max_ratio,
+            ramp=settings.ramp,
+            warmup=settings.warmup,
+        )
+        self.entropy = EntropyCoefficient(
+            settings.entropy_start, settings.entropy_multiplier, settings.target
+        )
+
+    def now(self) -> dict[str, float]:
+        """The weights of the next step by the names of its metrics, "al", "cs" and "entropy"."""
+        weights = {"al": self.al, "cs": self.adaptive.factor}
+        return weights | ({"entropy": self.entropy.coefficient} if "entropy" in self.asked else {})
+
+    def step(self, metrics: dict[str, Any]):
+        """Tells the schedules what a step has measured; 0-d arrays are read when they must be."""
+        self.adaptive.step(metrics["cs"])
+        if "entropy" in self.asked:
+            self.entropy.step(1 - metrics["tls"])
+
+    def state_dict(self) -> dict:
+        """The state as JSON-ready values."""
+        return {**self.adaptive.state_dict(), "entropy": self.entropy.coefficient}
+
+    def load_state_dict(self, state: dict):
+        """Goes on from a state; those of before 0.3 know no entropy."""
+        self.adaptive.load_state_dict(state)
+        self.entropy.load(float(state.get("entropy", self.entropy.start)))
 
 
 def warmup_stable_decay(

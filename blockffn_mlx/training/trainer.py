@@ -16,10 +16,10 @@ from .config import Stage, TrainingConfig
 from .data import Corpus
 from .evaluate import evaluate
 from .log import RunLog
-from .objective import METRICS, objective, shares
+from .objective import objective, shares
 from .run_folder import CHECKPOINTS, LOG_FILE, claim_folder, hold_folder, identity
 from .sampling import Batch, DocumentPacker, WindowSampler
-from .schedule import adaptive_factor, warmup_stable_decay
+from .schedule import RouterFactors, warmup_stable_decay
 from .state import DamagedState, find_states, latest_state, read_state, save_state
 from .step import GroupedAdamW, hold_masters, in_compute_dtype, make_step
 
@@ -37,14 +37,9 @@ class Trainer:
         accept_changes: Go on from the output folder's checkpoint although the settings, the data
             or the base model have changed since.
 
-    Attributes:
-        metrics: Names of the numbers that a step reports.
-
     Raises:
         ValueError: The processes do not divide a micro-batch, or a stage learns no token.
     """
-
-    metrics: tuple[str, ...] = METRICS
 
     def __init__(
         self,
@@ -75,7 +70,7 @@ class Trainer:
         self.log = RunLog(self.output / LOG_FILE)
         self.step = 0
         self.seconds = 0.0
-        self.adaptive = adaptive_factor(self.config.sparsity)
+        self.factors = RouterFactors(config.sparsity)
         model.train()
         self.dtype = getattr(mx, config.optimizer.dtype)
         hold_masters(model, self.dtype)
@@ -91,7 +86,7 @@ class Trainer:
     def objective(
         self, batch: Batch[mx.array], factors: dict[str, mx.array], share: dict[str, mx.array]
     ) -> tuple[mx.array, dict[str, mx.array]]:
-        """What a step minimises, and the values of `metrics`; see `objective.objective`."""
+        """What a step minimises, and what the log tells of it; see `objective.objective`."""
         return objective(self.model, batch, factors, self.config.sparsity, share)
 
     def evaluate(self) -> dict:
@@ -227,8 +222,8 @@ class Trainer:
         return [{name: mx.array(value) for name, value in share.items()} for share in found]
 
     def _factors(self) -> dict[str, mx.array]:
-        """The present weights of AL and CS."""
-        return {"al": mx.array(self.config.sparsity.al), "cs": mx.array(self.adaptive.factor)}
+        """The present weights of the objectives on the router."""
+        return {name: mx.array(value) for name, value in self.factors.now().items()}
 
     def _dispatch(
         self, drawn: list[tuple[Batch[mx.array], dict]]
@@ -244,7 +239,7 @@ class Trainer:
             shape=self.stage.shape,
         )
         self.optimizer.set_learning_rate(self.learning_rate)
-        self.cs_factor = self.adaptive.factor
+        self.weighed = self.factors.now()
         factors, total, rest = self._factors(), None, None
         for i, (batch, share) in enumerate(drawn, 1):
             last = i == len(drawn)
@@ -256,9 +251,9 @@ class Trainer:
         return total, rest
 
     def _advance(self, metrics: dict[str, mx.array]):
-        """Counts a step, tells the adaptive factor, and goes to the next stage when it is time."""
+        """Counts a step, tells the factors, and goes to the next stage when it is time."""
         if "cs" in metrics and not self.stage.freeze_factor:
-            self.adaptive.step(metrics["cs"])
+            self.factors.step(metrics)
         self.step += 1
         done = self.step - self.stage_first_step == self.stage.steps
         if done and self.stage_index + 1 < len(self.config.stage):
@@ -276,7 +271,7 @@ class Trainer:
     def _log_training(self, stage_name: str, window: list, norm: float, seconds: float):
         means = {
             name: sum(float(metrics[name]) for metrics, _ in window) / len(window)
-            for name in self.metrics
+            for name in window[0][0]
         }
         tokens = sum(count for _, count in window)
         self._record(
@@ -285,7 +280,7 @@ class Trainer:
                 "step": self.step,
                 "stage": stage_name,
                 **means,
-                "cs_factor": self.cs_factor,
+                **{f"{name}_factor": self.weighed[name] for name in self.weighed if name != "al"},
                 "learning_rate": self.learning_rate,
                 "gradient_norm": norm,
                 "tokens_per_second": tokens / seconds,
@@ -322,7 +317,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "stage": [self.stage_index, self.stage_first_step],
-            "adaptive": self.adaptive.state_dict(),
+            "adaptive": self.factors.state_dict(),
             "sampler": self.sampler_state,
             "random": ints(cast(list[mx.array], mx.random.state)[0]),
         }
@@ -376,8 +371,8 @@ class Trainer:
             stage = self.config.stage[index]
             sampler = self._make_sampler(stage, seed=[self.config.seed, index])
             sampler.load_state_dict(state["sampler"])
-            adaptive = adaptive_factor(self.config.sparsity)
-            adaptive.load_state_dict(state["adaptive"])
+            factors = RouterFactors(self.config.sparsity)
+            factors.load_state_dict(state["adaptive"])
             # MLX's random state takes no value, but a seed is the state: two 32-bit halves.
             high, low = (int(half) for half in state["random"])
             mx.random.seed(high << 32 | low)
@@ -388,7 +383,7 @@ class Trainer:
         self.model.update(arrays["parameters"])
         self.optimizer.state = arrays["optimizer"]
         self.stage_index, self.stage_first_step, self.sampler = index, first_step, sampler
-        self.adaptive, self.step, self.seconds = adaptive, step, seconds
+        self.factors, self.step, self.seconds = factors, step, seconds
         # The compiled step holds on to the optimiser state that it was built with.
         self._run_step = self._make_step()
 

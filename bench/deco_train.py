@@ -1,0 +1,145 @@
+"""Trains a DECO of the demo's size for 65 million tokens under one choice of objectives.
+
+usage: deco_train.py keep FOLDER               unpack what FOLDER has of the text (several times)
+       deco_train.py run SETTING OUT [--set TABLE.KEY=VALUE ...] [--max-seconds N]
+       deco_train.py table OUT                 the table of all finished runs
+
+SETTING is one of SETTINGS; its record is OUT/SETTING.json, written as soon as the run ends. One run
+takes one GPU (CUDA_VISIBLE_DEVICES). Text and compiled kernels are kept in DECO_WORK (~/deco), so
+that parts of the text may arrive in several calls and later runs need not compile again. A part
+that never came is left out, and the record says so.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = Path(os.environ.get("DECO_WORK", Path.home() / "deco"))
+os.environ.setdefault("MLX_PTX_CACHE_DIR", str(WORK / "kernels"))
+sys.path.insert(0, str(ROOT))
+
+import mlx.core as mx  # noqa: E402
+
+from blockffn_mlx.training.build import prepare  # noqa: E402
+from blockffn_mlx.training.config import load_config  # noqa: E402
+from blockffn_mlx.training.trainer import Trainer  # noqa: E402
+
+SETTINGS = {
+    "entropy": ["entropy"],
+    "al_cs": ["al", "cs"],
+    "both": ["al", "cs", "entropy"],
+    "none": [],
+}
+TABLE_HEAD = "| objectives | loss, real text | loss, all | TLS | CLS_8 | reuse |"
+
+
+def keep(folder: Path):
+    """Unpacks the files that are there into WORK."""
+    (WORK / "text").mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.iterdir()):
+        target = WORK / "text" / path.name.removesuffix(".xz")
+        if path.suffix in (".xz", ".json") and not target.exists():
+            data = path.read_bytes()
+            target.write_bytes(lzma.decompress(data) if path.suffix == ".xz" else data)
+            print(target, f"{target.stat().st_size:,} bytes", flush=True)
+
+
+def present_sources() -> tuple[Path, list[str]]:
+    """A folder of the packs that have come, and the training sources that are missing."""
+    text, found = WORK / "text", WORK / f"found-{os.getpid()}"
+    manifest = json.loads((text / "manifest.json").read_text())
+    packs, missing = {}, []
+    for name, pack in manifest["packs"].items():
+        file = pack["file"].removesuffix(".xz")
+        if (text / file).exists():
+            packs[name] = pack | {"file": file}
+        else:
+            missing += [part["source"] for part in pack["parts"] if part["split"] == "train"]
+    found.mkdir(exist_ok=True)
+    for pack in packs.values():
+        (found / pack["file"]).unlink(missing_ok=True)
+        (found / pack["file"]).symlink_to(text / pack["file"])
+    (found / "manifest.json").write_text(json.dumps(manifest | {"packs": packs}))
+    return found, missing
+
+
+def run(setting: str, out: Path, overrides: list[str], max_seconds: float):
+    """Trains, evaluates and writes the record; a run that ran out of time goes on next time."""
+    begin = time.perf_counter()
+    data, missing = present_sources()
+    config = load_config(ROOT / "examples" / "demo_deco.toml", overrides)
+    config.sparsity.objective = SETTINGS[setting]
+    config.output = str(WORK / "runs" / setting)
+    config.data.path, config.data.tokenizer = [str(data)], None
+    for stage in config.stage:
+        stage.weights = {n: w for n, w in (stage.weights or {}).items() if n not in missing}
+    model, corpus, _ = prepare(config)
+    records: list[dict] = []
+
+    def tell(record: dict):
+        records.append({k: v for k, v in record.items() if k != "sources"} | {"at": seconds()})
+        print(setting, json.dumps(records[-1]), flush=True)
+
+    def seconds() -> float:
+        return time.perf_counter() - begin
+
+    trainer = Trainer(config, model, corpus, on_record=tell)
+    finished = trainer.train(max_seconds)
+    log = trainer.log.read()
+    result = {
+        "setting": setting,
+        "finished": finished,
+        "steps": trainer.step,
+        "device": str(mx.device_info().get("device_name", "cpu")),
+        "sources_left_out": missing,
+        "tokens": sum(stage.tokens for stage in config.stage),
+        "seconds": seconds(),
+        **{name: log[-1][name] for name in ("real", "template", "all", "sources") if finished},
+        "overrides": overrides,
+        "log": [record for record in log if record["kind"] == "train"],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{setting}.json").write_text(json.dumps(result, indent=1))
+    print(table(out), flush=True)
+
+
+def table(out: Path) -> str:
+    """Markdown of the finished runs in a folder."""
+    lines = [TABLE_HEAD, "| --- " * 6 + "|"]
+    for path in (out / f"{name}.json" for name in SETTINGS):
+        record = json.loads(path.read_text()) if path.exists() else {"finished": False}
+        if record["finished"]:
+            real, everything = record["real"], record["all"]["loss"]
+            shares = [f"{real[name]:.1%}" for name in ("tls", "cls_8", "reuse")]
+            cells = [path.stem, f"{real['loss']:.3f}", f"{everything:.3f}", *shares]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("keep").add_argument("folder", type=Path)
+    commands.add_parser("table").add_argument("out", type=Path)
+    runner = commands.add_parser("run")
+    runner.add_argument("setting", choices=SETTINGS)
+    runner.add_argument("out", type=Path)
+    runner.add_argument("--set", action="append", default=[])
+    runner.add_argument("--max-seconds", type=float, default=math.inf)
+    args = parser.parse_args()
+    if args.command == "keep":
+        keep(args.folder)
+    elif args.command == "table":
+        print(table(args.out))
+    else:
+        run(args.setting, args.out, args.set, args.max_seconds)
+
+
+if __name__ == "__main__":
+    main()
