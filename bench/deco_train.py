@@ -1,13 +1,13 @@
 """Trains a DECO of the demo's size for 65 million tokens under one choice of objectives.
 
-usage: deco_train.py keep FOLDER               unpack what FOLDER has of the text (several times)
+usage: deco_train.py keep FOLDER               keep what FOLDER has of the text
        deco_train.py run SETTING OUT [--set TABLE.KEY=VALUE ...] [--max-seconds N]
        deco_train.py table OUT                 the table of all finished runs
 
 SETTING is one of SETTINGS; its record is OUT/SETTING.json, written as soon as the run ends. One run
-takes one GPU (CUDA_VISIBLE_DEVICES). Text and compiled kernels are kept in DECO_WORK (~/deco), so
-that parts of the text may arrive in several calls and later runs need not compile again. A part
-that never came is left out, and the record says so.
+takes one GPU (CUDA_VISIBLE_DEVICES). Text and compiled kernels are kept in DECO_WORK (~/deco): the
+text may come in several calls of keep, the manifest first, large files cut by split(1)
+(NAME.u16.xz.aa, .ab, ...). A pack that never came whole is left out, and the record says so.
 """
 
 import argparse
@@ -15,13 +15,17 @@ import json
 import lzma
 import math
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path(os.environ.get("DECO_WORK", Path.home() / "deco"))
-os.environ.setdefault("MLX_PTX_CACHE_DIR", str(WORK / "kernels"))
+GPU = os.environ.get(
+    "CUDA_VISIBLE_DEVICES", "0"
+)  # two that compile at once must not share a folder
+os.environ.setdefault("MLX_PTX_CACHE_DIR", str(WORK / f"kernels-{GPU}"))
 sys.path.insert(0, str(ROOT))
 
 import mlx.core as mx  # noqa: E402
@@ -40,14 +44,20 @@ TABLE_HEAD = "| objectives | loss, real text | loss, all | TLS | CLS_8 | reuse |
 
 
 def keep(folder: Path):
-    """Unpacks the files that are there into WORK."""
-    (WORK / "text").mkdir(parents=True, exist_ok=True)
-    for path in sorted(folder.iterdir()):
-        target = WORK / "text" / path.name.removesuffix(".xz")
-        if path.suffix in (".xz", ".json") and not target.exists():
-            data = path.read_bytes()
-            target.write_bytes(lzma.decompress(data) if path.suffix == ".xz" else data)
-            print(target, f"{target.stat().st_size:,} bytes", flush=True)
+    """Keeps the files that are there, and unpacks the packs that are whole."""
+    text = WORK / "text"
+    text.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
+        if path.name == "manifest.json" or ".u16.xz" in path.name:
+            shutil.copy(path, text)
+    for pack in json.loads((text / "manifest.json").read_text())["packs"].values():
+        parts = sorted(text.glob(f"{pack['file']}*"))
+        if sum(part.stat().st_size for part in parts) == pack["xz_bytes"]:
+            packed = b"".join(part.read_bytes() for part in parts)
+            (text / pack["file"]).with_suffix("").write_bytes(lzma.decompress(packed))
+            for part in parts:
+                part.unlink()
+    print("kept:", *sorted(path.name for path in text.iterdir()), flush=True)
 
 
 def present_sources() -> tuple[Path, list[str]]:
