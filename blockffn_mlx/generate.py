@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from .quantisation import BITS, GROUP_SIZES
 
 # Positions at the beginning that a cache of limited size never drops, as in mlx-lm.
 KEPT_POSITIONS = 4
-MLX_LM_DRAFT_TOKENS = 2
 RULE = "=" * 10  # above and below an answer that is printed
 
 
@@ -33,6 +32,8 @@ def stream_generate(
     tokenizer: Any,
     prompt: str | mx.array | Sequence[int] | Sequence[Mapping[str, str]] | Prompt,
     max_tokens: int = 256,
+    draft_model: nn.Module | None = None,
+    stream: Any = generation_stream,
     *,
     sampler: Callable[[mx.array], mx.array] | None = None,
     logits_processors: list[Callable[[mx.array, mx.array], mx.array]] | None = None,
@@ -47,10 +48,12 @@ def stream_generate(
     draft: str | Path | speculative.Drafter | None = None,
     draft_width: int | str | speculative.Policy = "auto",
     draft_stats: speculative.SpeculationStats | None = None,
-    draft_model: nn.Module | None = None,
-    num_draft_tokens: int | None = None,
+    num_draft_tokens: int = 2,
+    input_embeddings: mx.array | None = None,
 ) -> Generator[GenerationResponse, None, None]:
     """Generates token by token, or by rounds that verify a draft.
+
+    Takes everything that mlx-lm's `stream_generate` does, and yields the same responses.
 
     Args:
         model: A BlockFFN model.
@@ -58,6 +61,9 @@ def stream_generate(
         prompt: Plain text; token ids [T], used as they are; messages, each {"role": ...,
             "content": ...}, for the model's chat template; or a finished `Prompt`.
         max_tokens: The most tokens to generate; -1 for no limit.
+        draft_model: A loaded language model to draft with, as `draft` takes it too; it drafts
+            `num_draft_tokens` a round, and a `prompt_cache` may hold its caches behind the model's.
+        stream: Where MLX computes, without a draft.
         sampler: mlx-lm's kind, log-probabilities [B, V] -> tokens [B]; greedy if None.
         logits_processors: mlx-lm's kind, (tokens so far, logits) -> logits.
         stop: Texts that end the answer; they are not part of it, even if tokens split them.
@@ -74,8 +80,8 @@ def stream_generate(
         draft_width: Nodes of a draft tree, 1 to 64; "auto" picks them by what passes cost on this
             machine (measured once) and stops drafting while that does not pay; or a policy.
         draft_stats: Counts rounds, drafted and accepted tokens.
-        draft_model, num_draft_tokens: mlx-lm's names for a loaded draft model, and for how many
-            tokens it drafts.
+        num_draft_tokens: Tokens that `draft_model` drafts a round.
+        input_embeddings: Not for these models: mlx-lm says so.
 
     Yields:
         One GenerationResponse per token; the last one has a finish_reason, "stop" or "length".
@@ -86,9 +92,16 @@ def stream_generate(
     """
     if max_tokens == 0:
         raise ValueError("max_tokens must not be 0 (-1 for no limit)")
+    at_end = ExitStack()
     if draft_model is not None:
-        draft = draft_model
-        draft_width = 1 + (MLX_LM_DRAFT_TOKENS if num_draft_tokens is None else num_draft_tokens)
+        draft_cache: list[Any] = []
+        if prompt_cache is not None:  # both models' layers, as mlx-lm has them
+            count = len(model.layers)
+            prompt_cache, draft_cache = prompt_cache[:count], prompt_cache[count:]
+        draft = model_drafter = speculative.model_drafter(draft_model, model, draft_cache)
+        draft_width = 1 + num_draft_tokens
+        if draft_cache:
+            at_end.callback(model_drafter.settle)
     if tokenizer is not None and not hasattr(tokenizer, "detokenizer"):
         tokenizer = TokenizerWrapper(tokenizer)
     asked = as_prompt(tokenizer, prompt)
@@ -112,6 +125,8 @@ def stream_generate(
         steps = generate_step(
             ids,
             model,
+            stream,
+            input_embeddings=input_embeddings,
             kv_bits=kv_bits,
             kv_group_size=kv_group_size,
             quantized_kv_start=quantized_kv_start,
@@ -125,8 +140,7 @@ def stream_generate(
         tokens = speculative.stream(
             ids, model, drafter, policy=policy, stats=draft_stats, **options
         )
-    streams: list[Any] = [generation_stream]
-    with wired_limit(model, streams), closing(tokens):
+    with wired_limit(model, [stream]), at_end, closing(tokens):
         ends = ((*asked.stop, *stop), asked.stop_ids)
         yield from respond(tokens, tokenizer, ids.size, max_tokens, *ends)
 

@@ -5,7 +5,7 @@ and a draft model a second language model: each has a drafter around it.
 """
 
 from .drafter import Drafter
-from .drafters import load_draft, make_drafter, make_policy
+from .drafters import load_draft, make_drafter, make_policy, model_drafter
 from .eagle_drafter import EagleDrafter
 from .engine import stream
 from .lookup_drafter import LookupDrafter
@@ -29,5 +29,6 @@ __all__ = [
     "load_draft",
     "make_drafter",
     "make_policy",
+    "model_drafter",
     "stream",
 ]

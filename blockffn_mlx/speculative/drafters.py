@@ -119,8 +119,8 @@ def load_draft_model(path: Path, model: Any, tokenizer: Any) -> ModelDrafter:
     return model_drafter(draft, model)
 
 
-def model_drafter(draft: nn.Module, model: Any) -> ModelDrafter:
-    """A loaded language model as the drafter.
+def model_drafter(draft: nn.Module, model: Any, cache: list[Any] | None = None) -> ModelDrafter:
+    """A loaded language model as the drafter; `cache` as for `ModelDrafter`.
 
     Raises:
         ValueError: If it has no embedding for some token of the target.
@@ -131,7 +131,7 @@ def model_drafter(draft: nn.Module, model: Any) -> ModelDrafter:
             f"the draft model knows {known} tokens, the model "
             f"{model.args.vocab_size}: take one of the same family, or lookup"
         )
-    return ModelDrafter(draft, model.args.vocab_size)
+    return ModelDrafter(draft, model.args.vocab_size, cache)
 
 
 def load_mlx_lm(path: Path, config: dict[str, Any]) -> tuple[Any, Any]:

@@ -17,33 +17,45 @@ class ModelDrafter:
     Args:
         model: The draft model.
         vocab_size: The target's vocabulary; padding rows beyond it are never proposed.
+        cache: Filled caches of the draft model, where they hold what the target's hold; `settle`
+            leaves them so.
 
     Raises:
         ValueError: If the model's cache cannot be rewound.
     """
 
-    def __init__(self, model: Any, vocab_size: int):
+    def __init__(self, model: Any, vocab_size: int, cache: list[Any] | None = None):
         self.model, self.vocab_size = model, vocab_size
         self.network = model
-        self.reset()
+        self._begin(cache or make_prompt_cache(model))
         if not can_trim_prompt_cache(self.cache):
             raise ValueError("a draft model needs a cache that can be rewound, this one's cannot")
 
     def reset(self, offset: int = 0) -> None:
         """Starts a new sequence; what came before `offset` stays unknown to the draft model."""
-        self.cache = make_prompt_cache(self.model)
-        self.tokens: list[int] = []
+        self._begin(make_prompt_cache(self.model))
         self.length = offset
-        # Rows of the cache: `settled` tokens of the sequence, then the proposed ones but the last.
-        self.settled = 0
+
+    def _begin(self, cache: list[Any]):
+        self.cache, self.length = cache, cache[0].offset
+        self.tokens: list[int] = []
+        # Rows of the cache: what came before, `settled` tokens of the sequence, then the proposed
+        # ones but the last.
+        self.before, self.settled = self.length, 0
         self.proposed = mx.array([], mx.int32)
 
     def rewind(self, length: int) -> None:
         """Forgets all but the first `length` tokens."""
         kept = max(length - self.length + len(self.tokens), 0)
         self.tokens, self.length = self.tokens[:kept], length
-        self.settled = min(self.settled, kept)
+        self.before, self.settled = min(self.before, length), min(self.settled, kept)
         self._drop_proposed()
+
+    def settle(self) -> None:
+        """Brings the cache up to every token so far, for a drafter that is to go on with it."""
+        self._keep_accepted([*self.tokens, -1])
+        if fresh := self.tokens[self.settled :]:
+            self._read(fresh)
 
     def observe(self, hidden: mx.array, tokens: list[int]) -> None:
         """Takes in tokens; the draft model runs over them when it drafts again."""
@@ -59,11 +71,9 @@ class ModelDrafter:
         sequence = self.tokens + [root]
         self._keep_accepted(sequence)
         fresh = sequence[self.settled :]
-        while len(fresh) > PREFILL_STEP_SIZE:
-            self.model(mx.array([fresh[:PREFILL_STEP_SIZE]]), cache=self.cache)
-            mx.eval([c.state for c in self.cache])
-            fresh = fresh[PREFILL_STEP_SIZE:]
-        self.settled = len(sequence) - len(fresh)
+        if known := (len(fresh) - 1) // PREFILL_STEP_SIZE * PREFILL_STEP_SIZE:
+            self._read(fresh[:known])
+            fresh = fresh[known:]
         inputs = mx.array([fresh])
         chain = [mx.array([root])]
         for _ in range(min(total_tokens - 1, max_depth)):
@@ -74,6 +84,12 @@ class ModelDrafter:
             self.settled = len(sequence)
             self.proposed = mx.concatenate([self.proposed, *chain[1:-1]])
         return Tree.chain(mx.concatenate(chain))
+
+    def _read(self, tokens: list[int]):
+        for start in range(0, len(tokens), PREFILL_STEP_SIZE):
+            self.model(mx.array([tokens[start : start + PREFILL_STEP_SIZE]]), cache=self.cache)
+            mx.eval([c.state for c in self.cache])
+        self.settled += len(tokens)
 
     def _keep_accepted(self, sequence: list[int]):
         """Keeps the rows of proposed tokens that were accepted, drops those that were not."""
@@ -86,4 +102,4 @@ class ModelDrafter:
     def _drop_proposed(self):
         self.proposed = mx.array([], mx.int32)
         # By the cache's own count: an interrupted draft leaves rows that nobody else counted.
-        trim_prompt_cache(self.cache, self.cache[0].offset - self.settled)
+        trim_prompt_cache(self.cache, self.cache[0].offset - self.before - self.settled)
