@@ -34,10 +34,11 @@ CONTEXT, DECODED = 64, 128
 CHUNKS, BATCHES, PROMPTS = (1, 8, 32), (1, 8), (128, 512, 2048)
 
 
-def sparse_model(layers: int) -> nn.Module:
+def sparse_model(layers: int, **changed: int) -> nn.Module:
     """The 3B model's shapes with routers that behave."""
     shape = json.loads((Path(__file__).parent / "shapes" / "blockffn-3b.json").read_text())
-    args = bf.ModelArgs.from_dict(shape | {"num_hidden_layers": layers, "scale_emb": 1.0})
+    shape |= {"num_hidden_layers": layers, "scale_emb": 1.0} | changed
+    args = bf.ModelArgs.from_dict(shape)
     model = bf.Model(args)
     hidden, experts, vocab = args.hidden_size, args.num_experts, args.vocab_size
     embedding = mx.random.normal((vocab, hidden))
@@ -67,10 +68,10 @@ def sparse_model(layers: int) -> nn.Module:
     return model
 
 
-def dense_model(layers: int) -> nn.Module:
+def dense_model(layers: int, **changed: int) -> nn.Module:
     """mlx-lm's llama with as many weights."""
     shape = json.loads((Path(__file__).parent / "shapes" / "llama-3b.json").read_text())
-    return llama.Model(llama.ModelArgs.from_dict(shape | {"num_hidden_layers": layers}))
+    return llama.Model(llama.ModelArgs.from_dict(shape | {"num_hidden_layers": layers} | changed))
 
 
 def finished(model: nn.Module, bits: int) -> nn.Module:

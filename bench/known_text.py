@@ -1,0 +1,146 @@
+"""Decoding whose text and whose draft's success are set: what speculation yields at an acceptance.
+
+A random model has no text of its own that a draft could know, and near-ties in bfloat16 take
+another turn in a wider pass. So the sampler takes its largest and then says what the text says, and
+a round's tree holds the right token of each level with a set chance. All else is real: the target's
+passes, the draft head's network, every wait.
+"""
+
+import random
+import time
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
+
+from blockffn_mlx.models.eagle import EagleHead
+from blockffn_mlx.speculative import Policy, SpeculationStats, Tree, stream
+from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
+
+
+class KnownText:
+    """A text, the sampler that says it, and what a tree needs to know of it."""
+
+    def __init__(self, tokens: list[int], prompt_length: int):
+        self.tokens, self.prompt_length = tokens, prompt_length
+        self.cache: list[Any] = []
+        self.depths = [0]
+
+    @property
+    def prompt(self) -> mx.array:
+        return mx.array(self.tokens[: self.prompt_length])
+
+    def sample(self, logprobs: mx.array) -> mx.array:
+        """Log-probabilities [n, V] of one token, or of the nodes of the latest tree."""
+        num_nodes = len(logprobs)
+        depths = self.depths if num_nodes > 1 else [0]
+        first = self.cache[0].offset - num_nodes + 1
+        said = mx.array([self.tokens[first + depth] for depth in depths])
+        return mx.argmax(logprobs, axis=-1) * 0 + said  # takes as long as choosing does
+
+
+class SetDraft(EagleDrafter):
+    """A real head's draft, whose tree is then given the right tokens with a chance per level."""
+
+    def __init__(self, head: EagleHead, target: Any, text: KnownText, chance: float, frequent: int):
+        super().__init__(head, target, mx.arange(frequent) if frequent else None)
+        self.text, self.chance, self.random = text, chance, random.Random(0)
+
+    def draft(self, root: int, total_tokens: int, max_depth: int) -> Tree:
+        drafted = super().draft(root, total_tokens, max_depth)
+        num_nodes, levels = len(drafted), max(self.drafted_levels, 1)
+        tokens, parents, depths = [root], [-1], [0]
+        above, holds = 0, True
+        for level in range(1, levels + 1):
+            # Nodes are dealt out evenly; the right one is any of the first three of its level.
+            count = (num_nodes - 1) * level // levels - (num_nodes - 1) * (level - 1) // levels
+            holds = holds and self.random.random() < self.chance
+            right = self.random.randrange(min(count, 3)) if count else 0
+            true = self.text.tokens[self.length + level]
+            for place in range(count):
+                wrong = self.text.tokens[self.random.randrange(len(self.text.tokens))]
+                same = holds and place == right
+                tokens.append(true if same else wrong + (wrong == true))
+                parents.append(above)
+                depths.append(level)
+            if count:
+                above = len(tokens) - count + right
+        self.text.depths = depths
+        tree = Tree.from_lists(tokens, parents)
+        waited = tree.tokens + 0 * drafted.tokens  # the pass needs what the head computes
+        return Tree(waited, tree.parents, tree.ranks, levels=levels)
+
+
+class TimedPolicy:
+    """A policy that notes the seconds of rounds in a list."""
+
+    def __init__(self, policy: Policy, rounds: list[float]):
+        self.policy, self.rounds = policy, rounds
+
+    def width(self, context: int) -> int:
+        return self.policy.width(context)
+
+    def record_plain(self, seconds: float) -> None:
+        self.policy.record_plain(seconds)
+
+    def record_round(self, width: int, accepted_ranks: list, seconds: float, union: float) -> None:
+        self.rounds.append(seconds)
+        self.policy.record_round(width, accepted_ranks, seconds, union)
+
+
+def rounds_summary(rounds: list[float]) -> dict[str, Any]:
+    """How long rounds took, and how evenly."""
+    if not rounds:
+        return {}
+    typical = median(rounds)
+    return {
+        "round_ms": round(1e3 * typical, 2),
+        "longest_ms": round(1e3 * max(rounds), 2),
+        "above_three_medians": sum(s > 3 * typical for s in rounds),
+    }
+
+
+def milliseconds_a_token(steps: Iterator[tuple]) -> float:
+    """Of what follows the first step or round; `steps` yield (token, logprobs[, from_draft])."""
+    start, count = 0.0, 0
+    for _, _, *from_draft in steps:
+        if start:
+            count += 1
+        elif not any(from_draft):  # the last token of the first round
+            start = time.perf_counter()
+    return (time.perf_counter() - start) / count * 1e3
+
+
+def plain_ms(model: Any, text: KnownText, max_tokens: int) -> float:
+    """Milliseconds a token of mlx-lm's own loop."""
+    text.cache = make_prompt_cache(model)
+    options = {"sampler": text.sample, "prompt_cache": text.cache}
+    return milliseconds_a_token(generate_step(text.prompt, model, max_tokens=max_tokens, **options))
+
+
+def speculative_ms(
+    model: Any,
+    text: KnownText,
+    drafter: SetDraft,
+    policy: Policy,
+    max_tokens: int,
+    stats: SpeculationStats | None = None,
+) -> float:
+    """Milliseconds a token by rounds."""
+    text.cache = model.make_cache()
+    drafter.reset()
+    return milliseconds_a_token(
+        stream(
+            text.prompt,
+            model,
+            drafter,
+            policy=policy,
+            stats=stats,
+            max_tokens=max_tokens,
+            sampler=text.sample,
+            prompt_cache=text.cache,
+        )
+    )
