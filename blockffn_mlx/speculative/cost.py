@@ -257,7 +257,8 @@ def measure_draft(drafter: Drafter, target: Target, repeats: int = 2) -> dict[in
     """
     draw = np.random.default_rng(0)
     vocab_size = target.args.vocab_size
-    hidden = target.hidden(mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH))))
+    text = mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH)))
+    hidden = target.hidden(text, target.make_cache())
     mx.eval(hidden)
     drafter.reset()
     seconds: dict[int, float] = {}
