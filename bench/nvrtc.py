@@ -13,15 +13,29 @@ def compile_cubin(source: str, library: str, include: str) -> tuple[bytes, str]:
     Raises:
         ValueError: With the compiler's log.
     """
+    cubin, _, log = compile_named(source, None, library, [include])
+    return cubin, log
+
+
+def compile_named(
+    source: str, name: str | None, library: str, include: list[str]
+) -> tuple[bytes, str, str]:
+    """Cubin of `source`, the mangled form of a kernel's `name` in it, and the log.
+
+    Raises:
+        ValueError: With the compiler's log.
+    """
     nvrtc = ctypes.CDLL(library)
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    program, size, mangled = ctypes.c_void_p(), ctypes.c_size_t(), ctypes.c_char_p()
     nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
     flags = [
         b"--device-as-default-execution-space",
         b"--gpu-architecture=sm_90a",
         b"--ptxas-options=-v",
-        f"--include-path={include}".encode(),
+        *(f"--include-path={path}".encode() for path in include),
     ]
+    if name:
+        nvrtc.nvrtcAddNameExpression(program, name.encode())
     status = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags))
     nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
     log = ctypes.create_string_buffer(size.value + 1)
@@ -31,8 +45,11 @@ def compile_cubin(source: str, library: str, include: str) -> tuple[bytes, str]:
     nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
     cubin = ctypes.create_string_buffer(size.value)
     nvrtc.nvrtcGetCUBIN(program, cubin)
+    if name:
+        nvrtc.nvrtcGetLoweredName(program, name.encode(), ctypes.byref(mangled))
+    lowered = (mangled.value or b"").decode()  # copied before its owner goes
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return cubin.raw, log.value.decode()
+    return cubin.raw, lowered, log.value.decode()
 
 
 def compile_file(path: Path, library: str, include: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from .text import kernel_text
+from .text import filed, kernel_text
 
 Outputs = mx.array | tuple[mx.array, ...]
 
@@ -139,4 +139,5 @@ def build_kernel(kernel: Kernel, backend: str, packed: bool = False) -> Any:
     """The object of MLX's for a kernel, made once."""
     make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
     text = kernel_text(kernel, backend, packed)
+    text = filed(text) if backend == "cuda" else text
     return make(name=f"blockffn_{kernel.name}{'_affine' if packed else ''}", **text._asdict())

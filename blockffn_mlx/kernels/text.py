@@ -1,8 +1,12 @@
 """The kernels' source: the files of metal/, and the short body that calls into them."""
 
+import hashlib
 import re
 from importlib import resources
 from typing import TYPE_CHECKING, NamedTuple
+
+from .. import device
+from ..paths import replace_text
 
 if TYPE_CHECKING:
     from .kernel import Kernel
@@ -54,10 +58,33 @@ def kernel_text(kernel: "Kernel", backend: str, packed: bool = False) -> KernelT
         arrays, weights = ["weight"], "PlainWeights<T>{weight}"
     body = kernel.body.replace("WEIGHTS", weights)
     if backend == "metal":
-        header = read_source(f"{kernel.name}.metal", {})
+        header = without_comments(read_source(f"{kernel.name}.metal", {}))
     else:
         # cuda.h names everything that the kernels take from Metal's own headers
         header = read_source(f"{kernel.name}.metal", {"simdgroup.metal": "cuda.h"})
         header = re.sub(r"#include <metal_\w+>\n", "", header)
         body = body.replace("threadgroup ", "__shared__ ")
     return KernelText([*kernel.inputs, *arrays], list(kernel.outputs), body, header)
+
+
+def without_comments(source: str) -> str:
+    """The same for the compiler, a third shorter: MLX hashes all of it at every launch."""
+    return re.sub(r"\n\s*", "\n", re.sub(r"\s*//.*", "", source))
+
+
+def filed(text: KernelText) -> KernelText:
+    """A text for CUDA with its header in a file, which leaves MLX next to nothing to hash.
+
+    The file is named by what is in it. Where none can be written the text stays as it is.
+    """
+    name = hashlib.sha256(text.header.encode()).hexdigest()[:16]
+    file = device.cache_folder() / "kernels" / f"{name}.cuh"
+    try:
+        if not file.exists() or file.read_text() != text.header:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(file, text.header)
+    except (OSError, ValueError):
+        return text
+    if re.search(r'["\\\n]', str(file)):  # no name that an include can hold
+        return text
+    return text._replace(header=f'#include "{file}"\n')
