@@ -13,6 +13,7 @@ from ..kernels import (
     Sizes,
     covers,
     down,
+    norm_up,
     probe,
     residual_down,
     route,
@@ -45,8 +46,13 @@ BACKENDS = {
 }
 
 
-# The kernels of a layer, and the fused ones.
-UNION_KERNELS = {False: ("route", "up", "down"), True: ("routed_up", "residual_down")}
+# The kernels of a layer: separate ones, fused ones, and DECO's, whose activation norms an expert.
+NORM_SILU = "norm_silu"
+UNION_KERNELS = {
+    "separate": ("route", "up", "down"),
+    "fused": ("routed_up", "residual_down"),
+    NORM_SILU: ("norm_up", "residual_down"),
+}
 
 
 class Plan(NamedTuple):
@@ -58,8 +64,9 @@ class Plan(NamedTuple):
         backend: Whose kernels compute it, "metal" or "cuda"; None for plain operations.
         act: The experts' activation.
         route, up, down: Launches, where kernels compute the union. `fused` ones have no route: `up`
-            takes the router's logits, norm and eps in place of scores, and `down` takes the
-            residual and its factor behind the list.
+            takes the router's logits, norm and eps in place of scores (what `norm_up.launch` says
+            where the activation is NORM_SILU), and `down` takes the residual and its factor behind
+            the list.
         fused: Whether they are.
     """
 
@@ -105,7 +112,7 @@ def make_plan(
 
     Args:
         sizes: The layer and the chunk.
-        act: The experts' activation.
+        act: The experts' activation; for NORM_SILU there are fused kernels only.
         backend: "auto" or one of BACKENDS.
         training: Whether gradients may be asked for; every expert takes part in those.
         fused: Whether kernels are wanted that take the router's norm and the residual with them.
@@ -135,8 +142,9 @@ def _make_plan(
     compute_backend: str,
 ) -> Plan:
     if asked == "auto":
-        able = kernel_backend if act in ACTIVATIONS else None
-        strategy, backend = choose(sizes, training, fused, able, compute_backend)
+        able = kernel_backend if has_kernels(act, fused) else None
+        names = kernel_names(act, fused)
+        strategy, backend = choose(sizes, training, names, able, compute_backend)
     elif asked in BACKENDS:
         strategy, backend = BACKENDS[asked]
     else:
@@ -145,17 +153,22 @@ def _make_plan(
         backend = kernel_backend
     if strategy != "union" or backend is None:
         return Plan(strategy, backend, act)
-    if not covers(sizes) or act not in ACTIVATIONS:
+    if not has_kernels(act, fused):
+        raise ValueError(f"there are no kernels for {act} in a layer of this kind")
+    if not covers(sizes):
         raise ValueError(
             f"the kernels take 1 to {MAX_TOKENS} tokens, up to {MAX_EXPERTS} experts, sizes that "
             "are multiples of 32, and plain or affine 4-bit or 8-bit weights in the dtype of x"
         )
     if fused:
+        normed = act == NORM_SILU
         return Plan(
             strategy,
             backend,
             act,
-            up=routed_up.arguments(sizes, act=act, backend=backend),
+            up=norm_up.arguments(sizes, backend=backend)
+            if normed
+            else routed_up.arguments(sizes, act=act, backend=backend),
             down=residual_down.arguments(sizes, backend=backend),
             fused=True,
         )
@@ -172,7 +185,7 @@ def _make_plan(
 def choose(
     sizes: Sizes,
     training: bool,
-    fused: bool,
+    names: tuple[str, ...],
     kernel_backend: str | None,
     compute_backend: str,
 ) -> tuple[str, str | None]:
@@ -184,16 +197,26 @@ def choose(
         reads = compute_backend == "cpu" or kernel_backend  # the loads, on the host, once a layer
         grouped = reads and least is not None and sizes.num_tokens >= least
         return ("grouped" if grouped else "dense"), None
-    if kernel_backend and covers(sizes) and kernels_work(sizes, kernel_backend, fused):
+    if kernel_backend and covers(sizes) and kernels_work(sizes, kernel_backend, names):
         return "union", kernel_backend
     # Reading the union on the host costs a GPU more, once a layer, than the experts that it saves.
     return ("union" if compute_backend == "cpu" else "dense"), None
 
 
-def kernels_work(sizes: Sizes, backend: str, fused: bool) -> bool:
+def has_kernels(act: str, fused: bool) -> bool:
+    """Whether there are kernels for an activation."""
+    return act in ACTIVATIONS or fused and act == NORM_SILU
+
+
+def kernel_names(act: str, fused: bool) -> tuple[str, ...]:
+    """The kernels of a layer."""
+    return UNION_KERNELS[NORM_SILU if act == NORM_SILU else "fused" if fused else "separate"]
+
+
+def kernels_work(sizes: Sizes, backend: str, names: tuple[str, ...]) -> bool:
     """Whether the kernels of a chunk give right results here."""
     packings = {"up": sizes.up.packing, "down": sizes.down.packing}
-    asked = [(name, packings.get(KERNELS[name].projection or "")) for name in UNION_KERNELS[fused]]
+    asked = [(name, packings.get(KERNELS[name].projection or "")) for name in names]
     return all(
         probe.works(KERNELS[name], sizes.num_tokens, sizes.dtype, packing, backend=backend)
         for name, packing in asked
@@ -211,5 +234,5 @@ def forget():
     """Drops every plan: for tests, and when tiles or verdicts have changed."""
     _make_plan.cache_clear()
     tuned_tables.cache_clear()
-    for module in (route, up, down, routed_up, residual_down):
+    for module in (route, up, down, routed_up, residual_down, norm_up):
         module.arguments.cache_clear()

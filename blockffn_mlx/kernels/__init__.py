@@ -6,7 +6,18 @@ was measured. `KERNELS` lists them all.
 """
 
 from .. import device
-from . import attention, combine, down, linear, probe, residual_down, route, routed_up, up
+from . import (
+    attention,
+    combine,
+    down,
+    linear,
+    norm_up,
+    probe,
+    residual_down,
+    route,
+    routed_up,
+    up,
+)
 from .kernel import Call, Kernel, Sample, build_kernel
 from .registry import KERNELS
 from .samples import RandomLayer, random_layer
@@ -34,6 +45,7 @@ __all__ = [
     "down",
     "kernel_text",
     "linear",
+    "norm_up",
     "probe",
     "random_layer",
     "residual_down",

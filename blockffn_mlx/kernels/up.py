@@ -66,19 +66,23 @@ def twin(
     x: mx.array, scores: mx.array, weights: ExpertWeights, *, act: str
 ) -> tuple[mx.array, mx.array]:
     """`launch` in plain operations; what lies behind the last active expert is 0."""
-    used = mx.any(scores != 0, axis=0)
-    index = mx.arange(len(used))
-    # the active experts in ascending order, then the others
-    order = mx.argsort(mx.where(used, index, index + len(used)))
+    order, active = ordered_union(scores)
     wide = weights.plain()[order].astype(mx.float32)
     scores = scores.T[order][..., None].astype(mx.float32)
     z = x.astype(mx.float32) @ wide.swapaxes(1, 2)
     # Not nn's functions: they are compiled, and a thread that has compiled aborts at its end.
     activated = z * mx.sigmoid(z) if act == "silu" else mx.maximum(z, 0)
-    h = mx.where(scores != 0, activated * scores, 0).astype(x.dtype)
+    return mx.where(scores != 0, activated * scores, 0).astype(x.dtype), active
+
+
+def ordered_union(scores: mx.array) -> tuple[mx.array, mx.array]:
+    """The experts [E] of a chunk's scores [T, E], active ones first; `active` as `launch`'s."""
+    used = mx.any(scores != 0, axis=0)
+    index = mx.arange(len(used))
+    order = mx.argsort(mx.where(used, index, index + len(used)))
     count = used.sum(keepdims=True)
     listed = mx.where(index < count, order, 0)
-    return h, mx.concatenate([count, listed]).astype(mx.uint32)
+    return order, mx.concatenate([count, listed]).astype(mx.uint32)
 
 
 def written(h: mx.array, active: mx.array) -> tuple[mx.array, mx.array]:

@@ -164,7 +164,9 @@ def can_be_compiled(plan: Plan) -> bool:
 def layer_halves(layer: nn.Module) -> tuple[Entry, Exit] | None:
     """What a layer is compiled for, sizes of a pass aside; None if it is not a plain one."""
     attention, mlp = layer.self_attn, layer.mlp
-    if not all(name in attention for name in JOINED) or mlp.norm_after_router != "rms":
+    if not isinstance(mlp, BlockFFN) or mlp.norm_after_router != "rms":
+        return None
+    if not all(name in attention for name in JOINED):
         return None
     linears = [attention[name] for name in (*JOINED, "o_proj")] + [mlp.router_proj]
     if not all(map(is_plain, linears)):

@@ -6,7 +6,8 @@ experts with NormSiLU, one shared expert for every token, dense first layers, no
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from operator import is_
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +17,8 @@ from mlx_lm.models.llama import MLP
 from ..ffn import ExpertLinear, make_plan
 from ..ffn.experts import host_values
 from ..ffn.layer import Intervention, Observer, routed
-from ..kernels import Sizes
+from ..ffn.plan import NORM_SILU
+from ..kernels import Sizes, residual_down, route
 from . import blockffn
 from .attention import Attention, Positions
 from .compiled import CompiledPasses
@@ -115,12 +117,25 @@ class RouterScale(nn.Module):
         self.weight = mx.full((size,), args.router_norm_init_var)
 
 
-class _Kept:
-    """What a layer's product was made of, and the product; no array of the module's own tree."""
+class Constants(NamedTuple):
+    """What a layer's weights come to in float32.
 
-    router: mx.array | None = None
-    up: mx.array | None = None
+    Attributes:
+        rows: [E + 1, H], the router's weight and the experts' mean row, 0 where no mean is taken.
+        scale: [E], of the scores.
+        norm: [d], the weight of the experts' norm.
+    """
+
     rows: mx.array
+    scale: mx.array
+    norm: mx.array
+
+
+class _Kept:
+    """Constants and the weights that they are of; outside of the module's own tree of arrays."""
+
+    weights: tuple[mx.array, ...] = ()
+    constants: Constants
 
 
 class DecoFFN(nn.Module):
@@ -141,6 +156,10 @@ class DecoFFN(nn.Module):
         self.act = args.expert_act_func
         self.activation = EXPERT_ACTIVATIONS[self.act]
         self.takes_mean = self.act in ("norm_silu", "norm_silu_norms")
+        self.num_experts, self.expert_size = args.num_experts, args.expert_size
+        # RMSNorm over the experts would take a reduction more; no published model has it.
+        normed = self.act in ("norm_silu", "norm_silu_nomean") and args.router_norm_type != "rms"
+        self.kernel_act = NORM_SILU if normed else None
         self.moe_router = nn.Linear(args.hidden_size, args.num_experts, bias=False)
         self.fixed_scale = args.router_norm_init_var if args.router_norm_fixed else None
         if args.router_norm_type != "none" and not args.router_norm_fixed:
@@ -156,28 +175,36 @@ class DecoFFN(nn.Module):
         self.intervention: Intervention | None = None
         self._routed = _Kept()
 
-    def route(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
-        """x [T, H] -> the router's logits [T, E] and, where it is taken, the mean [T]; float32."""
-        product = x.astype(mx.float32) @ self.router_rows().T
-        if not self.takes_mean:
-            return product, None
-        return product[:, :-1], product[:, -1]
+    def route(self, x: mx.array) -> mx.array:
+        """x [T, H] -> the router's logits and, behind them, the mean: float32 [T, E + 1]."""
+        return x.astype(mx.float32) @ self.constants().rows.T
 
-    def router_rows(self) -> mx.array:
-        """The router's weight and the experts' mean row, float32 [E + 1, H], kept while both stay.
+    def constants(self) -> Constants:
+        """The layer's constants, kept while its weights stay.
 
         The mean is that of the rows as they are used, so of the dequantised ones.
         """
-        router, up, kept = self.moe_router.weight, self.expert_up_proj.weight, self._routed
-        if kept.router is router and kept.up is up:
-            return kept.rows
-        rows = router.astype(mx.float32)
+        up = self.expert_up_proj.weights
+        parts = (self.get("router_norm"), getattr(self.get("expert_act"), "rms_norm", None))
+        scale, norm = (None if part is None else part.weight for part in parts)
+        weights = (self.moe_router.weight, *up.arrays, *(w for w in (scale, norm) if w is not None))
+        kept = self._routed
+        if len(kept.weights) == len(weights) and all(map(is_, kept.weights, weights)):
+            return kept.constants
+        router = self.moe_router.weight.astype(mx.float32)
+        mean = mx.zeros_like(router[:1])
         if self.takes_mean:
-            mean = self.expert_up_proj.weights.plain().astype(mx.float32).mean(axis=(0, 1))
-            rows = mx.concatenate([rows, mean[None]])
-        if not self.training and host_values(rows[0, 0]) is not None:  # None: inside mx.compile
-            kept.router, kept.up, kept.rows = router, up, rows
-        return rows
+            mean = up.plain().astype(mx.float32).mean(axis=(0, 1))[None]
+        if scale is None:
+            scale = mx.array(1.0 if self.fixed_scale is None else self.fixed_scale)
+        constants = Constants(
+            mx.concatenate([router, mean]),
+            mx.broadcast_to(scale.astype(mx.float32), (self.num_experts,)),
+            mx.ones(self.expert_size) if norm is None else norm.astype(mx.float32),
+        )
+        if not self.training and host_values(constants.rows[0, 0]) is not None:
+            kept.weights, kept.constants = weights, constants  # not so inside mx.compile
+        return constants
 
     def finish(self, router_logits: mx.array, dtype: mx.Dtype) -> mx.array:
         """Finished scores [T, E] from the router's logits, computed in float32."""
@@ -185,17 +212,13 @@ class DecoFFN(nn.Module):
         if self.router_norm_type == "rms":
             scores = scores * mx.rsqrt(scores.square().mean(axis=-1, keepdims=True) + self.eps)
         if self.router_norm_type != "none":
-            own = None if self.fixed_scale is not None else self.router_norm.weight
-            scores = scores * (self.fixed_scale if own is None else own.astype(mx.float32))
+            scores = scores * self.constants().scale
         return scores.astype(dtype)
 
     def activate(self, hidden: mx.array) -> mx.array:
         """What an expert does with its hidden units [..., d], the mean already taken from them."""
         if "expert_act" in self:
-            norm = self.expert_act.rms_norm
-            hidden = mx.fast.rms_norm(
-                hidden.astype(mx.float32), norm.weight.astype(mx.float32), norm.eps
-            )
+            hidden = mx.fast.rms_norm(hidden.astype(mx.float32), self.constants().norm, self.eps)
         elif self.act == "norm_silu_norms":
             hidden = hidden.astype(mx.float32)
         return self.activation(hidden)
@@ -204,13 +227,27 @@ class DecoFFN(nn.Module):
         """[B, T, H] -> [B, T, H]."""
         flat = x.reshape(-1, x.shape[-1])
         up, down = self.expert_up_proj.weights, self.expert_down_proj.weights
-        plan = make_plan(Sizes.of(flat, up, down), self.act, self.backend, training=self.training)
-        logits, mean = self.route(flat)
+        plan = make_plan(
+            Sizes.of(flat, up, down),
+            self.kernel_act or self.act,
+            self.backend,
+            training=self.training,
+            fused=self.kernel_act is not None and self.intervention is None,
+        )
+        product = self.route(flat)
+        logits, mean = product[:, :-1], product[:, -1] if self.takes_mean else None
+        shared = self.shared_experts(flat) if "shared_experts" in self else None
+        if plan.fused and plan.up and plan.down:
+            if self.observer is not None:
+                routed(self, logits, self.finish(logits, x.dtype), x.shape[:-1])
+            _, scale, norm = self.constants()
+            h, active = plan.up(flat, product, scale, norm, route.epsilon(self.eps), *up.arrays)
+            residual = mx.zeros_like(flat) if shared is None else shared
+            one = residual_down.factor_array(1.0)
+            return plan.down(h, active, residual, one, *down.arrays)[0].reshape(x.shape)
         scores = routed(self, logits, self.finish(logits, x.dtype), x.shape[:-1])
         out = plan.run(flat, scores, up, down, self.activate, mean)
-        if "shared_experts" in self:
-            out = out + self.shared_experts(flat)
-        return out.reshape(x.shape)
+        return (out if shared is None else out + shared).reshape(x.shape)
 
 
 class DenseFFN(MLP):
