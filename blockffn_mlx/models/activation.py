@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..ffn import Observer
+from ..kernels.graph import one_launch
 
 
 def routed_layers(model: Any) -> list[Any]:
@@ -107,17 +108,67 @@ def intervene(model: Any, change: Callable[[int, mx.array], mx.array | None]) ->
             mlp.intervention = intervention
 
 
-def union_share(scores: Sequence[mx.array]) -> mx.array:
+def used_experts(scores: mx.array) -> mx.array:
+    """How many experts some token uses: finished scores [..., E] -> uint32 [1]."""
+    used = (scores != 0).reshape(-1, scores.shape[-1]).any(axis=0)
+    return used.astype(mx.uint32).sum(keepdims=True)
+
+
+@contextmanager
+def count_experts(model: Any, counts: list[mx.array] | None) -> Iterator[None]:
+    """Inside the block each routed layer adds its `used_experts` to `counts`; nothing if None."""
+    if counts is None:
+        yield
+        return
+    found = counts  # known to be a list, in the function below too
+
+    def observe(logits: mx.array, scores: mx.array):
+        found.append(used_experts(scores))
+
+    with watch_routers(model, [observe] * len(routed_layers(model))):
+        yield
+
+
+# MLX compiles up to 24 arrays into one launch.
+SUMMED_AT_ONCE = 16
+
+
+def total(counts: Sequence[mx.array]) -> mx.array:
+    """Sum of arrays of one shape, in few launches."""
+    while len(counts) > 1:
+        parts = range(0, len(counts), SUMMED_AT_ONCE)
+        counts = [sum_of(*counts[i : i + SUMMED_AT_ONCE]) for i in parts]
+    return counts[0]
+
+
+@one_launch
+def sum_of(*arrays: mx.array) -> mx.array:
+    """One of at most 16."""
+    return pairwise(arrays)
+
+
+def pairwise(arrays: Sequence[mx.array]) -> mx.array:
+    """A sum by halves: MLX compiles no long chains."""
+    half = len(arrays) // 2
+    return pairwise(arrays[:half]) + pairwise(arrays[half:]) if half else arrays[0]
+
+
+def counted_share(counts: Sequence[mx.array], num_experts: int) -> mx.array:
     """Fraction of the experts that some token of a pass uses, over all layers: 1 - CLS.
 
     Args:
-        scores: Finished router scores [1, T, E] of one pass, one array per layer.
+        counts: Experts in use, uint32 [1], one array per layer.
+        num_experts: Of a layer.
 
     Returns:
         A scalar that nothing has computed yet, so that it can come with a caller's next sync.
     """
-    used = mx.concatenate(list(scores)) != 0  # [L, T, E]
-    return used.any(axis=1).astype(mx.float32).mean()
+    return total(counts)[0] / (num_experts * len(counts))
+
+
+def union_share(scores: Sequence[mx.array]) -> mx.array:
+    """`counted_share` of finished router scores [1, T, E] of one pass, one array per layer."""
+    return counted_share([used_experts(layer) for layer in scores], scores[0].shape[-1])
 
 
 class ActivationSums(NamedTuple):

@@ -11,7 +11,7 @@ from mlx_lm.models.base import BaseModelArgs, create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 from ..ffn import ACTIVATIONS, MAX_CHUNK, BlockFFN
-from .activation import record_router_scores, union_share
+from .activation import count_experts, counted_share, record_router_scores
 from .attention import Attention, MLAttention, Positions
 from .compiled import CompiledPasses, layer_halves
 from .padding import without_padding
@@ -140,6 +140,7 @@ class BlockFFNModel(nn.Module):
         cache: list[Any] | None = None,
         mask: mx.array | None = None,
         positions: mx.array | None = None,
+        counts: list[mx.array] | None = None,
     ) -> mx.array:
         """Hidden states after the final norm.
 
@@ -149,6 +150,7 @@ class BlockFFNModel(nn.Module):
             mask: Booleans that broadcast to [B, 1, T, cached + T], True where a token may look;
                 causal if None.
             positions: Integers [T] or [B, T], each token's position; consecutive if None.
+            counts: Gains each routed layer's number of experts in use, uint32 [1]; nothing if None.
 
         Returns:
             [B, T, H].
@@ -159,15 +161,16 @@ class BlockFFNModel(nn.Module):
         if mask is None:
             mask = create_attention_mask(h, cache[0], return_array=self.masks_are_arrays)
         offset = 0 if cache[0] is None else cache[0].offset
-        counts = without_padding(inputs, cache[0])
-        where = Positions(offset, positions, inputs.shape[1], counts)
+        real = without_padding(inputs, cache[0])
+        where = Positions(offset, positions, inputs.shape[1], real)
         # Compiled passes know no padding; that matters where only a union is computed.
-        if counts is None or inputs.size > MAX_CHUNK:
-            compiled = self.compiled.run(self, h, cache, mask, where)
+        if real is None or inputs.size > MAX_CHUNK:
+            compiled = self.compiled.run(self, h, cache, mask, where, counts)
             if compiled is not None:
                 return compiled
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            h = layer(h, mask, layer_cache, where)
+        with count_experts(self, counts):
+            for layer, layer_cache in zip(self.layers, cache, strict=True):
+                h = layer(h, mask, layer_cache, where)
         return self.norm(h)
 
 
@@ -228,9 +231,9 @@ class Model(nn.Module):
         positions: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """`hidden`, and the fraction of experts that some token of the pass uses, a scalar."""
-        with record_router_scores(self) as recorded:
-            hidden = self.hidden(tokens, cache, mask, positions)
-        return hidden, union_share([scores for (scores,) in recorded])
+        counts: list[mx.array] = []
+        hidden = self.model(tokens, cache, mask, positions, counts)
+        return hidden, counted_share(counts, self.args.num_experts)
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """Hidden states after the final norm [..., H] -> logits [..., V]."""

@@ -50,7 +50,13 @@ class CompiledPasses:
         return CompiledPasses, ()
 
     def run(
-        self, model: nn.Module, h: mx.array, cache: list[Any], mask: Any, positions: Any
+        self,
+        model: nn.Module,
+        h: mx.array,
+        cache: list[Any],
+        mask: Any,
+        positions: Any,
+        counts: list[mx.array] | None = None,
     ) -> mx.array | None:
         """A pass from the embeddings on.
 
@@ -60,6 +66,7 @@ class CompiledPasses:
             cache: One a layer.
             mask: For all layers.
             positions: A `Positions`.
+            counts: Gains each layer's number of experts in use, uint32 [1]; nothing if None.
 
         Returns:
             Hidden states after the final norm [B, T, H]; None where the layers have to run.
@@ -76,7 +83,8 @@ class CompiledPasses:
             return None
         per_token = positions.per_token is not None
         watched = tuple(part.mlp.observer is not None for part in parts)
-        shape = Shape(batch_size, num_tokens, per_token, watched, asked, backend)
+        counted = counts is not None
+        shape = Shape(batch_size, num_tokens, per_token, watched, counted, asked, backend)
         pieces = self.pieces(shape, parts, model.norm.eps)
         if pieces is None:
             return None
@@ -99,6 +107,8 @@ class CompiledPasses:
                 )
             else:
                 h, *seen = pieces[i + 1](h, attended, part.exit_arrays, model.norm.weight)
+            if counts is not None:
+                counts.append(seen.pop(0))
             if seen and part.mlp.observer is not None:
                 part.mlp.observer(*seen)
         return h

@@ -9,6 +9,7 @@ from ..ffn import Plan, make_plan
 from ..kernels import Call, Sizes, linear, residual_down, route
 from ..kernels.graph import one_launch
 from ..quantisation import Format
+from .activation import used_experts
 
 Arrays = tuple[mx.array, ...]
 
@@ -21,6 +22,7 @@ class Shape(NamedTuple):
         per_token: Whether every token has a position of its own, [B * T]; else they count up from
             an offset, a scalar or [B].
         watched: Which layers' routers somebody watches.
+        counted: Whether each layer says how many experts it used.
         asked: The backend of the experts that is asked for, "auto" as a rule.
         backend: Whose kernels compute it; None for none.
     """
@@ -29,6 +31,7 @@ class Shape(NamedTuple):
     num_tokens: int
     per_token: bool
     watched: tuple[bool, ...]
+    counted: bool
     asked: str
     backend: str | None
 
@@ -151,6 +154,7 @@ class Exit(NamedTuple):
         self,
         launches: ExitLaunches,
         watched: bool,
+        counted: bool,
         h: mx.array,
         attended: mx.array,
         output: Arrays,
@@ -162,7 +166,8 @@ class Exit(NamedTuple):
     ) -> Arrays:
         """h [B * T, H] and attended [B, heads, T, D] -> h behind the layer.
 
-        Where somebody watches, the router's logits and scores [B, T, E] come with it.
+        If counted, the number of experts in use comes with it, uint32 [1]; where somebody watches,
+        the router's logits and scores [B, T, E].
         """
         batch_size, _, num_tokens, _ = attended.shape
         x = attended if num_tokens == 1 else attended.swapaxes(1, 2)
@@ -175,12 +180,14 @@ class Exit(NamedTuple):
             hidden, active = plan.up(x, logits, router_norm, route.epsilon(self.router_eps), *up)
             factor = residual_down.factor_array(self.residual_scale)
             (h,) = plan.down(hidden, active, h, factor, *down)
+            used = active[:1]
         else:
             weights = (self.sizes.up.weights(up), self.sizes.down.weights(down))
             h = add_scaled(h, plan.run(x, scores, *weights), self.residual_scale)
-        if not watched:
-            return (h,)
-        return h, *(seen.reshape(batch_size, num_tokens, -1) for seen in (logits, scores))
+            used = used_experts(scores)
+        seen = (logits, scores) if watched else ()
+        count = (used,) if counted else ()
+        return h, *count, *(rows.reshape(batch_size, num_tokens, -1) for rows in seen)
 
 
 @one_launch
@@ -202,12 +209,13 @@ def exit_piece(
 
     Returns:
         (h, attended, positions, exit_arrays, entry_arrays) -> h, queries, keys, values; without an
-        entry (h, attended, exit_arrays, norm) -> hidden states. What a watcher sees comes last.
+        entry (h, attended, exit_arrays, norm) -> hidden states. A count of experts and what a
+        watcher sees come last.
     """
     launches = leave.launches(shape)
 
     def final(h, attended, arrays, norm):
-        h, *seen = leave(launches, watched, h, attended, *arrays)
+        h, *seen = leave(launches, watched, shape.counted, h, attended, *arrays)
         h = mx.fast.rms_norm(h, norm, final_eps)
         return h.reshape(shape.batch_size, shape.num_tokens, -1), *seen
 
@@ -216,7 +224,7 @@ def exit_piece(
     launch = entry.projection.launch(shape.rows, shape.backend)
 
     def middle(h, attended, positions, arrays, next_arrays):
-        h, *seen = leave(launches, watched, h, attended, *arrays)
+        h, *seen = leave(launches, watched, shape.counted, h, attended, *arrays)
         return h, *entry(shape, launch, h, positions, *next_arrays), *seen
 
     return middle

@@ -156,6 +156,25 @@ def test_watchers_see_logits_and_scores(compiled, monkeypatch):
     assert all(mx.allclose(a, b, atol=1e-5) for a, b in zip(found, seen(), strict=True))
 
 
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+@pytest.mark.parametrize("layers", [1, 2, 19])
+def test_the_union_is_counted_either_way(compiled, monkeypatch, layers, backend):
+    """By the kernels themselves, from scores where no kernel counts, and layer by layer."""
+    model, ids = tiny_model(num_hidden_layers=layers, **SIZES), mx.array([[3]])
+    for layer in model.layers:
+        layer.mlp.backend = backend
+    hidden, found = model.hidden_and_union(ids, model.make_cache())
+    mx.eval(hidden, found)
+    assert compiled == [True]
+    monkeypatch.setattr(CompiledPasses, "run", lambda *arguments: None)
+    with record_router_scores(model) as recorded:
+        _, expected = model.hidden_and_union(ids, model.make_cache())
+    used = mx.concatenate([scores for (scores,) in recorded]) != 0  # [L, T, E]
+    share = used.any(axis=1).astype(mx.float32).mean().item()
+    assert 0 < share < 1
+    assert found.item() == pytest.approx(share) and expected.item() == pytest.approx(share)
+
+
 def test_interventions_take_the_layers(compiled):
     model = tiny_model(**SIZES)
     with intervene(model, lambda layer, scores: scores * 2):
