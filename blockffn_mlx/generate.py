@@ -13,12 +13,14 @@ from mlx_lm.generate import (
     GenerationResponse,
     generate_step,
     generation_stream,
+    maybe_quantize_kv_cache,
     wired_limit,
 )
 from mlx_lm.models.cache import RotatingKVCache
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import speculative
+from .pace import PrefillPace
 from .prompt import Prompt, StopTexts, as_prompt, check_ids
 from .quantisation import BITS, GROUP_SIZES
 
@@ -40,7 +42,7 @@ def stream_generate(
     stop: Sequence[str] = (),
     max_kv_size: int | None = None,
     prompt_cache: list[Any] | None = None,
-    prefill_step_size: int = 2048,
+    prefill_step_size: int | PrefillPace = 2048,
     kv_bits: int | None = None,
     kv_group_size: int = 64,
     quantized_kv_start: int = 5000,
@@ -69,7 +71,8 @@ def stream_generate(
         stop: Texts that end the answer; they are not part of it, even if tokens split them.
         max_kv_size: Keeps at most so many positions in the cache, dropping the oldest.
         prompt_cache: Caches that hold what came before; `prompt` then continues it.
-        prefill_step_size: Prompt tokens per pass.
+        prefill_step_size: Prompt tokens per pass; a `PrefillPace` chooses them by how long passes
+            take, so that the callback comes about twice a second on any machine.
         kv_bits: Quantises the cache to so many bits (GQA only).
         kv_group_size: Group size of the quantised cache.
         quantized_kv_start: Tokens after which the cache is quantised.
@@ -122,7 +125,8 @@ def stream_generate(
         options["prompt_progress_callback"] = prompt_progress_callback
     drafter = speculative.make_drafter(draft, model, tokenizer)
     if drafter is None:
-        steps = generate_step(
+        paced = isinstance(prefill_step_size, PrefillPace)
+        steps = (paced_steps if paced else generate_step)(
             ids,
             model,
             stream,
@@ -143,6 +147,48 @@ def stream_generate(
     with wired_limit(model, [stream]), at_end, closing(tokens):
         ends = ((*asked.stop, *stop), asked.stop_ids)
         yield from respond(tokens, tokenizer, ids.size, max_tokens, *ends)
+
+
+def paced_steps(
+    ids: mx.array,
+    model: nn.Module,
+    stream: Any,
+    *,
+    prefill_step_size: PrefillPace,
+    prompt_cache: list[Any] | None = None,
+    prompt_progress_callback: Callable[[int, int], None] = lambda done, total: None,
+    logits_processors: Any = None,
+    **options: Any,
+) -> Iterator[tuple[Any, mx.array]]:
+    """mlx-lm's `generate_step`, whose prompt is read in passes that a pace chooses.
+
+    What the callback raises ends the reading between two passes; the cache holds those before it.
+    """
+    if logits_processors:
+        raise ValueError("logits processors want to see the prompt: give tokens per pass instead")
+    total, cache = ids.size, prompt_cache or model.make_cache()
+    kept = (options.get(name) for name in ("quantized_kv_start", "kv_group_size", "kv_bits"))
+    quantize = partial(maybe_quantize_kv_cache, cache, *kept)
+    prefill_step_size.start()
+    done = 0
+    prompt_progress_callback(0, total)
+    with mx.stream(stream):
+        while done < total - 1:
+            taken = prefill_step_size.next(total - 1 - done)
+            model(ids[None, done : done + taken], cache=cache)
+            quantize()
+            mx.eval([layer_cache.state for layer_cache in cache])
+            mx.clear_cache()
+            done += taken
+            prompt_progress_callback(done, total)
+
+    def read(rest_done: int, rest: int):
+        if rest_done == rest:
+            prompt_progress_callback(total, total)
+
+    yield from generate_step(
+        ids[done:], model, stream, prompt_cache=cache, prompt_progress_callback=read, **options
+    )
 
 
 def rotating_cache(model: nn.Module, max_size: int) -> list[RotatingKVCache]:

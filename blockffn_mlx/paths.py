@@ -44,16 +44,20 @@ def replace_text(path: Path, text: str):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
     """Gives a file that takes a path's place if the block succeeds.
 
     On the way it has a fresh name, which no link has.
+
+    Args:
+        path: A plain file, there or not; one that is there hands on its mode.
+        mode: The mode of a new one, less the user's mask.
 
     Raises:
         OSError: If it cannot be written.
     """
     part = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with open(handle, "wb") as file:
             yield file

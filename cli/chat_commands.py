@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from ..analysis.sparsity import router_scores, sparsity_of_scores
-from ..chat.transcript import load_transcript, save_transcript
+from ..analysis.sparsity import sparsity_of_scores
 from ..paths import plain_file
-from .flags import MAX_TOKENS, SEED, SHARE, TEMPERATURE, Number
+from . import chat_files as files
+from .chat_files import shortened
+from .flags import MAX_TOKENS, SEED, SHARE, TEMPERATURE, TOP_K, Number
 from .sparsity_view import heat_map_for, save_svg
 
 if TYPE_CHECKING:
-    from .chat import Chat
+    from .chat_session import Chat
 
 
 class Leave(Exception):
@@ -51,7 +51,7 @@ def is_command(line: str) -> bool:
 def run_command(chat: "Chat", line: str):
     """Runs a command; what is wrong with it becomes one line."""
     name, _, argument = line.strip().partition(" ")
-    command = COMMANDS.get(name)
+    command = COMMANDS.get(ALIASES.get(name, name))
     if command is None:
         chat.view.error(f"there is no {name} (/help lists what there is; a space first sends it)")
         return
@@ -77,6 +77,7 @@ def show_help(chat: "Chat", argument: str):
 
 def clear(chat: "Chat", argument: str):
     chat.conversation.clear()
+    chat.sessions.begin()
     chat.view.note("a new chat")
 
 
@@ -94,6 +95,10 @@ def retry(chat: "Chat", argument: str):
     if chat.settings.temp == 0:
         chat.view.note("at temperature 0 an answer does not change; /temp 0.7 makes it vary")
     chat.reply_instead(question)
+
+
+def more(chat: "Chat", argument: str):
+    chat.answer_more()
 
 
 def edit(chat: "Chat", argument: str):
@@ -140,20 +145,23 @@ def draft(chat: "Chat", argument: str):
     chat.view.note(f"draft: {chat.settings.draft}")
 
 
-def stats(chat: "Chat", argument: str):
-    chat.settings.stats = not chat.settings.stats
-    chat.view.note(f"live statistics {'on' if chat.settings.stats else 'off'}")
+def switch(name: str, what: str) -> Callable[["Chat", str], None]:
+    """A command that turns something on or off."""
+
+    def run(chat: "Chat", argument: str):
+        on = {"on": True, "off": False}.get(argument, not getattr(chat.settings, name))
+        setattr(chat.settings, name, on)
+        chat.view.note(f"{what} {'on' if on else 'off'}")
+
+    return run
 
 
 def sparsity(chat: "Chat", argument: str):
-    span = chat.conversation.answer_span
-    if span is None or span[0] == span[1]:
+    active = chat.experts_of_answer()
+    if active is None or not active.shape[1]:
         raise ValueError("there is no answer to look at yet")
-    first, end = span
-    ids = chat.conversation.held.ids[:end]
-    scores = [s[:, first:] for s in router_scores(chat.model, mx.array([ids]))]
-    active = np.stack([np.array(layer[0] != 0) for layer in scores])  # [L, T, E]
-    result = sparsity_of_scores(scores, min(8, end - first))
+    scores = [mx.array(layer[None], mx.float32) for layer in active]
+    result = sparsity_of_scores(scores, min(8, active.shape[1]))
     if argument:
         path = plain_file(argument)
         if path.suffix != ".svg":
@@ -166,30 +174,9 @@ def sparsity(chat: "Chat", argument: str):
     reuse = "none" if no_pairs else f"{result.reuse:.1%}"
     chat.view.note(
         f"TLS {result.tls:.1%} · CLS_{result.chunk} {result.cls:.1%} · reuse ratio {reuse} "
-        f"over the last answer's {end - first} tokens"
+        f"over the last answer's {active.shape[1]} tokens"
     )
     chat.view.space()
-
-
-def save(chat: "Chat", argument: str):
-    if not argument:
-        raise ValueError("give a file: /save FILE")
-    kept, dropped = (
-        [(m.role, m.content) for m in messages]
-        for messages in (chat.conversation.messages, chat.conversation.dropped)
-    )
-    if not kept and not dropped:
-        raise ValueError("there is nothing to save yet")
-    save_transcript(argument, kept, dropped)
-    chat.view.note(f"saved {len(kept) + len(dropped)} messages to {argument}")
-
-
-def load(chat: "Chat", argument: str):
-    if not argument:
-        raise ValueError("give a file: /load FILE")
-    messages = load_transcript(argument)
-    chat.conversation.replace(messages)
-    chat.view.note(f"loaded {len(messages)} messages")
 
 
 def model(chat: "Chat", argument: str):
@@ -203,31 +190,47 @@ def leave(chat: "Chat", argument: str):
     raise Leave
 
 
-def shortened(text: str, length: int = 60) -> str:
-    """A text in one short line."""
-    line = " ".join(text.split())
-    return line if len(line) <= length else line[: length - 1] + "…"
-
-
 DRAFTS = ("none", "auto", "lookup")
+ON_OFF = ("on", "off")
 COMMANDS = {
     "/help": Command("", "this list", show_help),
     "/clear": Command("", "start a new chat with the same system prompt", clear),
     "/undo": Command("", "take back the last message and its answer", undo),
     "/retry": Command("", "answer the last message again", retry),
     "/edit": Command("[TEXT]", "change the last message and answer it", edit),
+    "/continue": Command("", "go on with an answer that was cut off or stopped", more),
+    "/file": Command("[PATH|off]", "a text file to ask about", files.attach, None),
     "/system": Command("[TEXT|off]", "show, set or remove the system prompt", system, ("off",)),
     "/temp": Command("[NUMBER]", "sampling temperature", number_setting("temp", TEMPERATURE)),
     "/top-p": Command("[NUMBER]", "nucleus sampling", number_setting("top_p", SHARE)),
+    "/top-k": Command("[NUMBER]", "sample among so many; 0: all", number_setting("top_k", TOP_K)),
+    "/min-p": Command("[NUMBER]", "least share of the likeliest", number_setting("min_p", SHARE)),
     "/seed": Command("[NUMBER]", "seed of the random numbers", number_setting("seed", SEED)),
     "/max-tokens": Command(
         "[NUMBER]", "longest answer; -1 for no limit", number_setting("max_tokens", MAX_TOKENS)
     ),
     "/draft": Command("[none|auto|lookup|PATH]", "what drafts tokens to check", draft, DRAFTS),
-    "/stats": Command("", "live statistics on or off", stats),
+    "/strip": Command("[on|off]", "experts live below an answer", switch("strip", "strip"), ON_OFF),
+    "/stats": Command("[on|off]", "live statistics", switch("stats", "live statistics"), ON_OFF),
+    "/markdown": Command(
+        "[on|off]", "draw markdown, or show it as it is", switch("markdown", "markdown"), ON_OFF
+    ),
     "/sparsity": Command("[FILE.svg]", "which experts the last answer used", sparsity, None),
-    "/save": Command("FILE", "save the chat as JSON Lines", save, None),
-    "/load": Command("FILE", "go on with a saved chat", load, None),
+    "/copy": Command("[code]", "copy the last answer, or its last code", files.copy, ("code",)),
+    "/sessions": Command("[delete N]", "the chats that were kept", files.sessions, ("delete",)),
+    "/load": Command("N|FILE", "go on with a kept or saved chat", files.load, None),
+    "/save": Command("FILE", "save the chat, a message a line", files.save, None),
+    "/export": Command("FILE.md|FILE.jsonl", "for people, or for training", files.export, None),
     "/model": Command("[PATH|HUB-ID|demo]", "show or change the model", model, None),
-    "/exit": Command("", "leave", leave),
+    "/exit": Command("", "leave; /quit and /bye too", leave),
+}
+# What other chats call them.
+ALIASES = {
+    "/quit": "/exit",
+    "/bye": "/exit",
+    "/q": "/exit",
+    "/h": "/help",
+    "/new": "/clear",
+    "/reset": "/clear",
+    "/regenerate": "/retry",
 }

@@ -1,55 +1,17 @@
 """Statistics of one answer: the muted line after it and the panel beside it."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-import mlx.core as mx
 from mlx_lm.generate import GenerationResponse
 from rich.panel import Panel
 from rich.text import Text
 
 from ..chat.conversation import Conversation
-from ..models.activation import record_router_scores, union_share
+from ..chat.recording import Recording, recording
 from ..speculative import SpeculationStats
-
-# Passes after which their scores are counted and let go.
-FOLD_INTERVAL = 128
-
-
-class UnionMeter:
-    """Share of all experts that the passes of an answer read, a pass's tokens taken together."""
-
-    def __init__(self, recorded: list[list[mx.array]]):
-        self.recorded = recorded
-        self.total, self.passes = 0.0, 0
-
-    def restart(self):
-        """Leaves out what was recorded so far, the prompt."""
-        for passes in self.recorded:
-            passes.clear()
-        self.total, self.passes = 0.0, 0
-
-    @property
-    def ratio(self) -> float | None:
-        """Mean over passes; None before the first."""
-        self._fold()
-        return self.total / self.passes if self.passes else None
-
-    def count(self):
-        """Counts in batches, so that a long answer holds few scores."""
-        if len(self.recorded[0]) >= FOLD_INTERVAL:
-            self._fold()
-
-    def _fold(self):
-        shares = [union_share(layers) for layers in zip(*self.recorded, strict=True)]
-        if not shares:
-            return
-        self.total += float(mx.stack(shares).sum())
-        self.passes += len(shares)
-        for passes in self.recorded:
-            passes.clear()
 
 
 class TurnStats:
@@ -63,10 +25,10 @@ class TurnStats:
     def __init__(
         self,
         conversation: Conversation,
-        meter: UnionMeter,
+        record: Recording,
         speculation: SpeculationStats | None = None,
     ):
-        self.conversation, self.meter = conversation, meter
+        self.conversation, self.record = conversation, record
         self.speculation = speculation
         self.before = replace(speculation) if speculation else None
         self.start = time.perf_counter()
@@ -77,9 +39,18 @@ class TurnStats:
         """Takes in one token."""
         if self.last is None:
             self.first_token = time.perf_counter() - self.start
-            self.meter.restart()
+            self.record.restart(keep=self.speculation is None)
         self.last = response
-        self.meter.count()
+        self.record.count()
+
+    def reading(self, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+        """A callback for the prompt's progress that shows it, and lets go of all but a pass."""
+
+        def progress(done: int, total: int):
+            show(done, total)
+            self.record.restart(keep=1)
+
+        return progress
 
     def parts(self) -> list[str]:
         """What the line under an answer says, most telling first."""
@@ -91,21 +62,27 @@ class TurnStats:
             f"first after {self.first_token:.2f} s",
         ]
         parts += self.drafting()[:1]
-        ratio = self.meter.ratio
+        ratio = self.record.share
         if ratio is not None:
             parts.append(f"{ratio:.0%} of experts read")
         parts.append(memory_text(self.last.peak_memory))
+        parts.append(f"context {self.used / self.conversation.max_context:.0%}")
         return parts
+
+    @property
+    def used(self) -> int:
+        """Tokens of the context in use."""
+        new = self.last.generation_tokens if self.last else 0
+        return self.conversation.prompt_tokens + new
 
     def details(self) -> list[str]:
         """What the live panel and `--stats` say besides."""
         if self.last is None:
             return []
         chat = self.conversation
-        used = chat.prompt_tokens + self.last.generation_tokens
         details = [
             f"{chat.prefilled:,} of {chat.prompt_tokens:,} prompt tokens read",
-            f"context {used:,} of {chat.max_context:,}",
+            f"context {self.used:,} of {chat.max_context:,}",
         ]
         return details + self.drafting()[1:]
 
@@ -132,13 +109,16 @@ def memory_text(gigabytes: float) -> str:
 
 @contextmanager
 def measured(
-    conversation: Conversation, speculation: SpeculationStats | None = None
+    conversation: Conversation,
+    speculation: SpeculationStats | None = None,
+    watched: bool = True,
 ) -> Iterator[TurnStats]:
     """Statistics of the answer that is made inside the block.
 
     Args:
         conversation: The chat.
         speculation: The drafter's counts over all answers, if there is one.
+        watched: Whether to record which experts are read.
     """
-    with record_router_scores(conversation.model) as recorded:
-        yield TurnStats(conversation, UnionMeter(recorded), speculation)
+    with recording(conversation.model, watched) as record:
+        yield TurnStats(conversation, record, speculation)

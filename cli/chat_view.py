@@ -1,5 +1,6 @@
 """What the chat shows: answers as they come, notes, and nothing that a plain file cannot hold."""
 
+import math
 import os
 import sys
 import time
@@ -7,11 +8,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Group
 from rich.live import Live
 from rich.text import Text
 
-from .chat_markdown import Block, Tail, muted, split_blocks
-from .terminal import PlainConsole, printable, quiet
+from .chat_markdown import Block, Tail, Verbatim, muted, split_blocks, split_lines
+from .chat_strip import ExpertStrip
+from .terminal import ASCII_ONLY, PlainConsole, Quiet, printable
 
 # Values of TERM that promise no cursor movement.
 DUMB = (None, "", "dumb", "unknown")
@@ -44,15 +47,15 @@ class View:
 
     def note(self, text: str):
         """A side remark."""
-        self.notes.print(muted(printable(text)), soft_wrap=not self.is_live)
+        self.notes.print(muted(self._shown(text)), soft_wrap=not self.is_live)
 
     def warn(self, text: str):
         """Something that a user should know before going on."""
-        self.notes.print(Text(printable(text), style="yellow"), soft_wrap=not self.is_live)
+        self.notes.print(Text(self._shown(text), style="yellow"), soft_wrap=not self.is_live)
 
     def error(self, text: str):
         """Something that was asked for and did not happen."""
-        line = Text(printable(" ".join(text.split())), style="red")
+        line = Text(self._shown(" ".join(text.split())), style="red")
         self.notes.print(line, soft_wrap=not self.is_live)
 
     def space(self):
@@ -64,19 +67,45 @@ class View:
         """Something that was asked for."""
         self.console.print(renderable)
 
+    def message(self, content: str, in_markdown: bool = True):
+        """A message from earlier on."""
+        text = printable(content)
+        for index, block in enumerate(split_blocks(text) if in_markdown else [text]):
+            if index:
+                self.console.print()
+            self.console.print(Block(block) if in_markdown else Verbatim(block), crop=False)
+
     @contextmanager
-    def answer(self, panel: Callable[[], Any] | None) -> Iterator["LiveAnswer | PlainAnswer"]:
-        """Where one answer goes; `panel` draws the live statistics, if they are wanted."""
-        place = LiveAnswer(self.console, panel) if self.is_live else PlainAnswer(self.console)
-        with quiet(), place as shown:
-            yield shown
+    def answer(
+        self,
+        panel: Callable[[], Any] | None = None,
+        strip: ExpertStrip | None = None,
+        in_markdown: bool = True,
+    ) -> Iterator["LiveAnswer | PlainAnswer"]:
+        """Where one answer goes.
+
+        Args:
+            panel: Draws the live statistics, if they are wanted.
+            strip: Shows the experts in use, if they are wanted.
+            in_markdown: Whether the answer is drawn as markdown where it can be.
+        """
+        with Quiet() as terminal:
+            place: LiveAnswer | PlainAnswer = PlainAnswer(self.console, terminal)
+            if self.is_live:
+                place = LiveAnswer(self.console, panel, strip, in_markdown, terminal)
+            with place as shown:
+                yield shown
+
+    def _shown(self, text: str) -> str:
+        is_ascii = self.notes.options.ascii_only
+        return printable(text.translate(ASCII_ONLY) if is_ascii else text)
 
 
 class PlainAnswer:
     """An answer as plain text."""
 
-    def __init__(self, console: PlainConsole):
-        self.file = console.file
+    def __init__(self, console: PlainConsole, terminal: Quiet):
+        self.file, self.terminal = console.file, terminal
 
     def __enter__(self) -> "PlainAnswer":
         return self
@@ -90,6 +119,8 @@ class PlainAnswer:
 
     def feed(self, text: str):
         """More of the answer."""
+        if self.terminal.is_asked_aside:
+            self.terminal.step_aside()
         self._write(printable(text))
 
     def _write(self, text: str):
@@ -103,10 +134,22 @@ class LiveAnswer:
     Args:
         console: A terminal.
         panel: Draws what stays below the answer while it grows.
+        strip: Shows the experts in use above it.
+        in_markdown: Whether the answer is markdown; otherwise its lines stand as they are.
+        terminal: The terminal's modes, which Ctrl-Z has to put back.
     """
 
-    def __init__(self, console: PlainConsole, panel: Callable[[], Any] | None):
-        self.console, self.panel = console, panel
+    def __init__(
+        self,
+        console: PlainConsole,
+        panel: Callable[[], Any] | None = None,
+        strip: ExpertStrip | None = None,
+        in_markdown: bool = True,
+        terminal: Quiet | None = None,
+    ):
+        self.console, self.panel, self.strip = console, panel, strip
+        self.in_markdown, self.terminal = in_markdown, terminal
+        self.started = time.monotonic()
         self.tail = ""
         self.status = ""
         self.printed = False
@@ -133,11 +176,13 @@ class LiveAnswer:
 
     def reading(self, done: int, total: int):
         """The prompt is being read."""
-        self.status = f"reading {done:,} of {total:,} tokens" if total > done else ""
+        self._step_aside()
+        self.status = reading_status(done, total, time.monotonic() - self.started)
         self._draw()
 
     def feed(self, text: str):
         """More of the answer."""
+        self._step_aside()
         self.status = ""
         self.tail += printable(text)
         if "\n" in text:
@@ -146,24 +191,62 @@ class LiveAnswer:
             self._draw()
 
     def _print_finished(self):
-        *finished, self.tail = split_blocks(self.tail)
+        split = split_blocks if self.in_markdown else split_lines
+        *finished, self.tail = split(self.tail)
         for block in finished:
             self._print(block)
             self.due = 0.0
 
     def _print(self, block: str):
-        if not block.strip():
+        if self.in_markdown:
+            if not block.strip():
+                return
+            if self.printed:
+                self.console.print()
+        elif not block:
             return
-        if self.printed:
-            self.console.print()
-        self.console.print(Block(block))
+        self.console.print(self._drawn(block), crop=False)
         self.printed = True
+
+    def _drawn(self, block: str) -> Block | Verbatim:
+        return Block(block) if self.in_markdown else Verbatim(block)
 
     def _draw(self):
         start = time.monotonic()
-        below = self.panel() if self.panel else None
-        if self.status and below is None:
-            below = muted(self.status)
-        self.live.update(Tail(self.tail, below, gap=self.printed), refresh=True)
+        below = [self.panel()] if self.panel else []
+        if self.strip is not None:
+            self.strip.advance()
+            below.insert(0, self.strip)
+        if self.status:
+            below.append(muted(self.status))
+        gap = self.printed and self.in_markdown
+        tail = Tail(self._drawn(self.tail), Group(*below) if below else None, gap)
+        self.live.update(tail, refresh=True)
         took = time.monotonic() - start
         self.due = time.monotonic() + max(REFRESH, took / DRAW_SHARE)
+
+    def _step_aside(self):
+        """Ctrl-Z: the shell gets a clean screen, and the answer goes on below what it leaves."""
+        if self.terminal is None or not self.terminal.is_asked_aside:
+            return
+        self.live.update(Text(""), refresh=True)
+        self.console.show_cursor(True)
+        self.terminal.step_aside()
+        self.console.show_cursor(False)
+        self.due = 0.0
+
+
+def reading_status(done: int, total: int, seconds: float) -> str:
+    """How far the reading of a prompt is, and how long it will go on; "" when it is read.
+
+    Args:
+        done, total: Tokens.
+        seconds: Since it began.
+    """
+    if done >= total:
+        return ""
+    status = f"reading {done:,} of {total:,} tokens"
+    if done and seconds > 1:
+        left = seconds / done * (total - done)
+        status += f", about {math.ceil(left)} s left (Ctrl-C stops)"
+    return status

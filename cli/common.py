@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,14 @@ from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, ProgressColumn, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+)
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from ..checkpoints.convert import DTYPES
@@ -187,6 +195,23 @@ def loading_progress(
     finally:
         if tasks:
             progress.stop()
+
+
+@contextmanager
+def reading_progress(shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr while a prompt is read, if that takes over a second.
+
+    Yields:
+        A `prompt_progress_callback`: (tokens done, tokens of the prompt).
+    """
+    start = time.monotonic()
+    with loading_progress(MofNCompleteColumn(), shown) as progress:
+
+        def report(done: int, total: int):
+            if done and (time.monotonic() - start) * total > done:
+                progress("reading the prompt", done, total)
+
+        yield report
 
 
 def note(sentence: str):

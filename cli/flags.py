@@ -51,6 +51,7 @@ class Number:
 COUNT = Number(int, 1)
 SHARE = Number(float, 0, 1)
 TEMPERATURE = Number(float, 0)
+TOP_K = Number(int, 0)
 SEED = Number(int, 0, 2**64 - 1)
 MAX_TOKENS = Number(int, 1, special=-1)
 
@@ -103,7 +104,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int = 100):
     parser.add_argument("--temp", type=TEMPERATURE, default=0.0, help="sampling temperature")
     parser.add_argument("--top-p", type=SHARE, default=1.0)
     parser.add_argument("--min-p", type=SHARE, default=0.0)
-    parser.add_argument("--top-k", type=Number(int, 0), default=0)
+    parser.add_argument("--top-k", type=TOP_K, default=0)
     parser.add_argument("--xtc-probability", type=SHARE, default=0.0)
     parser.add_argument("--xtc-threshold", type=Number(float, 0, 0.5), default=0.1)
     parser.add_argument("--min-tokens-to-keep", type=COUNT, default=1)

@@ -1,11 +1,13 @@
 """blockffn-generate: one answer to one prompt."""
 
 import argparse
+from itertools import chain
 from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
 from ..generate import KEPT_POSITIONS, RULE, figures, stream_generate
+from ..pace import PrefillPace
 from ..prompt import Prompt, choose_format, is_chat_model
 from .common import (
     add_model_flags,
@@ -15,6 +17,7 @@ from .common import (
     note,
     print_json,
     read_stdin,
+    reading_progress,
     run_main,
 )
 from .draft import add_draft_flags, draft_options
@@ -69,23 +72,26 @@ def run(args: argparse.Namespace) -> int:
             "only: what it answers may make no sense",
         )
     drafting = draft_options(args, model, tokenizer)
-    responses = stream_generate(
-        model,
-        tokenizer,
-        prompt,
-        max_tokens=args.max_tokens,
-        sampler=sampler_of(args, tokenizer),
-        max_kv_size=args.max_kv_size,
-        prefill_step_size=args.prefill_step_size,
-        kv_bits=args.kv_bits,
-        kv_group_size=args.kv_group_size,
-        quantized_kv_start=args.quantized_kv_start,
-        **drafting,
-    )
+    with reading_progress(shown=not args.json) as progress:
+        responses = stream_generate(
+            model,
+            tokenizer,
+            prompt,
+            max_tokens=args.max_tokens,
+            sampler=sampler_of(args, tokenizer),
+            max_kv_size=args.max_kv_size,
+            prefill_step_size=PrefillPace(args.prefill_step_size),
+            prompt_progress_callback=progress,
+            kv_bits=args.kv_bits,
+            kv_group_size=args.kv_group_size,
+            quantized_kv_start=args.quantized_kv_start,
+            **drafting,
+        )
+        first = next(responses)
     show = args.verbose and not args.json
     pieces: list[str] = []
     tokens: list[int] = []
-    for response in responses:
+    for response in chain([first], responses):
         if show and not tokens:  # not before it is certain that there is an answer
             print(RULE)
         pieces.append(response.text)

@@ -4,7 +4,7 @@ import io
 import math
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -12,23 +12,30 @@ from ..analysis.sparsity import SparsityReport
 
 # From unused to used by every token, readable on dark and on light grounds.
 SHADES = ("grey23", "dark_green", "green4", "green3", "yellow3", "bright_yellow")
-DENSITIES = "·-░▒▓█"
+DENSITIES, ASCII_DENSITIES = "·-░▒▓█", ".:-=+#"
+NARROWEST = 8  # cells of a row of experts
 
 
-def heat_map(active: np.ndarray, width: int = 80, in_color: bool = True) -> Table:
+def heat_map(
+    active: np.ndarray, width: int = 80, in_color: bool = True, in_ascii: bool = False
+) -> Group:
     """Layers by experts, coloured by the share of tokens that use the expert.
 
     Args:
         active: Booleans [L, T, E].
         width: Columns of the terminal; experts share a cell where they would not fit.
         in_color: Whether colours tell the shares apart; otherwise the cells' density does.
+        in_ascii: Whether only ASCII can be shown.
     """
     share = active.mean(axis=1)
-    glyphs = "█" * len(SHADES) if in_color else DENSITIES
-    per_cell = -(-share.shape[1] // max(1, width - 12))
-    table = Table(title="Share of tokens that use each expert", box=None, pad_edge=False)
-    table.add_column("layer", justify="right", style="dim")
-    table.add_column(f"experts 0 to {share.shape[1] - 1}", no_wrap=True)
+    glyphs = ASCII_DENSITIES if in_ascii else DENSITIES
+    if in_color and not in_ascii:
+        glyphs = "█" * len(SHADES)
+    labels = max(len("layer"), len(str(len(share))))
+    per_cell = -(-share.shape[1] // max(NARROWEST, width - labels - 3))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("layer", justify="right", style="dim", no_wrap=True, min_width=labels)
+    table.add_column(f"experts 0 to {share.shape[1] - 1}", no_wrap=True, overflow="crop")
     for index, row in enumerate(share):
         cells = [row[i : i + per_cell].mean() for i in range(0, len(row), per_cell)]
         line = Text()
@@ -40,14 +47,14 @@ def heat_map(active: np.ndarray, width: int = 80, in_color: bool = True) -> Tabl
     for step, shade in enumerate(SHADES):
         label = "0" if step == 0 else f"to {100 * step // (len(SHADES) - 1)}%"
         legend.append(f"{glyphs[step]} ", style=shade).append(f"{label}  ", style="dim")
-    table.add_row("", legend)
-    return table
+    title = Text("Share of tokens that use each expert", style="italic")
+    return Group(title, table, legend)
 
 
-def heat_map_for(console: Console, active: np.ndarray) -> Table:
-    """`heat_map` as wide as a console, in colours only where it shows them."""
+def heat_map_for(console: Console, active: np.ndarray) -> Group:
+    """`heat_map` as wide as a console, in colours and characters that it shows."""
     in_color = console.color_system is not None and not console.no_color
-    return heat_map(active, console.width, in_color)
+    return heat_map(active, console.width, in_color, console.options.ascii_only)
 
 
 def layer_table(result: SparsityReport, active: np.ndarray) -> Table:

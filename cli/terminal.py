@@ -18,6 +18,10 @@ AS_USUAL = b"\x1b[?25h\x1b[?2004l\x1b[0m"
 LOCAL_MODES = 3  # index in what termios.tcgetattr returns
 
 
+# What remarks use beyond ASCII, for terminals that have no more.
+ASCII_ONLY = str.maketrans({"·": "-", "…": "...", "•": "*"})
+
+
 def printable(text: str) -> str:
     """Text without control characters: neither a model nor a file may steer the terminal."""
     return text.translate(CONTROLS)
@@ -39,22 +43,72 @@ class PlainConsole(Console):
         return super().render_str(printable(text), **options)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Shows nothing of what is typed meanwhile: it would tear what is drawn. It is not lost."""
-    terminal = _terminal()
-    if terminal is None:
-        yield
-        return
-    before = termios.tcgetattr(terminal)
-    silent = list(before)
-    silent[LOCAL_MODES] &= ~(termios.ECHO | termios.ECHONL)
-    silent[LOCAL_MODES] |= termios.NOFLSH  # Ctrl-C forgets nothing of it either
-    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
+class Quiet:
+    """Inside the block nothing is shown of what is typed: it would tear what is drawn.
+
+    It is not lost. Ctrl-Z waits there for `step_aside`, so that it breaks no drawing.
+    """
+
+    def __init__(self):
+        self.terminal = _terminal()
+        self.is_asked_aside = False
+
+    def __enter__(self) -> "Quiet":
+        if self.terminal is not None:
+            self.before = termios.tcgetattr(self.terminal)
+            self._hush()
+            self.previous = signal.getsignal(signal.SIGTSTP)
+            if self.previous is signal.SIG_DFL:
+                signal.signal(signal.SIGTSTP, self._note)
+        return self
+
+    def __exit__(self, *exception):
+        if self.terminal is not None:
+            if self.previous is signal.SIG_DFL:
+                signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+            termios.tcsetattr(self.terminal, termios.TCSADRAIN, self.before)
+            if self.is_asked_aside:
+                os.kill(os.getpid(), signal.SIGTSTP)
+
+    def step_aside(self):
+        """Lets the shell have the terminal, in order, until it calls the program back."""
+        if self.terminal is None:
+            return
+        termios.tcsetattr(self.terminal, termios.TCSADRAIN, self.before)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # returns when the program is called back
+        signal.signal(signal.SIGTSTP, self._note)
+        self.is_asked_aside = False
+        self._hush()
+
+    def _hush(self):
+        assert self.terminal is not None, "there are no modes to change"
+        silent = list(self.before)
+        silent[LOCAL_MODES] &= ~(termios.ECHO | termios.ECHONL)
+        silent[LOCAL_MODES] |= termios.NOFLSH  # Ctrl-C forgets nothing of it either
+        termios.tcsetattr(self.terminal, termios.TCSADRAIN, silent)
+
+    def _note(self, *signal_and_frame):
+        self.is_asked_aside = True
+
+
+class Interruption:
+    """Ctrl-C inside the block asks for an end instead of breaking a pass; a second one breaks."""
+
+    def __init__(self):
+        self.asked = False
+
+    def __enter__(self) -> "Interruption":
+        self.previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *exception):
+        signal.signal(signal.SIGINT, self.previous)
+
+    def _note(self, *signal_and_frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 @contextmanager

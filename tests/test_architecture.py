@@ -16,7 +16,7 @@ from blockffn_mlx.moved import MOVED
 ROOT = Path(__file__).parents[1]
 # Rooms below blockffn_mlx by floor, the lowest first; rooms of one floor do not know each other.
 FLOORS = [
-    {"version", "device", "quantisation", "arrays", "paths"},
+    {"version", "device", "quantisation", "arrays", "paths", "pace"},
     {"kernels"},
     {"ffn"},
     {"models"},

@@ -10,6 +10,7 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.models.cache import trim_prompt_cache
 
 from ..generate import stream_generate
+from ..pace import PrefillPace
 from ..prompt import Prompt, StopTexts, TokenText, choose_format, clean, encode_text
 from .history import decode_tokens, reuse
 
@@ -77,7 +78,9 @@ class Conversation:
         self.max_context = max_context or model.args.max_position_embeddings
         self.messages: list[Message] = []
         self.dropped: list[Message] = []
+        self.is_cut = False
         self.prompt_tokens = self.prefilled = 0
+        self.pace = PrefillPace()
         self.set_system(system)
         self.clear_cache()
 
@@ -97,6 +100,7 @@ class Conversation:
             messages = [(m.role, m.content) for m in self.messages if m.role == "system"] + messages
         self.messages = [Message(role, clean(text), clean(text)) for role, text in messages]
         self.dropped = []
+        self.is_cut = False
         self.answer_span: tuple[int, int] | None = None
 
     def clear_cache(self):
@@ -114,6 +118,13 @@ class Conversation:
     def last_answer(self) -> str | None:
         """The last answer."""
         return next((m.content for m in reversed(self.messages) if m.role == "assistant"), None)
+
+    def pairs(self) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """(role, content) of the messages that count, and of those that were dropped."""
+        kept, dropped = (
+            [(m.role, m.content) for m in messages] for messages in (self.messages, self.dropped)
+        )
+        return kept, dropped
 
     def ask(self, content: str, answer_tokens: int = 256) -> int:
         """Adds a message of the user and makes room for an answer.
@@ -136,13 +147,29 @@ class Conversation:
             self.messages = before
             raise
 
+    def resume(self, answer_tokens: int = 256) -> int:
+        """Makes room for more of the last answer, which `answer` then goes on with.
+
+        Args:
+            answer_tokens: The most tokens to add; -1 for no limit.
+
+        Returns:
+            How many old turns had to be dropped to make room.
+
+        Raises:
+            ValueError: If there is no answer that was cut, or no room for more of it.
+        """
+        if not self.is_cut or self.messages[-1].role != "assistant":
+            raise ValueError("the last answer was not cut off: there is nothing to go on with")
+        return self._make_room(answer_tokens)
+
     def undo(self) -> str | None:
         """Takes back the last message of the user and what followed; returns the message."""
         for index in range(len(self.messages) - 1, -1, -1):
             if self.messages[index].role == "user":
                 question = self.messages[index].content
                 del self.messages[index:]
-                self.answer_span = None
+                self.answer_span, self.is_cut = None, False
                 return question
         return None
 
@@ -153,7 +180,7 @@ class Conversation:
         on_prefill: Callable[[int, int], None] = lambda done, total: None,
         **options: Any,
     ) -> Generator[GenerationResponse, None, None]:
-        """Answers the last message, which `ask` has added.
+        """Answers the message that `ask` has added, or goes on with an answer after `resume`.
 
         When the iterator ends or is closed, what was said so far is the answer, and the cache
         is ready for the next turn.
@@ -165,7 +192,7 @@ class Conversation:
             **options: Those of `stream_generate`.
         """
         prompt = self._align()
-        start = len(self.held.ids)
+        start, is_cut = len(self.held.ids), True
         room = max(1, self.max_context - start)
         stop = _stop_in_prefill(should_stop, on_prefill)
         sampled: list[int] = []
@@ -179,12 +206,13 @@ class Conversation:
                     max_tokens=min(max_tokens, room) if max_tokens > 0 else room,
                     prompt_cache=self.cache,
                     prompt_progress_callback=stop,
-                    **options,
+                    **{"prefill_step_size": self.pace, **options},
                 )
             ) as responses:
                 for response in responses:
                     sampled.append(response.token)
                     shown.append(response.text)
+                    is_cut = response.finish_reason != "stop"
                     yield response
                     if should_stop():
                         break
@@ -194,6 +222,7 @@ class Conversation:
             self.clear_cache()  # nobody knows which of its arrays failed
             raise
         finally:
+            self.is_cut = is_cut
             self._take_in(start, sampled, "".join(shown))
 
     @property
@@ -227,6 +256,7 @@ class Conversation:
                 f"{self.max_context:,} and needs room for an answer; shorten it"
             )
         if dropped:
+            self.answer_span = None
             self.dropped += self.messages[turns[0] : turns[dropped]]
             del self.messages[turns[0] : turns[dropped]]
         return dropped
@@ -259,16 +289,30 @@ class Conversation:
         """Notes what the cache holds after an answer, and the answer as a message."""
         answer = decode_tokens(self.tokenizer, sampled)
         end_ids = {*self.tokenizer.eos_token_ids, *self.format.stop_ids}
-        ended = bool(sampled) and sampled[-1] in end_ids
+        ended, read = bool(sampled) and sampled[-1] in end_ids, start
         stop = StopTexts(self.stop_texts)
         text = stop.feed(answer.cut(len(sampled) - ended).text) + stop.rest()
-        self.messages.append(Message("assistant", shown.strip(), text))
+        if self.messages[-1].role == "assistant":
+            start = self._lengthen(text, shown, start)
+        else:
+            self.messages.append(Message("assistant", shown.strip(), text))
         offsets = {layer_cache.offset for layer_cache in self.cache}
         if len(offsets) > 1:  # an error in the middle of a pass
             self.clear_cache()
             return
         self.held = self.held.joined(answer).cut(offsets.pop())
-        self.answer_span = (start, start + len(sampled) - ended) if sampled else None
+        end = read + len(sampled) - ended
+        self.answer_span = (start, end) if sampled else None
+
+    def _lengthen(self, text: str, shown: str, start: int) -> int:
+        """Adds to the last answer; returns where in the cache it begins, if that is known."""
+        before = self.messages[-1]
+        gap = before.text[len(before.text.rstrip()) :]
+        if text[:1].isspace() and not shown[:1].isspace():  # a detokenizer drops the first space
+            gap += text[0]
+        before.content = (before.content + gap + shown).strip()
+        before.text += text
+        return self.answer_span[0] if self.answer_span else start
 
 
 class _Stopped(Exception):

@@ -56,11 +56,12 @@ class Format:
 
 
 class RawFormat(Format):
-    """No format: each message is a text of its own that the model continues."""
+    """No format: each message is a text of its own that the model goes on with."""
 
     def render(self, messages: Sequence[tuple[str, str]]) -> str:
-        """The last message as it is, special tokens included."""
-        return clean(messages[-1][1])
+        """The last message as it is, special tokens included, and what was said to it so far."""
+        last = max((i for i, (role, _) in enumerate(messages) if role == "user"), default=-1)
+        return clean("".join(text for _, text in messages[last:]))
 
 
 class ChatFormat(Format):

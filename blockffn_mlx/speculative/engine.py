@@ -10,6 +10,7 @@ from mlx_lm.generate import generation_stream
 from mlx_lm.sample_utils import greedy_sampler
 
 from ..arrays import ints
+from ..pace import PrefillPace, pace_of
 from .drafter import Drafter
 from .policy import FixedWidth, Policy
 from .stats import SpeculationStats
@@ -42,7 +43,7 @@ def stream(
     sampler: Sampler | None = None,
     logits_processors: list[LogitsProcessor] | None = None,
     prompt_cache: list[Any] | None = None,
-    prefill_step_size: int = 2048,
+    prefill_step_size: int | PrefillPace = 2048,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
 ) -> Generator[Step, None, None]:
     """Decodes one sequence with a draft, in the manner of mlx-lm's speculative_generate_step.
@@ -64,7 +65,7 @@ def stream(
             mlx-lm's XTC sampler shares one draw between rows: wrap it in `verify.each_row`.
         logits_processors: mlx-lm's kind; with any, a round reads the device once more.
         prompt_cache: Plain KVCaches that hold what came before.
-        prefill_step_size: Prompt tokens per pass.
+        prefill_step_size: Prompt tokens per pass, or what chooses them.
         prompt_progress_callback: Called with (tokens done, tokens of the prompt).
 
     Yields:
@@ -89,7 +90,7 @@ def stream(
     with mx.stream(generation_stream):
         try:
             progress = prompt_progress_callback or (lambda done, total: None)
-            decoder.prefill(ints(prompt), prefill_step_size, progress)
+            decoder.prefill(ints(prompt), pace_of(prefill_step_size), progress)
             with closing(decoder.decode(max_tokens)) as steps:
                 for count, step in enumerate(steps, start=1):
                     if count == 1:
@@ -132,15 +133,18 @@ class Decoder:
         elif drafter.length < self.cached:
             drafter.reset(self.cached)
 
-    def prefill(self, prompt: list[int], step_size: int, progress: Callable[[int, int], None]):
+    def prefill(self, prompt: list[int], pace: PrefillPace, progress: Callable[[int, int], None]):
         """Passes all of the prompt but its last token, the first root."""
         progress(0, len(prompt))
-        for start in range(0, len(prompt) - 1, step_size):
-            tokens = prompt[start : min(start + step_size, len(prompt) - 1)]
+        pace.start()
+        done = 0
+        while left := len(prompt) - 1 - done:
+            tokens = prompt[done : done + pace.next(left)]
             hidden = self.target.hidden(mx.array([tokens]), self.cache)
             mx.eval([c.state for c in self.cache], hidden)
             self._take_in(hidden, tokens)
-            progress(start + len(tokens), len(prompt))
+            done += len(tokens)
+            progress(done, len(prompt))
             mx.clear_cache()
         self.root = prompt[-1]
 

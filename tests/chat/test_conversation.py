@@ -352,3 +352,57 @@ def test_second_turn_starts_in_a_tenth_of_a_whole_prefill(model, tokenizer):
     whole = timed(second_turn)
     assert chat.prefilled == chat.prompt_tokens
     assert second < whole / 10
+
+
+def test_an_answer_that_was_cut_goes_on_as_if_it_had_not_been(model, tokenizer):
+    whole, parts = Conversation(model, tokenizer), Conversation(model, tokenizer)
+    say(whole, "Tell me a story", 12)
+    with pytest.raises(ValueError, match="not cut"):
+        parts.resume()
+    say(parts, "Tell me a story", 5)
+    for _ in range(7):
+        assert parts.resume(1) == 0
+        list(parts.answer(1))
+        assert parts.prefilled == 1
+    assert parts.messages == whole.messages and parts.held.ids == whole.held.ids
+    assert parts.answer_span == whole.answer_span
+    kept, again = fresh_logits(parts)
+    np.testing.assert_allclose(kept, again, atol=1e-4)
+    say(parts, "more", sampler=script(1605))
+    with pytest.raises(ValueError, match="not cut"):
+        parts.resume()
+
+
+def test_words_are_not_glued_together_where_an_answer_was_cut(model, tokenizer):
+    chat = Conversation(model, tokenizer)
+    words = tokenizer.encode("Once upon a time", add_special_tokens=False)
+    say(chat, "hi", 2, sampler=script(*words))
+    chat.resume()
+    list(chat.answer(12, sampler=script(*words[2:])))
+    assert chat.last_answer == "Once upon a time" and len(chat.messages) == 2
+
+
+def test_plain_text_goes_on_too(model, tokenizer):
+    whole, parts = (Conversation(model, tokenizer, raw=True) for _ in range(2))
+    say(whole, "Once upon", 6)
+    say(parts, "Once upon", 3)
+    parts.resume(3)
+    list(parts.answer(3))
+    assert parts.held.ids == whole.held.ids and len(parts.messages) == 2
+
+
+@pytest.mark.parametrize("draft", [None, "lookup"])
+def test_reading_that_was_stopped_goes_on_where_it_was(model, tokenizer, draft):
+    chat = Conversation(model, tokenizer)
+    chat.pace.size = chat.pace.most = 32
+    drafter = make_drafter(draft, model, tokenizer)
+    chat.ask("word " * 100)
+    seen = []
+    stop = {"should_stop": lambda: len(seen) > 2, "on_prefill": lambda *at: seen.append(at)}
+    assert list(chat.answer(8, draft=drafter, **stop)) == []
+    assert chat.cache[0].offset == len(chat.held.ids) == 64 == seen[-1][0]
+    assert chat.resume(8) == 0
+    list(chat.answer(8, draft=drafter))
+    assert chat.prefilled == seen[0][1] - 64 and len(chat.messages) == 2
+    kept, again = fresh_logits(chat)
+    np.testing.assert_allclose(kept, again, atol=1e-4)

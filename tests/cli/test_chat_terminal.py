@@ -11,33 +11,9 @@ import pytest
 
 from helpers.models import fastest
 from helpers.terminal import CHAT, Terminal
-from helpers.toy_chat import toy_folder
 
 ESCAPES = re.compile(rb"\x1b")
 PASTE = "\x1b[200~{}\x1b[201~"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return toy_folder(tmp_path_factory.mktemp("chat") / "toy")
-
-
-@pytest.fixture
-def chat(folder, tmp_path):
-    """Starts a chat with the toy model; what a test leaves running is ended."""
-    started = []
-
-    def start(*flags: str, model=folder, columns=80, rows=24, **environment: str) -> Terminal:
-        flags = ("--model", str(model), "--history", str(tmp_path / "history"), "-m", "8", *flags)
-        terminal = Terminal([*CHAT, *flags], columns, rows, **environment)
-        started.append(terminal)
-        terminal.wait_for_prompt()
-        return terminal
-
-    yield start
-    for terminal in started:
-        terminal.process.close(force=True)
-    assert not any("Traceback" in terminal.text for terminal in started)
 
 
 def press_up(terminal: Terminal):
@@ -51,7 +27,7 @@ def press_up(terminal: Terminal):
 def test_the_demo_starts_in_three_seconds(tmp_path):
     def start() -> float:
         begin = time.perf_counter()
-        terminal = Terminal([*CHAT, "--history", str(tmp_path / "history")])
+        terminal = Terminal([*CHAT, "--no-save", "--history", str(tmp_path / "history")])
         terminal.wait_for("/help lists commands")
         seconds = time.perf_counter() - begin
         terminal.wait_for_prompt()
@@ -68,7 +44,8 @@ def test_commands(chat, tmp_path, folder):
     terminal = chat("--temp", "1", "--seed", "5")
     assert "context of 4,096 tokens" in terminal.text
 
-    first = terminal.enter("q")
+    assert "/exit" in terminal.enter("q")
+    first = terminal.enter("q ")
     assert re.search(r"8 tokens · .*/s · first after .* of experts read", first)
     assert "/temp" in terminal.enter("/help")
     assert "there is no /nonsense" in terminal.enter("/nonsense")
@@ -102,7 +79,7 @@ def test_commands(chat, tmp_path, folder):
     assert "saved 7 messages" in terminal.enter(f"/save {saved}")
     messages = [json.loads(line) for line in saved.read_text().splitlines()]
     assert [m["role"] for m in messages] == ["system"] + ["user", "assistant"] * 3
-    assert [m["content"] for m in messages[1::2]] == ["q", "once more", "with a panel"]
+    assert [m["content"] for m in messages[1::2]] == ["q ", "once more", "with a panel"]
     assert "no system prompt" in terminal.enter("/system off")
 
     assert "taken back: with a panel" in terminal.enter("/undo")
@@ -111,7 +88,7 @@ def test_commands(chat, tmp_path, folder):
     terminal.enter(" again")
     terminal.enter(f"/save {saved}")
     messages = [json.loads(line) for line in saved.read_text().splitlines()]
-    assert [m["content"] for m in messages[::2]] == ["q", "once more again"]
+    assert [m["content"] for m in messages[::2]] == ["q ", "once more again"]
 
     assert "a new chat" in terminal.enter("/clear")
     assert "nothing to undo" in terminal.enter("/undo")
@@ -120,7 +97,7 @@ def test_commands(chat, tmp_path, folder):
     assert "line 1: role is 'robot'" in terminal.enter(f"/load {saved}")
     assert "taken back: once more again" in terminal.enter("/undo")
 
-    assert "toy, context" in terminal.enter(f"/model {folder}")
+    assert "toy · 2 layers of 9 experts" in terminal.enter(f"/model {folder}")
     assert "is not a folder" in terminal.enter("/model /nowhere")
     terminal.send("/exit\r")
     assert terminal.end() == 0

@@ -65,7 +65,7 @@ def styled(line: dict[int, pyte.screens.Char], columns: int) -> Text:
 
 def record(path: str, flags: list[str]):
     """Holds the chat and saves its picture."""
-    terminal = Terminal([*CHAT, "--history", "/dev/null", *flags], COLUMNS, ROWS)
+    terminal = Terminal([*CHAT, "--history", "/dev/null", "--no-save", *flags], COLUMNS, ROWS)
     terminal.screen = DimScreen(COLUMNS, ROWS, history=2000, ratio=0.5)
     terminal.stream = pyte.ByteStream(terminal.screen)
     terminal.wait_for_prompt()
