@@ -141,9 +141,9 @@ def prompt_ms(model: nn.Module, tokens: int) -> Callable[[], float]:
     return lambda: median(one() for _ in range(3))
 
 
-def host_ms(model: nn.Module) -> tuple[float, float]:
-    """Milliseconds to build the graph of a decoding step, and to hand it to the GPU."""
-    cache, ids = filled_cache(model, 1), mx.array(token_ids(model, 1))[None]
+def host_ms(model: nn.Module, tokens: int = 1) -> dict[str, float]:
+    """Milliseconds to build a pass's graph, to hand it to the GPU, and to wait for the rest."""
+    cache, ids = filled_cache(model, 1), mx.array(token_ids(model, tokens))[None]
     times = []
     for _ in range(12):
         begin = time.perf_counter()
@@ -152,11 +152,11 @@ def host_ms(model: nn.Module) -> tuple[float, float]:
         mx.async_eval(out)
         encoded = time.perf_counter()
         mx.eval(out)
-        times.append((built - begin, encoded - built))
+        times.append((built - begin, encoded - built, time.perf_counter() - encoded))
         for layer_cache in cache:
-            layer_cache.trim(1)
-    build, encode = (median(column) * 1e3 for column in zip(*times, strict=True))
-    return build, encode
+            layer_cache.trim(tokens)
+    medians = (round(median(column) * 1e3, 3) for column in zip(*times, strict=True))
+    return dict(zip(("build", "encode", "wait"), medians, strict=True))
 
 
 def encode_us(model: nn.Module) -> dict[str, float]:
@@ -246,8 +246,7 @@ def main():
                 decode_ms(model)
             compared(bits, "decode", lambda model: lambda: decode_ms(model))
             for name, model in both.items():
-                build, encode = host_ms(model)
-                note(bits, f"host {name}", build=round(build, 3), encode=round(encode, 3))
+                note(bits, f"host {name}", **host_ms(model))
     if "encode" in args.what and not args.bits[0]:
         note(0, "us a launch", **encode_us(models[0]["ours"]))
     if "batch" in args.what:
@@ -256,6 +255,7 @@ def main():
     if "chunk" in args.what:
         for bits, tokens in product(models, CHUNKS):
             compared(bits, f"chunk {tokens}", lambda model, t=tokens: pass_ms(model, t))
+            note(bits, f"host ours, chunk {tokens}", **host_ms(models[bits]["ours"], tokens))
     if "prompt" in args.what:
         for tokens in PROMPTS:
             bits = args.bits[0]

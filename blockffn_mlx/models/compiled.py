@@ -8,7 +8,7 @@ layers.
 """
 
 from collections.abc import Callable, Sequence
-from operator import is_
+from operator import getitem, is_
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -41,8 +41,10 @@ class CompiledPasses:
     """Compiled passes of one model. They notice by themselves when its modules or arrays change."""
 
     def __init__(self):
-        self.slots: list[tuple[Any, Any]] = []  # every place of a module or an array in the layers
-        self.found: list[Any] = []  # what was there
+        # every place of a module or an array in the layers, as owner and key, and what was there
+        self.owners: list[Any] = []
+        self.keys: list[Any] = []
+        self.found: list[Any] = []
         self.parts: list[LayerParts] | None = None
         self.tables: dict[Shape, tuple[Plan, list[Callable]]] = {}
 
@@ -116,19 +118,19 @@ class CompiledPasses:
     def current_parts(self, model: nn.Module) -> list[LayerParts] | None:
         """The layers' parts; None if one of them has to go the plain way."""
         try:
-            unchanged = all(
-                map(is_, [owner[key] for owner, key in self.slots], self.found)
-            ) and len(self.slots)
+            now = map(getitem, self.owners, self.keys)  # some thousand, once a pass
+            unchanged = bool(self.found) and all(map(is_, now, self.found))
         except (KeyError, IndexError):
             unchanged = False
         if not unchanged:
             self.tables.clear()
             parts = [part for layer in model.layers if (part := layer_parts(layer)) is not None]
             self.parts = parts if len(parts) == len(model.layers) else None
-            self.slots = [(model.layers, i) for i in range(len(model.layers))]
+            slots = [(model.layers, i) for i in range(len(model.layers))]
             for layer in model.layers:
-                self.slots += [(module, key) for module in layer.modules() for key in module]
-            self.found = [owner[key] for owner, key in self.slots]
+                slots += [(module, key) for module in layer.modules() for key in module]
+            self.owners, self.keys = (list(column) for column in zip(*slots, strict=True))
+            self.found = list(map(getitem, self.owners, self.keys))
         mlps = [part.mlp for part in self.parts or ()]
         if not mlps or any(
             mlp.training
