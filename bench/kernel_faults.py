@@ -22,9 +22,15 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
-TESTS = ["kernel_integers", "kernel_edges", "route", "attention", "kernels", "kernel_language"]
+TESTS = ["kernel_integers", "kernel_edges", "route", "attention", "norm_up", "kernels"]
+TESTS += ["kernel_language"]
 FIRST = {"union": "kernel_edges", "combine": "kernel_edges", "route": "route"}  # by the faulty file
-FIRST |= {"routed_up": "kernels", "residual_down": "kernels", "attention": "attention"}
+FIRST |= {
+    "norm_up": "norm_up",
+    "routed_up": "kernels",
+    "residual_down": "kernels",
+    "attention": "attention",
+}
 SHARE = 0.95
 
 

@@ -18,13 +18,18 @@ struct Shape { int sizes[10]; int operator[](int i) const { return sizes[i]; } }
 """
 
 
-def cuda_source(name: str, bits: int | None, template: dict[str, int | bool]) -> str:
-    """The text that MLX would make of a projection for bfloat16, without MLX's own headers."""
+def cuda_source(
+    name: str, bits: int | None, template: dict[str, int | bool], wide: tuple[str, ...] = ()
+) -> str:
+    """The text that MLX would make of a projection for bfloat16, without MLX's own headers.
+
+    Inputs named in `wide` are float32.
+    """
     text = kernel_text(KERNELS[name], "cuda", bits is not None)
     parameters = []
     for array in text.input_names:
         packed = array == "active" or bits and array == "weight"
-        kind = "uint32_t" if packed else "__nv_bfloat16"
+        kind = "uint32_t" if packed else "float" if array in wide else "__nv_bfloat16"
         parameters.append(f"const {kind}* {array}")
         if f"{array}_shape" in text.source:
             parameters.append(f"const __grid_constant__ Shape {array}_shape")

@@ -4,14 +4,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import metal_host
 from blockffn_mlx import device
-from blockffn_mlx.kernels import norm_up, probe, random_layer
+from blockffn_mlx.kernels import probe
 from blockffn_mlx.models import deco
 from blockffn_mlx.models.activation import record_router_scores, routed_layers
 from helpers.deco_models import oracle, tiny
 from helpers.ffn_cases import TOLERANCE, float64, relative_error
-from helpers.kernel_runs import BACKEND, ON_GPU, in_harness, needs_gpu_or_compiler, running
+from helpers.kernel_runs import BACKEND, ON_GPU, needs_gpu_or_compiler, running
 
 pytestmark = needs_gpu_or_compiler
 
@@ -113,34 +112,6 @@ def test_what_has_no_kernel_goes_to_plain_operations(overrides, monkeypatch):
     layer.backend = BACKEND
     with pytest.raises(ValueError, match="there are no kernels for norm_silu"):
         layer(x)
-
-
-@in_harness
-@pytest.mark.parametrize("tokens, bits", [(1, 0), (3, 4), (8, 8), (9, 0), (33, 0)])
-def test_every_access_is_sound_and_metal_would_take_the_source(tokens, bits):
-    """Several experts a threadgroup, an odd number of tiles, threads in any order."""
-    layer = random_layer(tokens, 13, 96, 160, 7, mx.bfloat16, (bits, 32))
-    sample = norm_up.sample(layer)
-    with running("check", order="shuffled", seed=tokens, poison=0x7F) as runs:
-        found = norm_up.NORM_UP.run(sample, BACKEND)
-        mx.eval(found)
-    assert metal_host.limits(runs[-1].launch) == []
-    assert runs[-1].counters.threadgroup_bytes <= 32768
-    exact = norm_up.NORM_UP.run(sample.widened())
-    assert probe.agree(found, exact, mx.bfloat16)
-
-
-@in_harness
-def test_threadgroups_that_take_several_experts(monkeypatch):
-    monkeypatch.setattr("blockffn_mlx.kernels.projection.max_threads", lambda backend: 2 * 256)
-    norm_up.arguments.cache_clear()
-    sample = norm_up.sample(random_layer(9, 13, 64, 96, 7, mx.float32))
-    with running("check") as runs:
-        found = norm_up.NORM_UP.run(sample, BACKEND)
-        mx.eval(found)
-    norm_up.arguments.cache_clear()
-    assert runs[-1].counters.threads <= 2 * 256
-    assert probe.agree(found, norm_up.NORM_UP.run(sample), mx.float32)
 
 
 def test_training_and_interventions_go_the_plain_way():
