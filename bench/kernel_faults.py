@@ -24,7 +24,7 @@ sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 TESTS = ["kernel_integers", "kernel_edges", "route", "attention", "norm_up", "kernels"]
 TESTS += ["kernel_language"]
-FIRST = {"union": "kernel_edges", "combine": "kernel_edges", "route": "route"}  # by the faulty file
+FIRST = {"union": "kernel_edges", "route": "route"}  # by the faulty file
 FIRST |= {
     "norm_up": "norm_up",
     "routed_up": "kernels",

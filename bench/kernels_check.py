@@ -2,18 +2,15 @@
 
 usage: python bench/kernels_check.py [PART ...] [--cases 400] [--workers 12] [--out FILE.json]
 
-Parts: cases against float64, golden models' logits, the combining kernel of prefill, and the times
-of prefill.
+Parts: cases against float64, the same for long chunks, and golden models' logits.
 """
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from functools import partial
 from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 
@@ -22,13 +19,14 @@ import numpy as np
 
 import blockffn_mlx as bf
 from blockffn_mlx import kernels
-from blockffn_mlx.ffn import chunk_union_ffn, weigh
+from blockffn_mlx.ffn import chunk_union_ffn
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "tests"))
 from helpers.ffn_cases import TOLERANCE, UNIONS, Case, float64, relative_error  # noqa: E402
 
 TOKENS = (1, 2, 3, 5, 8, 9, 16, 17, 31, 32, 33, 64)
+LONG_TOKENS = (65, 127, 128, 300, 513, 1000, 1025, 1500)
 EXPERTS = (1, 9, 40, 56, 128, 180, 256)
 EXPERT_SIZES = (32, 64, 96, 128)
 HIDDEN_SIZES = (64, 96, 128, 192, 256, 320, 512, 1024, 2048)
@@ -40,16 +38,19 @@ def backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def sample(count: int, seed: int) -> list[Case]:
+def sample(count: int, seed: int, tokens: tuple[int, ...]) -> list[Case]:
+    # no grouped kernel of CUDA's takes float32
+    whole = tokens is TOKENS or backend() == "metal"
+    dtypes = [dtype for dtype in TOLERANCE if whole or dtype != mx.float32]
     rng = np.random.default_rng(seed)
     cases = []
     while len(cases) < count:
         experts, size, hidden = (int(rng.choice(c)) for c in (EXPERTS, EXPERT_SIZES, HIDDEN_SIZES))
         index = len(cases)  # tokens, dtype and packing take turns, so that all pairs come up
-        dtype = list(TOLERANCE)[index % 3]
+        dtype = dtypes[index % len(dtypes)]
         bits, group_size = PACKINGS[index // 3 % len(PACKINGS)]
         union, act = str(rng.choice(UNIONS)), str(rng.choice(["silu", "relu"]))
-        sizes = (int(rng.choice(TOKENS)), experts, size, hidden)
+        sizes = (int(rng.choice(tokens)), experts, size, hidden)
         if experts * size * hidden <= 2**25:
             seed = int(rng.integers(2**31))
             cases.append(Case(*sizes, dtype, union, act, bits, group_size, seed))
@@ -77,9 +78,11 @@ def run_case(arguments: tuple) -> tuple[str, str, int, float, bool, bool]:
     return name, str(case.dtype).removeprefix("mlx.core."), case.bits, error, right, same
 
 
-def check_cases(count: int, workers: int, seed: int, seconds: float) -> dict:
+def check_cases(
+    count: int, workers: int, seed: int, seconds: float, tokens: tuple[int, ...] = TOKENS
+) -> dict:
     work = []
-    for c in sample(count, seed):
+    for c in sample(count, seed, tokens):
         dtype = str(c.dtype).removeprefix("mlx.core.")
         fields = (c.tokens, c.experts, c.expert_size, c.hidden_size, dtype, c.union, c.act)
         work.append((str(c), *fields, c.bits, c.group_size, c.seed))
@@ -103,34 +106,6 @@ def check_cases(count: int, workers: int, seed: int, seconds: float) -> dict:
                 wrong.append([name, error, right, same])
         pool.terminate()
     return {"seed": seed, "cases": done, "worst": dict(worst), "wrong": wrong}
-
-
-def check_combine() -> dict[str, float]:
-    """The combining kernel against its twin, and the grouped layer against float64."""
-    operands = random_layer(300, 40, 64, 256, 0.2)
-    rows = mx.random.normal((500, 256)).astype(mx.bfloat16)
-    places = mx.random.randint(0, 501, (30, 40)).astype(mx.uint32)
-    combined = kernels.combine.launch(rows, places, backend=backend())
-    return {
-        "combine": relative_error(combined, float64(kernels.combine.twin(rows, places))),
-        "grouped_ffn": relative_error(grouped(*operands), float64(dense(*operands))),
-    }
-
-
-def grouped(x, scores, up, down) -> mx.array:
-    """The grouped layer, the reading of the loads included."""
-    return chunk_union_ffn(x, scores, up, down, backend="grouped")
-
-
-def dense(x, scores, up, down) -> mx.array:
-    """Every expert for every token."""
-    return chunk_union_ffn(x, scores, up, down, backend="dense")
-
-
-def bare_dense(x, scores, up, flat_down) -> mx.array:
-    """A dense layer whose down projection lies as the product wants it: the best case."""
-    hidden = weigh((x @ up.reshape(-1, x.shape[1]).T).reshape(*scores.shape, -1), scores, "silu")
-    return hidden.reshape(len(x), -1) @ flat_down
 
 
 def check_golden() -> list[dict]:
@@ -167,50 +142,9 @@ def check_golden() -> list[dict]:
     return rows
 
 
-def milliseconds(work, repeats: int = 7) -> float:
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        mx.eval(work())
-        mx.synchronize()
-        times.append((time.perf_counter() - start) * 1e3)
-    return statistics.median(times[2:])
-
-
-def random_layer(tokens: int, experts: int, size: int, hidden: int, density: float):
-    x = mx.random.normal((tokens, hidden)).astype(mx.bfloat16)
-    used = mx.random.uniform(shape=(tokens, experts)) < density
-    scores = mx.where(used, mx.random.uniform(0.5, 1.5, (tokens, experts)), 0).astype(mx.bfloat16)
-    up = (mx.random.normal((experts, size, hidden)) / hidden**0.5).astype(mx.bfloat16)
-    down = (mx.random.normal((experts, hidden, size)) / size**0.5).astype(mx.bfloat16)
-    mx.eval(x, scores, up, down)
-    return x, scores, up, down
-
-
-def time_prefill() -> list[dict]:
-    rows = []
-    for experts, size, hidden in ((128, 128, 2048), (128, 512, 4096)):
-        for tokens in (128, 512, 2048):
-            operands = random_layer(tokens, experts, size, hidden, 0.2)
-            flat_down = mx.contiguous(operands[3].swapaxes(1, 2)).reshape(-1, hidden)
-            mx.eval(flat_down)
-            rows.append(
-                {
-                    "layer": f"{hidden}x{experts}x{size}",
-                    "tokens": tokens,
-                    "error": relative_error(grouped(*operands), float64(dense(*operands))),
-                    "dense_ms": milliseconds(partial(dense, *operands)),
-                    "bare_dense_ms": milliseconds(partial(bare_dense, *operands[:3], flat_down)),
-                    "grouped_ms": milliseconds(partial(grouped, *operands)),
-                }
-            )
-            print(rows[-1], flush=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", default=["cases", "golden", "combine", "prefill"])
+    parser.add_argument("parts", nargs="*", default=["cases", "long", "golden"])
     parser.add_argument("--seconds", type=float, default=600, help="for the cases, at most")
     parser.add_argument("--cases", type=int, default=400)
     parser.add_argument("--workers", type=int, default=12)
@@ -225,8 +159,7 @@ def main() -> None:
     print(results, flush=True)
     work = {
         "golden": check_golden,
-        "combine": check_combine,
-        "prefill": time_prefill,
+        "long": lambda: check_cases(args.cases, args.workers, args.seed, args.seconds, LONG_TOKENS),
         "cases": lambda: check_cases(args.cases, args.workers, args.seed, args.seconds),
     }
     for name in args.parts:

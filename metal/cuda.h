@@ -48,6 +48,13 @@ __forceinline__ T simd_sum(T value) {
   }
   return value;
 }
+__forceinline__ uint simd_prefix_inclusive_sum(uint value) {
+  for (int step = 1; step < 32; step *= 2) {
+    const uint before = __shfl_up_sync(0xffffffffu, value, step);
+    value += threadIdx.x % 32 >= step ? before : 0;
+  }
+  return value;
+}
 __forceinline__ void threadgroup_barrier(mem_flags) {
   __syncthreads();
 }
@@ -82,6 +89,25 @@ inline uint4 load_once(const uint4* source) {
       : "=r"(out.x), "=r"(out.y), "=r"(out.z), "=r"(out.w)
       : "l"(source));
   return out;
+}
+
+inline uint shared_address(const void* pointer) {
+  return uint(__cvta_generic_to_shared(pointer));
+}
+inline void copy_piece(uint4* to, const uint4* source, bool real) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+               "l"(source), "r"(real ? 16 : 0) : "memory");
+}
+inline void copy_word(uint* to, const uint* source) {
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(source) : "memory");
+}
+inline void end_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int LEFT>
+inline void await_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
 }
 
 // Weight j of packed words. Bits stay where they lie as long as that is below 2^23, and the scale

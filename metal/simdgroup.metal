@@ -25,6 +25,18 @@ inline uint4 load_once(const device uint4* source) {
   return *source;
 }
 
+// Copies to threadgroup memory, which on CUDA go on while their thread does: they have ended when
+// all but the LEFT latest of the batches that it ended are awaited. Here they end at once.
+inline void copy_piece(threadgroup uint4* to, const device uint4* source, bool real) {
+  *to = real ? *source : uint4(0);
+}
+inline void copy_word(threadgroup uint* to, const device uint* source) {
+  *to = *source;
+}
+inline void end_copies() {}
+template <int LEFT>
+inline void await_copies() {}
+
 // Weight j of packed words. A byte or, shifted to bits 4 to 7, a nibble is put into the mantissa of
 // the half-precision number 1024: two weights at once and without a conversion, which runs at a
 // quarter of the rate. The scale and the bias take the 1024 away again.

@@ -1,4 +1,4 @@
-"""Each expert for its own tokens, grouped by expert: what a long prompt takes.
+"""Each expert for its own tokens, in plain operations: what a long prompt takes on a CPU.
 
 At 80% token-level sparsity four fifths of a dense layer is multiplication by zero. Here each expert
 sees its own tokens only, padded to the most that any expert of its class has.
@@ -6,7 +6,6 @@ sees its own tokens only, padded to the most that any expert of its class has.
 
 import mlx.core as mx
 
-from ..kernels import combine
 from ..quantisation import ExpertWeights
 from .dense import dense_ffn
 from .experts import Activation, host_values, weigh
@@ -26,7 +25,6 @@ def grouped_ffn(
     *,
     act: Activation = "silu",
     shift: mx.array | None = None,
-    backend: str | None = None,
 ) -> mx.array:
     """Computes each expert for its own tokens where that saves enough, else every expert.
 
@@ -34,13 +32,12 @@ def grouped_ffn(
 
     Args:
         x, scores, up, down, act, shift: As in `union_ffn`.
-        backend: Whose kernel sums a token's rows; None for plain operations.
     """
     loads = host_values((scores != 0).sum(axis=0))
     if loads is None or padded_rows(loads) > MAX_SHARE * scores.size:
         return dense_ffn(x, scores, up, down, act=act, shift=shift)
     plain = up.plain(), down.plain()
-    return by_expert(x, scores, *plain, loads, act=act, shift=shift, backend=backend)
+    return by_expert(x, scores, *plain, loads, act=act, shift=shift)
 
 
 def by_expert(
@@ -52,7 +49,6 @@ def by_expert(
     *,
     act: Activation,
     shift: mx.array | None = None,
-    backend: str | None,
 ) -> mx.array:
     """Computes each expert for the tokens that use it.
 
@@ -63,7 +59,6 @@ def by_expert(
         down: [E, H, d].
         loads: How many tokens use each expert, read off the scores.
         act, shift: As in `union_ffn`.
-        backend: "metal" or "cuda", for the sum over a token's experts; None for plain operations.
 
     Returns:
         [T, H], in the dtype of x.
@@ -74,7 +69,7 @@ def by_expert(
         every = len(experts) == len(loads)
         index = mx.array(experts)
         operands = (scores, up, down) if every else (scores[:, index], up[index], down[index])
-        part = padded_ffn(x, *operands, rows, act=act, shift=shift, backend=backend)
+        part = padded_ffn(x, *operands, rows, act=act, shift=shift)
         out = part if every else out + part
     return out
 
@@ -118,7 +113,6 @@ def padded_ffn(
     *,
     act: Activation,
     shift: mx.array | None = None,
-    backend: str | None,
 ) -> mx.array:
     """`by_expert` for experts that have at most `rows` tokens each, in two batched products."""
     num_tokens, num_experts = scores.shape
@@ -136,9 +130,6 @@ def padded_ffn(
     hidden = x[tokens] @ up.swapaxes(1, 2)  # [E, rows, d]
     hidden = weigh(hidden, weights, act, None if shift is None else shift[tokens])
     outputs = (hidden @ down.swapaxes(1, 2)).reshape(spare, -1)
-    if backend is None:
-        # Padding adds zeros to token 0.
-        summed = mx.zeros(x.shape, mx.float32).at[tokens.flatten()].add(outputs)
-        return summed.astype(x.dtype)
-    places = mx.where(active, place + 1, 0).astype(mx.uint32)
-    return combine.launch(outputs, places, backend=backend)
+    # Padding adds zeros to token 0.
+    summed = mx.zeros(x.shape, mx.float32).at[tokens.flatten()].add(outputs)
+    return summed.astype(x.dtype)

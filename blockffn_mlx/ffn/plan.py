@@ -13,7 +13,11 @@ from ..kernels import (
     Sizes,
     covers,
     down,
+    grouped_down,
+    grouped_tiles,
+    grouped_up,
     norm_up,
+    place,
     probe,
     residual_down,
     route,
@@ -31,10 +35,9 @@ from .union import union_ffn
 # The longest chunk that counts as a decoding or verification step; longer ones are prefill.
 MAX_CHUNK = MAX_TOKENS
 
-# Prefill groups tokens by expert from so many tokens on (None: never). docs/kernels.md has the
-# measurements: a CPU gains from 128 tokens on, MLX's CUDA build loses; a Mac, not measured, has the
-# FLOPs of neither.
-MIN_GROUPED_TOKENS = {"cpu": 128, "metal": 512, "cuda": None}
+# Prefill groups tokens by expert from so many tokens on: in plain operations on a CPU, else in
+# kernels. docs/kernels.md has the measurements; Metal's is a guess.
+MIN_GROUPED_TOKENS = {"cpu": 128, "metal": 128, "cuda": 256}
 
 # The names that a user may ask for: the strategy, and whose kernels (None: plain operations).
 BACKENDS = {
@@ -46,13 +49,15 @@ BACKENDS = {
 }
 
 
-# The kernels of a layer: separate ones, fused ones, and DECO's, whose activation norms an expert.
+# The kernels of a layer: separate ones, fused ones, DECO's, whose activation norms an expert, and
+# those of a long chunk.
 NORM_SILU = "norm_silu"
 UNION_KERNELS = {
     "separate": ("route", "up", "down"),
     "fused": ("routed_up", "residual_down"),
     NORM_SILU: ("norm_up", "residual_down"),
 }
+GROUPED_KERNELS = ("route", "place", "grouped_up", "grouped_down")
 
 
 class Plan(NamedTuple):
@@ -63,11 +68,12 @@ class Plan(NamedTuple):
             the chunk uses. "grouped": each expert for its own tokens.
         backend: Whose kernels compute it, "metal" or "cuda"; None for plain operations.
         act: The experts' activation.
-        route, up, down: Launches, where kernels compute the union. `fused` ones have no route: `up`
+        route, up, down: Launches, where kernels compute the layer. `fused` ones have no route: `up`
             takes the router's logits, norm and eps in place of scores (what `norm_up.launch` says
             where the activation is NORM_SILU), and `down` takes the residual and its factor behind
             the list.
         fused: Whether they are.
+        place: The launch that lists the tokens of each expert, where kernels go by them.
     """
 
     strategy: str
@@ -77,6 +83,7 @@ class Plan(NamedTuple):
     up: Call | None = None
     down: Call | None = None
     fused: bool = False
+    place: Call | None = None
 
     def run(
         self,
@@ -92,6 +99,10 @@ class Plan(NamedTuple):
         `activation` takes the place of one that has only a name, `shift` [T] is what it takes from
         a token's every hidden unit; neither reaches the kernels, which know ACTIVATIONS.
         """
+        if self.place and self.up and self.down:
+            counts, lists, blocks = self.place(scores)
+            (h,) = self.up(x, scores, counts, lists, *up_weights.arrays)
+            return self.down(h, lists, blocks, *down_weights.arrays)[0]
         if self.up and self.down:
             h, active = self.up(x, scores, *up_weights.arrays)
             return self.down(h, active, *down_weights.arrays)[0]
@@ -100,7 +111,7 @@ class Plan(NamedTuple):
         if self.strategy == "union":
             return union_ffn(*operands, act=act, shift=shift)
         if self.strategy == "grouped":
-            return grouped_ffn(*operands, act=act, shift=shift, backend=self.backend)
+            return grouped_ffn(*operands, act=act, shift=shift)
         stored = stored_is_faster(len(x), x.dtype, device.compute_backend())
         return dense_ffn(*operands, act=act, shift=shift, as_stored=stored)
 
@@ -142,23 +153,40 @@ def _make_plan(
     compute_backend: str,
 ) -> Plan:
     if asked == "auto":
-        able = kernel_backend if has_kernels(act, fused) else None
-        names = kernel_names(act, fused)
+        long = sizes.num_tokens > MAX_CHUNK
+        able = kernel_backend if has_kernels(act, fused, long) else None
+        names = GROUPED_KERNELS if long else kernel_names(act, fused)
         strategy, backend = choose(sizes, training, names, able, compute_backend)
     elif asked in BACKENDS:
         strategy, backend = BACKENDS[asked]
     else:
         raise ValueError(f"unknown backend {asked!r}: use {', '.join(BACKENDS)} or auto")
-    if strategy == "grouped" and kernel_backend and combines(sizes, kernel_backend):
-        backend = kernel_backend
-    if strategy != "union" or backend is None:
+    if backend and sizes.num_tokens > MAX_CHUNK:
+        strategy = "grouped"
+    if backend is None:
         return Plan(strategy, backend, act)
-    if not has_kernels(act, fused):
+    if not has_kernels(act, fused, strategy == "grouped"):
         raise ValueError(f"there are no kernels for {act} in a layer of this kind")
-    if not covers(sizes):
+    if not (grouped_tiles.covers(sizes, backend) if strategy == "grouped" else covers(sizes)):
         raise ValueError(
-            f"the kernels take 1 to {MAX_TOKENS} tokens, up to {MAX_EXPERTS} experts, sizes that "
-            "are multiples of 32, and plain or affine 4-bit or 8-bit weights in the dtype of x"
+            f"the kernels take up to {MAX_EXPERTS} experts, sizes that are multiples of 32, and "
+            "plain or affine 4-bit or 8-bit weights in the dtype of x (beyond "
+            f"{MAX_TOKENS} tokens CUDA's take no float32)"
+        )
+    if strategy == "grouped":
+        block = grouped_tiles.choose_tiles(
+            sizes.num_tokens, backend, sizes.dtype, sizes.down.packing
+        ).down.block
+        return Plan(
+            strategy,
+            backend,
+            act,
+            route.arguments(sizes.num_tokens, sizes.num_experts, sizes.dtype, backend=backend),
+            grouped_up.arguments(sizes, act=act, backend=backend),
+            grouped_down.arguments(sizes, backend=backend),
+            place=place.arguments(
+                sizes.num_tokens, sizes.num_experts, sizes.dtype, block=block, backend=backend
+            ),
         )
     if fused:
         normed = act == NORM_SILU
@@ -193,19 +221,22 @@ def choose(
     if training:
         return "dense", None
     if sizes.num_tokens > MAX_CHUNK:
-        least = MIN_GROUPED_TOKENS[compute_backend]
-        reads = compute_backend == "cpu" or kernel_backend  # the loads, on the host, once a layer
-        grouped = reads and least is not None and sizes.num_tokens >= least
-        return ("grouped" if grouped else "dense"), None
+        grouped = sizes.num_tokens >= MIN_GROUPED_TOKENS[kernel_backend or compute_backend]
+        if kernel_backend:
+            grouped = grouped and grouped_tiles.covers(sizes, kernel_backend)
+            grouped = grouped and kernels_work(sizes, kernel_backend, names)
+            return ("grouped", kernel_backend) if grouped else ("dense", None)
+        # In plain operations the loads are read on the host, once a layer.
+        return ("grouped" if grouped and compute_backend == "cpu" else "dense"), None
     if kernel_backend and covers(sizes) and kernels_work(sizes, kernel_backend, names):
         return "union", kernel_backend
     # Reading the union on the host costs a GPU more, once a layer, than the experts that it saves.
     return ("union" if compute_backend == "cpu" else "dense"), None
 
 
-def has_kernels(act: str, fused: bool) -> bool:
-    """Whether there are kernels for an activation."""
-    return act in ACTIVATIONS or fused and act == NORM_SILU
+def has_kernels(act: str, fused: bool, long: bool) -> bool:
+    """Whether there are kernels for an activation, in a chunk of more than MAX_CHUNK or not."""
+    return act in ACTIVATIONS or fused and not long and act == NORM_SILU
 
 
 def kernel_names(act: str, fused: bool) -> tuple[str, ...]:
@@ -223,16 +254,12 @@ def kernels_work(sizes: Sizes, backend: str, names: tuple[str, ...]) -> bool:
     )
 
 
-def combines(sizes: Sizes, backend: str) -> bool:
-    """Whether the kernel may sum the rows of tokens grouped by expert."""
-    fits = sizes.num_experts <= MAX_EXPERTS and sizes.hidden_size % 32 == 0
-    kernel = KERNELS["combine"]
-    return fits and probe.works(kernel, sizes.num_tokens, sizes.dtype, backend=backend)
-
-
 def forget():
     """Drops every plan: for tests, and when tiles or verdicts have changed."""
     _make_plan.cache_clear()
     tuned_tables.cache_clear()
-    for module in (route, up, down, routed_up, residual_down, norm_up):
+    for module in (
+        *(route, up, down, routed_up, residual_down, norm_up),
+        *(place, grouped_up, grouped_down),
+    ):
         module.arguments.cache_clear()

@@ -79,7 +79,7 @@ def run_once(layer: BlockFFN, sizes: Sizes):
     up, down = layer.up_proj.weights, layer.down_proj.weights
     fused = layer.norm_after_router == "rms"
     plan = make_plan(sizes, layer.act, layer.backend, fused=fused)
-    if not (plan.up and plan.down):
+    if plan.place or not (plan.up and plan.down):
         return
     x = mx.zeros((sizes.num_tokens, sizes.hidden_size), sizes.dtype)
     scores = mx.zeros((sizes.num_tokens, sizes.num_experts), sizes.dtype)

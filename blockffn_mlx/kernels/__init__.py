@@ -1,17 +1,21 @@
 """The kernels of metal/: one module each, with its launch, its twin and its sample inputs.
 
 Three launches make a layer: route, up and down. The up kernel finds the union of the chunk's
-experts itself and leaves the list for the down kernel; docs/kernels.md tells how they work and what
-was measured. `KERNELS` lists them all.
+experts itself and leaves the list for the down kernel. For long chunks these are route, place,
+grouped_up and grouped_down. docs/kernels.md tells how they work and what was measured. `KERNELS`
+lists them all.
 """
 
 from .. import device
 from . import (
     attention,
-    combine,
     down,
+    grouped_down,
+    grouped_tiles,
+    grouped_up,
     linear,
     norm_up,
+    place,
     probe,
     residual_down,
     route,
@@ -40,12 +44,15 @@ __all__ = [
     "attention",
     "available_backend",
     "build_kernel",
-    "combine",
     "covers",
     "down",
+    "grouped_down",
+    "grouped_tiles",
+    "grouped_up",
     "kernel_text",
     "linear",
     "norm_up",
+    "place",
     "probe",
     "random_layer",
     "residual_down",

@@ -28,7 +28,9 @@ class Kernel:
         sample: Operands and settings from a random layer.
         projection: "up" or "down" if it takes that projection's weights, plain or packed, and is
             cut in its tiles; None for others.
-        written: Sets what it leaves unwritten to 0, so that outputs can be compared.
+        written: (sample, *outputs) -> outputs with what the kernel leaves unwritten set to 0, so
+            that they can be compared.
+        long: Whether it is for chunks of more than MAX_TOKENS, in tiles of `grouped_tiles.py`.
     """
 
     name: str
@@ -39,14 +41,15 @@ class Kernel:
     twin: Callable[..., Outputs]
     sample: Callable[[Any], "Sample"]
     projection: str | None = None
-    written: Callable[..., tuple[mx.array, ...]] = lambda *outputs: outputs
+    written: Callable[..., tuple[mx.array, ...]] = lambda sample, *outputs: outputs
+    long: bool = False
 
     def run(self, sample: "Sample", backend: str | None = None) -> tuple[mx.array, ...]:
         """The outputs for a sample, of the kernel or (without a backend) of its twin."""
         function, extra = (self.launch, {"backend": backend}) if backend else (self.twin, {})
         outputs = function(*sample.operands, **sample.settings, **extra)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return self.written(*outputs)
+        return self.written(sample, *outputs)
 
     def exact(self, sample: "Sample") -> tuple[mx.array, ...]:
         """The twin's outputs in float32: on a CPU where the GPU multiplies float32 as TF32."""
@@ -85,9 +88,10 @@ class Call(NamedTuple):
     threadgroup: tuple[int, int, int]
     output_shapes: list[tuple[int, ...]]
     output_dtypes: list[mx.Dtype]
+    memory: int = 0
 
     def __call__(self, *inputs: mx.array) -> Sequence[mx.array]:
-        return build_kernel(self.kernel, self.backend, self.packed)(
+        return build_kernel(self.kernel, self.backend, self.packed, self.memory)(
             inputs=list(inputs),
             template=self.template,
             grid=self.grid,
@@ -107,6 +111,7 @@ def prepare(
     constants: dict[str, int | bool],
     outputs: list[tuple[tuple[int, ...], mx.Dtype]],
     packed: bool = False,
+    memory: int = 0,
 ) -> Call:
     """Makes a launch's arguments.
 
@@ -119,7 +124,10 @@ def prepare(
         constants: What the kernel is compiled for.
         outputs: Shapes and dtypes.
         packed: Whether a projection's weights are quantised.
+        memory: Of the array `memory` of the body, if it has one, in pieces of 16 bytes.
     """
+    if memory:
+        constants = {**constants, "MEMORY": memory}
     shapes, dtypes = zip(*outputs, strict=True)
     threads = 32 * simdgroups
     return Call(
@@ -131,13 +139,15 @@ def prepare(
         (threads, 1, 1),
         list(shapes),
         list(dtypes),
+        16 * memory,
     )
 
 
 @cache
-def build_kernel(kernel: Kernel, backend: str, packed: bool = False) -> Any:
-    """The object of MLX's for a kernel, made once."""
-    make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
+def build_kernel(kernel: Kernel, backend: str, packed: bool = False, memory: int = 0) -> Any:
+    """The object of MLX's for a kernel, made once; CUDA wants to know the bytes of `memory`."""
     text = kernel_text(kernel, backend, packed)
-    text = filed(text) if backend == "cuda" else text
-    return make(name=f"blockffn_{kernel.name}{'_affine' if packed else ''}", **text._asdict())
+    name = f"blockffn_{kernel.name}{'_affine' if packed else ''}"
+    if backend == "metal":
+        return mx.fast.metal_kernel(name=name, **text._asdict())
+    return mx.fast.cuda_kernel(name=name, **filed(text)._asdict(), shared_memory=memory)

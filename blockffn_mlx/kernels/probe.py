@@ -17,10 +17,11 @@ import mlx.core as mx
 from .. import device
 from ..quantisation import Quantization
 from . import verdicts
+from .grouped_tiles import GroupedTile, grouped_tiles
 from .kernel import Kernel
 from .registry import KERNELS
 from .samples import random_layer
-from .tiles import Tile, tile_table
+from .tiles import MAX_TOKENS, Tile, tile_table
 
 # A kernel may differ this much from its twin, relative to the largest value: a few roundings.
 TOLERANCE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 3e-2}
@@ -29,6 +30,10 @@ TOLERANCE = {mx.float32: 1e-4, mx.float16: 1e-2, mx.bfloat16: 3e-2}
 # and more, since fewer put the list of them into another address space; widths that every group
 # size divides and that take a simdgroup more than one round.
 SIZES = (12, 128, 1152, 7)
+
+# A grouped tile is tried on a chunk longer by this than the shortest that takes it: no multiple of
+# its tokens, and not all of them in one tile.
+ODD_TOKENS = 85
 
 # A class that takes longer than this stalls; compiling it takes one or two seconds.
 STALL_SECONDS = 30.0
@@ -49,21 +54,29 @@ class TileClass(NamedTuple):
         packing: Of the weights; None for plain ones, or for a kernel that takes none.
         tile: How a projection is cut; None for other kernels.
         shortest: The shortest chunk that takes the tile.
+        longest: The longest one; None if there is none.
     """
 
     kernel: str
     backend: str
     dtype: mx.Dtype
     packing: Quantization | None = None
-    tile: Tile | None = None
+    tile: Tile | GroupedTile | None = None
     shortest: int = 1
+    longest: int | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Chunk lengths to run: the longest and the shortest that take the tile."""
         if self.tile is None:
             return (13,)
+        if isinstance(self.tile, GroupedTile):
+            return (self.shortest + ODD_TOKENS,)
         return tuple(sorted({self.shortest, self.tile.tokens}, reverse=True))
+
+    def takes(self, num_tokens: int) -> bool:
+        """Whether a chunk of that length belongs to it."""
+        return self.shortest <= num_tokens and (self.longest is None or num_tokens <= self.longest)
 
     @property
     def key(self) -> str:
@@ -74,8 +87,11 @@ class TileClass(NamedTuple):
     def __str__(self) -> str:
         parts = [f"the {self.backend} kernel {self.kernel}"]
         if self.tile:
-            first, last = self.shortest, self.tile.tokens
-            parts.append(f"for {first} to {last} tokens" if last > first else f"for {first} token")
+            first, last = self.shortest, self.longest
+            if last is None:
+                parts.append(f"for {first} tokens and more")
+            else:
+                parts.append(f"for {first} to {last} tokens" if last > first else "for 1 token")
         parts.append(f"in {str(self.dtype).removeprefix('mlx.core.')}")
         if self.packing:
             parts.append(f"with {self.packing.bits}-bit weights")
@@ -88,10 +104,17 @@ def tile_classes(
     """Every class of a kernel, by chunk length."""
     if not kernel.projection:
         return [TileClass(kernel.name, backend, dtype)]
+    if kernel.long:
+        classes, longest = [], None
+        for pair in grouped_tiles(backend, dtype, packing):
+            least, tile = max(pair.least, MAX_TOKENS + 1), getattr(pair, kernel.projection)
+            classes.append(TileClass(kernel.name, backend, dtype, packing, tile, least, longest))
+            longest = least - 1
+        return classes
     tiles = [getattr(t, kernel.projection) for t in tile_table(backend, dtype, packing)]
     shortest = [1, *(tile.tokens + 1 for tile in tiles)]
     return [
-        TileClass(kernel.name, backend, dtype, packing, tile, first)
+        TileClass(kernel.name, backend, dtype, packing, tile, first, tile.tokens)
         for tile, first in zip(tiles, shortest, strict=False)
     ]
 
@@ -112,7 +135,7 @@ def works(
     if device.gpu_backend() != backend:
         return True
     classes = tile_classes(kernel, backend, dtype, packing)
-    return verdict(next(c for c in classes if c.tile is None or num_tokens <= c.tile.tokens))
+    return verdict(next(c for c in classes if c.takes(num_tokens)))
 
 
 @cache

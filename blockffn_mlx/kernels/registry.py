@@ -1,14 +1,19 @@
 """Every kernel: what probe, doctor, benchmark and tests walk, so that none is forgotten."""
 
 from .attention import ATTENTION
-from .combine import COMBINE
 from .down import DOWN
+from .grouped_down import GROUPED_DOWN
+from .grouped_up import GROUPED_UP
 from .kernel import Kernel
 from .norm_up import NORM_UP
+from .place import PLACE
 from .residual_down import RESIDUAL_DOWN
 from .route import ROUTE
 from .routed_up import ROUTED_UP
 from .up import UP
 
-ALL = (ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, NORM_UP, COMBINE, ATTENTION)
+ALL = (
+    *(ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, NORM_UP, ATTENTION),
+    *(PLACE, GROUPED_UP, GROUPED_DOWN),
+)
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}

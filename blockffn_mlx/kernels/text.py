@@ -63,6 +63,8 @@ def kernel_text(kernel: "Kernel", backend: str, packed: bool = False) -> KernelT
         # cuda.h names everything that the kernels take from Metal's own headers
         header = read_source(f"{kernel.name}.metal", {"simdgroup.metal": "cuda.h"})
         header = re.sub(r"#include <metal_\w+>\n", "", header)
+        # more than a kernel can have on its own is asked for at its launch
+        body = body.replace("threadgroup uint4 memory[MEMORY]", "extern __shared__ uint4 memory[]")
         body = body.replace("threadgroup ", "__shared__ ")
     return KernelText([*kernel.inputs, *arrays], list(kernel.outputs), body, header)
 

@@ -49,10 +49,14 @@ class Sizes(NamedTuple):
 
 
 def covers(sizes: Sizes) -> bool:
-    """Whether the kernels take this: its sizes, dtypes and quantisation."""
+    """Whether the kernels of short chunks take this: its sizes, dtypes and quantisation."""
+    return 1 <= sizes.num_tokens <= MAX_TOKENS and takes(sizes)
+
+
+def takes(sizes: Sizes) -> bool:
+    """Whether the kernels take a layer, whatever the length of the chunk."""
     return (
-        1 <= sizes.num_tokens <= MAX_TOKENS
-        and sizes.num_experts <= MAX_EXPERTS
+        sizes.num_experts <= MAX_EXPERTS
         and sizes.dtype in DTYPES
         and sizes.hidden_size % 32 == 0
         and sizes.expert_size % 32 == 0

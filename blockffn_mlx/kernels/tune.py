@@ -163,7 +163,7 @@ class Bench:
                 *sample.operands, **sample.settings, backend=self.backend, tile=tile
             )
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            found = KERNELS[name].written(*outputs)
+            found = KERNELS[name].written(sample, *outputs)
             mx.eval(found)
             right = probe.agree(found, self.exact[name], self.dtype)
         except Exception as error:  # whatever MLX raises when it builds or runs a kernel

@@ -85,7 +85,7 @@ def ordered_union(scores: mx.array) -> tuple[mx.array, mx.array]:
     return order, mx.concatenate([count, listed]).astype(mx.uint32)
 
 
-def written(h: mx.array, active: mx.array) -> tuple[mx.array, mx.array]:
+def written(_: Sample, h: mx.array, active: mx.array) -> tuple[mx.array, mx.array]:
     """Slots of h behind the last active expert as 0."""
     return mx.where((mx.arange(len(h)) < active[0])[:, None, None], h, 0), active
 

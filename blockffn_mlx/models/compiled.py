@@ -170,7 +170,7 @@ class CompiledPasses:
 
 def can_be_compiled(plan: Plan) -> bool:
     """Whether a layer reads nothing on the host."""
-    return plan.fused or plan.strategy == "dense"
+    return plan.fused or plan.place is not None or plan.strategy == "dense"
 
 
 def layer_halves(layer: nn.Module) -> tuple[Entry, Exit] | None:

@@ -176,7 +176,7 @@ class Exit(NamedTuple):
         x = mx.fast.rms_norm(h, norm, self.eps)
         logits = self.router(launches.router, x, router)
         plan, scores = launches.experts, route.twin(logits, router_norm, eps=self.router_eps)
-        if plan.up and plan.down:
+        if plan.fused and plan.up and plan.down:
             hidden, active = plan.up(x, logits, router_norm, route.epsilon(self.router_eps), *up)
             factor = residual_down.factor_array(self.residual_scale)
             (h,) = plan.down(hidden, active, h, factor, *down)

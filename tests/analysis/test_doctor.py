@@ -12,6 +12,7 @@ from blockffn_mlx import device, kernels
 from blockffn_mlx.analysis import doctor
 from blockffn_mlx.cli import common
 from blockffn_mlx.cli import doctor as command
+from blockffn_mlx.kernels import grouped_tiles
 from blockffn_mlx.kernels.probe import KernelWarning
 
 ON_GPU = device.gpu_backend() is not None
@@ -86,7 +87,8 @@ def test_metal_kernels_in_the_harness(monkeypatch, wrong):
     assert runs and {v.kernel for v in verdicts} == set(kernels.KERNELS)
     for name, kernel in kernels.KERNELS.items():
         tokens = [v.tokens for v in verdicts if v.kernel == name]
-        assert len(tokens) == (2 * len(kernels.TILES["metal"]) if kernel.projection else 1)
+        table = grouped_tiles.GROUPED_TILES if kernel.long else kernels.TILES
+        assert len(tokens) == (2 * len(table["metal"]) if kernel.projection else 1)
     assert [v for v in verdicts if v.right != (v.kernel != wrong)] == []
 
 

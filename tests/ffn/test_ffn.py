@@ -189,13 +189,16 @@ def test_one_place_chooses(monkeypatch):
     monkeypatch.setattr(device, "kernel_backend", lambda: "metal")
     assert chosen(1) == chosen(64) == ("union", "metal")
     assert chosen(8, training=True) == ("dense", None)
-    for name, strategy in (("cpu", "grouped"), ("metal", "dense"), ("cuda", "dense")):
+    for name, least in (("metal", 128), ("cuda", 256)):
+        monkeypatch.setattr(device, "kernel_backend", lambda name=name: name)
         monkeypatch.setattr(device, "compute_backend", lambda name=name: name)
-        assert chosen(128)[0] == strategy
+        assert chosen(least, training=True) == chosen(least - 1) == ("dense", None)
+        assert chosen(least) == (("grouped", name) if name == "metal" else ("dense", None))
     monkeypatch.setattr(device, "kernel_backend", lambda: None)
     assert chosen(1) == chosen(512) == ("dense", None)  # nothing is read on the host
     monkeypatch.setattr(device, "compute_backend", lambda: "cpu")
     assert chosen(1) == ("union", None)
+    assert chosen(127) == ("dense", None) and chosen(128) == ("grouped", None)
 
 
 def test_bad_arguments_are_named():

@@ -15,6 +15,8 @@ import mlx.core as mx
 
 import metal_host
 from blockffn_mlx.kernels import DTYPES, KERNELS, TILES, RandomLayer, Tile, random_layer
+from blockffn_mlx.kernels.grouped_tiles import GroupedTile, grouped_tiles
+from blockffn_mlx.quantisation import Quantization
 
 PACKINGS = (None, *product((4, 8), (32, 64, 128)))  # bits and group size
 
@@ -25,7 +27,7 @@ class Variant:
 
     kernel: str
     dtype: mx.Dtype
-    tile: Tile | None = None
+    tile: Tile | GroupedTile | None = None
     packing: tuple[int, int] | None = None
 
     def __str__(self) -> str:
@@ -34,8 +36,9 @@ class Variant:
             words.append("{}bit-g{}".format(*self.packing))
         if self.tile:
             tile = self.tile
-            words += [f"t{tile.tokens}{'m' * tile.matrix}", f"o{tile.octets}"]
-            words += [f"s{tile.simdgroups}", f"d{tile.depth}{'a' * tile.ahead}"]
+            words += [f"t{tile.tokens}", f"o{tile.octets}", f"s{tile.simdgroups}"]
+            if isinstance(tile, Tile):
+                words += [f"d{tile.depth}{'m' * tile.matrix}{'a' * tile.ahead}"]
         return "-".join(words)
 
     def launch(self) -> metal_host.Launch:
@@ -60,9 +63,13 @@ def variants(table: str = "metal") -> Iterator[Variant]:
         if not kernel.projection:
             yield Variant(kernel.name, dtype)
             continue
-        tiles = dict.fromkeys(getattr(pair, kernel.projection) for pair in TILES[table])
-        for tile, packing in product(tiles, PACKINGS):
-            yield Variant(kernel.name, dtype, tile, packing)
+        for packing in PACKINGS:
+            pairs = TILES[table]
+            if kernel.long:
+                form = packing and Quantization(packing[1], packing[0], "affine")
+                pairs = grouped_tiles(table.split()[0], dtype, form)
+            for tile in dict.fromkeys(getattr(pair, kernel.projection) for pair in pairs):
+                yield Variant(kernel.name, dtype, tile, packing)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from blockffn_mlx import kernels
 from blockffn_mlx.analysis import doctor
 from blockffn_mlx.kernels import KERNELS, TILES, random_layer
 from helpers.ffn_cases import TOLERANCE, Case
-from helpers.kernel_runs import BACKEND, ON_GPU, check, in_harness, needs_gpu_or_compiler, running
+from helpers.kernel_runs import BACKEND, check, in_harness, needs_gpu_or_compiler, running
 
 pytestmark = needs_gpu_or_compiler
 
@@ -49,17 +49,6 @@ def test_a_single_threadgroup_leaves_the_list():
         )
         mx.eval(active)
     assert active.tolist() == [1, 0]
-
-
-@pytest.mark.parametrize("width, dtype", [(1024 + 96, mx.float32), (2048 + 96, mx.bfloat16)])
-def test_combine_goes_round_wide_rows(width, dtype):
-    """Wider than what the threads of a threadgroup take at once."""
-    sample = KERNELS["combine"].sample(random_layer(3, 65, 32, width, 40, dtype))
-    with running("check") as runs:
-        found = KERNELS["combine"].run(sample, BACKEND)
-        mx.eval(found)
-    assert doctor.relative_error(found, KERNELS["combine"].run(sample.widened())) < TOLERANCE[dtype]
-    assert ON_GPU or runs[0].counters.unwritten == 0
 
 
 @in_harness

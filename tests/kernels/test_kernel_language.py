@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host
 EVERY = list(variants())
 # every tile once, going round the dtypes and packings, and the kernels that have no tile
 SAMPLE = [v for i, v in enumerate(EVERY) if not v.tile or i % 7 == i // 7 % len(PACKINGS)]
+SAMPLE += {v.tile: v for v in EVERY if v.tile not in {s.tile for s in SAMPLE}}.values()
 
 
 def all_refusals(variants, standards=metal_host.STANDARDS) -> list[str]:

@@ -120,7 +120,8 @@ def test_every_kernel_matches_its_twin(name, dtype, packing):
         found = kernel.run(sample, BACKEND)
         mx.eval(found)
     assert doctor.relative_error(found, kernel.run(sample.widened())) < TOLERANCE[dtype]
-    assert ON_GPU or name == "up" or runs[-1].counters.unwritten == 0
+    whole = name not in ("up", "place", "grouped_up")  # these leave room for all tokens unwritten
+    assert ON_GPU or not whole or runs[-1].counters.unwritten == 0
 
 
 @pytest.mark.parametrize("experts", [1, 3, 40, 180, 256])
@@ -302,7 +303,6 @@ def test_environment_turns_kernels_off(monkeypatch):
 COVERED_LAYER = dict(hidden_size=64, num_experts=9, expert_size=32)
 COVERED = Case(5, 9, 32, 64)
 NOT_COVERED = {
-    "65 tokens": replace(COVERED, tokens=65),
     "257 experts": replace(COVERED, experts=257),
     "expert size": replace(COVERED, expert_size=40),
     "hidden size": replace(COVERED, hidden_size=72),

@@ -42,7 +42,7 @@ def works(name: str, num_tokens: int, packing=None) -> bool:
 @pytest.mark.parametrize("name", kernels.KERNELS)
 def test_right_kernels_pass(name, packing):
     with running() as runs:
-        assert works(name, 5, packing)
+        assert works(name, 70 if kernels.KERNELS[name].long else 5, packing)
     assert not runs or {r.name.removesuffix("_affine") for r in runs} == {f"blockffn_{name}"}
 
 

@@ -44,6 +44,8 @@ def compiled(monkeypatch):
             else:
                 weights = Plain(*arrays)
             inputs = (*first, weights)
+        if self.kernel.name == "place":
+            settings["block"] = constants["BLOCK"]
         if "SILU" in constants:
             settings["act"] = "silu" if constants["SILU"] else "relu"
         out = self.kernel.twin(*inputs, **settings)
@@ -261,7 +263,14 @@ def test_a_copy_compiles_its_own(monkeypatch, compiled):
     agree(monkeypatch, compiled, twin, twin.make_cache)
 
 
+def test_prompts_that_kernels_group_by_expert_are_compiled(compiled, monkeypatch):
+    model = tiny_model(**SIZES)
+    agree(monkeypatch, compiled, model, model.make_cache, lengths=(130, 1))
+
+
 def test_prompts_that_are_grouped_on_the_host_take_the_layers(compiled):
     model = tiny_model(**SIZES)
+    for layer in model.layers:
+        layer.mlp.backend = "grouped"
     steps(model, model.make_cache(), lengths=(130,))
     assert not compiled[-1]

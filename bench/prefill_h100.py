@@ -1,0 +1,250 @@
+"""The feed-forward layer of long chunks on a GPU: grouped kernels beside the dense layer.
+
+usage: python bench/prefill_h100.py [check] [layers] [tiles] [--out FILE.json] [--seconds 60]
+
+check: fresh random cases against float64. layers: microseconds a layer over different layers, whose
+weights no cache holds, in one graph each; the kernels alone, and what the dense layer takes, in
+turns. tiles: the same for tiles that compete. Every measured layer is checked on some tokens first.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import kernels_check
+import mlx.core as mx
+import numpy as np
+
+from blockffn_mlx import device
+from blockffn_mlx.ffn import chunk_union_ffn
+from blockffn_mlx.kernels import grouped_down, grouped_up, place, random_layer
+from blockffn_mlx.kernels.grouped_tiles import GroupedTile, choose_tiles
+from blockffn_mlx.quantisation import ExpertWeights
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+from helpers.ffn_cases import float64, relative_error  # noqa: E402
+
+BACKEND = device.gpu_backend() or "metal"
+ACTIVE = 0.2
+
+
+class Shape(NamedTuple):
+    """Layers of one form, and the chunks that go through them."""
+
+    hidden_size: int
+    num_experts: int
+    expert_size: int
+    layers: int
+    bits: int
+    tokens: tuple[int, ...]
+
+
+SHAPES = [
+    Shape(2048, 128, 128, 18, 0, (2048, 512, 256, 128)),
+    Shape(4096, 128, 512, 6, 0, (2048, 512)),
+    Shape(2048, 128, 128, 18, 4, (2048, 512, 256)),
+    Shape(4096, 128, 512, 6, 4, (2048,)),
+    Shape(2048, 128, 128, 18, 8, (2048,)),
+]
+
+# Tiles that compete, at the first two shapes: (tokens, octets, simdgroups, stages, batch, block).
+UPS = [
+    GroupedTile(128, 4, 4, 3, 4),
+    GroupedTile(128, 4, 4, 3, 2),
+    GroupedTile(128, 2, 8, 3, 4),
+    GroupedTile(64, 4, 4, 4, 4),
+    GroupedTile(128, 4, 4, 2, 4),
+]
+DOWNS = [
+    GroupedTile(64, 2, 8, 4, 2, 256),
+    GroupedTile(64, 4, 4, 4, 2, 256),
+    GroupedTile(64, 2, 8, 4, 4, 256),
+    GroupedTile(32, 2, 8, 6, 2, 256),
+    GroupedTile(64, 2, 16, 4, 2, 128),
+    GroupedTile(64, 2, 4, 4, 2, 256),
+    GroupedTile(32, 2, 8, 4, 2, 128),
+    GroupedTile(32, 4, 4, 4, 2, 128),
+]
+
+
+class Layer(NamedTuple):
+    """One layer and its chunk."""
+
+    x: mx.array
+    scores: mx.array
+    up: ExpertWeights
+    down: ExpertWeights
+
+
+def make_layer(shape: Shape, tokens: int, seed: int) -> Layer:
+    """A fifth of all pairs of token and expert is active."""
+    sizes = (shape.num_experts, shape.expert_size, shape.hidden_size, shape.num_experts)
+    packing = (shape.bits, 64) if shape.bits else (0, 0)
+    layer = random_layer(tokens, *sizes, mx.bfloat16, packing, seed)
+    used = mx.random.uniform(shape=layer.scores.shape, key=mx.random.key(seed)) < ACTIVE
+    scores = mx.where(used, layer.scores, 0)
+    mx.eval(scores)
+    return Layer(layer.x, scores, layer.up, layer.down)
+
+
+def exact_rows(layer: Layer, tokens: list[int]) -> np.ndarray:
+    """The layer for some tokens in float64."""
+    up, down = layer.up.plain(), layer.down.plain()
+    rows = []
+    for token in tokens:
+        x, scores = float64(layer.x[token]), float64(layer.scores[token])
+        used = np.flatnonzero(scores)
+        index = mx.array(used)
+        z = float64(up[index]) @ x
+        h = z / (1 + np.exp(-z)) * scores[used, None]
+        rows.append(np.einsum("ehd,ed->h", float64(down[index]), h))
+    return np.stack(rows)
+
+
+def layer_error(layer: Layer, out: mx.array) -> float:
+    """Relative error on a few tokens."""
+    count = len(layer.x)
+    tokens = sorted({0, 1, count // 3, count - 1})
+    return relative_error(out[mx.array(tokens)], exact_rows(layer, tokens))
+
+
+def microseconds(work: Callable[[Layer], Any], layers: list[Layer], repeats: int = 7) -> float:
+    """Median time of a layer, all of them in one graph."""
+    times = []
+    for _ in range(repeats + 2):
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval([work(layer) for layer in layers])
+        mx.synchronize()
+        times.append((time.perf_counter() - start) / len(layers) * 1e6)
+    return round(median(times[2:]), 1)
+
+
+def run_layer(layer: Layer, backend: str) -> mx.array:
+    return chunk_union_ffn(layer.x, layer.scores, layer.up, layer.down, backend=backend)
+
+
+class Parts:
+    """What the kernels of a layer take, made once."""
+
+    def __init__(self, layers: list[Layer], block: int):
+        self.placed = {}
+        for layer in layers:
+            placed = place.launch(layer.scores, block=block, backend=BACKEND)
+            h = grouped_up.launch(
+                layer.x, layer.scores, *placed[:2], layer.up, act="silu", backend=BACKEND
+            )
+            mx.eval(placed, h)
+            self.placed[id(layer)] = (*placed, h)
+        self.block = block
+
+    def place(self, layer: Layer) -> Any:
+        return place.launch(layer.scores, block=self.block, backend=BACKEND)
+
+    def up(self, layer: Layer, tile: GroupedTile | None = None) -> mx.array:
+        counts, lists, *_ = self.placed[id(layer)]
+        return grouped_up.launch(
+            layer.x, layer.scores, counts, lists, layer.up, act="silu", backend=BACKEND, tile=tile
+        )
+
+    def down(self, layer: Layer, tile: GroupedTile | None = None) -> mx.array:
+        _, lists, blocks, h = self.placed[id(layer)]
+        return grouped_down.launch(h, lists, blocks, layer.down, backend=BACKEND, tile=tile)
+
+
+def measure_layers(note: Callable[..., None], shapes: list[Shape]) -> None:
+    for shape in shapes:
+        for tokens in shape.tokens:
+            begin = time.perf_counter()
+            layers = [make_layer(shape, tokens, seed) for seed in range(shape.layers)]
+            error = layer_error(layers[0], run_layer(layers[0], BACKEND))
+            packing = layers[0].down.format.packing
+            tiles = choose_tiles(tokens, BACKEND, mx.bfloat16, packing)
+            parts = Parts(layers, tiles.down.block)
+            found = {
+                "kernels": microseconds(partial(run_layer, backend=BACKEND), layers),
+                "dense": microseconds(partial(run_layer, backend="dense"), layers),
+                "again": microseconds(partial(run_layer, backend=BACKEND), layers),
+                "place": microseconds(parts.place, layers),
+                "up": microseconds(parts.up, layers),
+                "down": microseconds(parts.down, layers),
+            }
+            note(
+                layer=f"{shape.hidden_size}x{shape.num_experts}x{shape.expert_size}",
+                bits=shape.bits or 16,
+                tokens=tokens,
+                **found,
+                error=error,
+                seconds=round(time.perf_counter() - begin, 1),
+            )
+            del layers, parts
+
+
+def measure_tiles(note: Callable[..., None]) -> None:
+    for shape, tokens in ((SHAPES[0], 2048), (SHAPES[0], 512), (SHAPES[1], 2048)):
+        layers = [make_layer(shape, tokens, seed) for seed in range(shape.layers // 2)]
+        exact = exact_rows(layers[0], [0, tokens - 1])
+        parts: dict[int, Parts] = {}
+        for tile in UPS + DOWNS:
+            begin = time.perf_counter()
+            try:
+                mine = parts.setdefault(tile.block, Parts(layers, tile.block or 256))
+                work = partial(mine.down if tile.block else mine.up, tile=tile)
+                error = None
+                if tile.block:
+                    rows = work(layers[0])[mx.array([0, tokens - 1])]
+                    error = relative_error(rows, exact)
+                found: dict[str, Any] = {"us": microseconds(work, layers, 5), "error": error}
+            except Exception as failure:  # the other tiles are still worth having
+                found = {"failure": " ".join(str(failure).split())[:300]}
+            note(
+                tile=("down" if tile.block else "up", *tile),
+                layer=f"{shape.hidden_size}x{shape.num_experts}x{shape.expert_size}",
+                tokens=tokens,
+                **found,
+                seconds=round(time.perf_counter() - begin, 1),
+            )
+        del layers, parts
+
+
+def check(note: Callable[..., None], seconds: float) -> None:
+    """Random sizes, loads, dtypes and packings."""
+    note(**kernels_check.check_cases(400, 14, int(time.time()), seconds, kernels_check.LONG_TOKENS))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", default=["check", "layers", "tiles"])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--seconds", type=float, default=60, help="for the cases of check")
+    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)))
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+
+    def note(**row: Any) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if args.out:  # after each row: the machine may be taken away
+            args.out.write_text(json.dumps(rows, indent=1) + "\n")
+
+    note(device=device.name(), mlx=mx.__version__, script="bench/prefill_h100.py")
+    for part in args.parts:
+        try:
+            if part == "check":
+                check(note, args.seconds)
+            elif part == "layers":
+                measure_layers(note, [SHAPES[i] for i in args.shapes])
+            else:
+                measure_tiles(note)
+        except Exception as error:
+            note(part=part, failure=f"{type(error).__name__}: {' '.join(str(error).split())[:600]}")
+
+
+if __name__ == "__main__":
+    main()
