@@ -37,6 +37,21 @@ def plain_file(path: str | Path) -> Path:
     return file
 
 
+def new_file(path: str | Path, suffix: str) -> Path:
+    """Where a file of some kind will be written, see `plain_file`.
+
+    Raises:
+        ValueError: If its name does not end in that suffix, or as `plain_file`.
+        OSError: If there is no folder for it.
+    """
+    file = plain_file(path)
+    if Path(path).suffix.lower() != suffix:
+        raise ValueError(f"{path}: give a name that ends in {suffix}")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {file.parent}: make it first")
+    return file
+
+
 def replace_text(path: Path, text: str):
     """Writes a text file whole or not at all; see `replacing`."""
     with replacing(path) as file:

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -62,7 +63,7 @@ def run_main(prog: str, command: Callable[[], int | None]) -> int:
         sys.stdout = None
         return 1
     except (ValueError, OSError, MemoryError) as error:
-        complain(prog, str(error) or "there is not enough memory")
+        complain(prog, reason(error) or "there is not enough memory")
         return 1
     except RuntimeError as error:
         if not str(error).startswith("["):  # MLX's own name in brackets what failed
@@ -77,6 +78,14 @@ def run_main(prog: str, command: Callable[[], int | None]) -> int:
             raise
         complain(prog, f"the tokenizer fails: {error}")
         return 1
+
+
+def reason(error: Exception) -> str:
+    """What an error says; of the system's own, the file and its words without their number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
+        return f"{name}: {error.strerror.lower()}"
+    return str(error)
 
 
 def say_warnings(prog: str):

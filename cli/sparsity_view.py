@@ -2,6 +2,7 @@
 
 import io
 import math
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console, Group
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..analysis.sparsity import SparsityReport
+from ..paths import replace_text
 
 # From unused to used by every token, readable on dark and on light grounds.
 SHADES = ("grey23", "dark_green", "green4", "green3", "yellow3", "bright_yellow")
@@ -22,7 +24,7 @@ def heat_map(
     """Layers by experts, coloured by the share of tokens that use the expert.
 
     Args:
-        active: Booleans [L, T, E].
+        active: [L, T, E], booleans, or shares of tokens.
         width: Columns of the terminal; experts share a cell where they would not fit.
         in_color: Whether colours tell the shares apart; otherwise the cells' density does.
         in_ascii: Whether only ASCII can be shown.
@@ -57,9 +59,10 @@ def heat_map_for(console: Console, active: np.ndarray) -> Group:
     return heat_map(active, console.width, in_color, console.options.ascii_only)
 
 
-def layer_table(result: SparsityReport, active: np.ndarray) -> Table:
-    """TLS, CLS and reuse per layer, and their means."""
-    table = Table(title=f"Sparsity over {active.shape[1]} tokens")
+def layer_table(result: SparsityReport, active: np.ndarray, tokens: int | None = None) -> Table:
+    """TLS, CLS and reuse per layer, and their means; `active` as for `heat_map`."""
+    tokens = active.shape[1] if tokens is None else tokens
+    table = Table(title=f"Sparsity over {tokens} token{'s' * (tokens != 1)}")
     for name in ("layer", "TLS %", f"CLS_{result.chunk} %", "reuse %", "experts a token"):
         table.add_column(name, justify="right")
     per_token = active.sum(axis=2).mean(axis=1)
@@ -79,10 +82,12 @@ def percent(share: float) -> str:
     return "-" if math.isnan(share) else f"{100 * share:.1f}"
 
 
-def save_svg(path: str, active: np.ndarray, result: SparsityReport):
-    """Writes the heat map and the table as an SVG picture."""
+def save_svg(
+    path: str | Path, active: np.ndarray, result: SparsityReport, tokens: int | None = None
+):
+    """Writes the heat map and the table as an SVG picture, whole or not at all."""
     width = active.shape[2] + 14
     console = Console(record=True, width=max(64, width), file=io.StringIO(), force_terminal=True)
     console.print(heat_map(active, width))
-    console.print(layer_table(result, active))
-    console.save_svg(path, title="BlockFFN expert activation")
+    console.print(layer_table(result, active, tokens))
+    replace_text(Path(path), console.export_svg(title="BlockFFN expert activation"))

@@ -25,8 +25,13 @@ def router_scores(model: Any, ids: mx.array, pass_length: int = PASS_LENGTH) -> 
 
     Returns:
         One array [B, T, E] per layer; 0 means inactive.
+
+    Raises:
+        ValueError: If there are no tokens, or one is outside the vocabulary.
     """
     ids = as_batch(ids)
+    if not ids.shape[1]:
+        raise ValueError("there is nothing to look at: the text has no tokens")
     check_ids(ints(ids.flatten()), model.args.vocab_size)
     cache = model.make_cache() if ids.shape[1] > pass_length else None
     with record_router_scores(model) as recorded:
@@ -44,8 +49,10 @@ class SparsityReport:
     Attributes:
         chunk: Window length L of CLS.
         tls_per_layer: Token-level sparsity: inactive experts per token.
-        cls_per_layer: Chunk-level sparsity CLS_L: experts inactive for L tokens in a row.
-        reuse_per_layer: Share of a token's experts that the next token uses too.
+        cls_per_layer: Chunk-level sparsity CLS_L: experts inactive for L tokens in a row. NaN where
+            the text is shorter than L.
+        reuse_per_layer: Share of a token's experts that the next token uses too. NaN where there
+            are no two tokens.
     """
 
     chunk: int
@@ -71,7 +78,8 @@ def sparsity(model: Any, ids: mx.array, chunk: int = 8) -> SparsityReport:
     """Measures TLS, CLS and reuse of a model on a text (the paper's definitions).
 
     All tokens count. Windows do not overlap and stay within a row; a tail shorter than `chunk`
-    is dropped. Tokens without any active expert are left out of the reuse ratio.
+    is dropped, and a text shorter than that has no CLS (NaN). Tokens without any active expert are
+    left out of the reuse ratio.
 
     Args:
         model: A BlockFFN model.
@@ -79,22 +87,21 @@ def sparsity(model: Any, ids: mx.array, chunk: int = 8) -> SparsityReport:
         chunk: Window length L of CLS_L.
 
     Raises:
-        ValueError: If the text is shorter than one window.
+        ValueError: If there is no token, or `chunk` is not at least 1.
     """
     return sparsity_of_scores(router_scores(model, ids), chunk)
 
 
 def sparsity_of_scores(scores: list[mx.array], chunk: int = 8) -> SparsityReport:
     """`sparsity` for scores [B, T, E] that were recorded before, one array per layer."""
-    length = scores[0].shape[1]
-    if not 1 <= chunk <= length:
-        raise ValueError(f"chunk-level sparsity over {chunk} tokens needs that many, got {length}")
+    if chunk < 1:
+        raise ValueError(f"a chunk has at least one token, not {chunk}")
     report = SparsityReport(chunk, [], [], [])
     for layer_scores in scores:
         sums = activation_sums(layer_scores, chunk)
         active, tokens, chunk_active, chunks, reuse, pairs = (float(x.sum()) for x in sums)
         report.tls_per_layer.append(1 - active / tokens)
-        report.cls_per_layer.append(1 - chunk_active / chunks)
+        report.cls_per_layer.append(1 - chunk_active / chunks if chunks else math.nan)
         report.reuse_per_layer.append(reuse / pairs if pairs else math.nan)
     return report
 

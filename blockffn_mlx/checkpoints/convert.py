@@ -17,7 +17,7 @@ from .folder import SPECIAL_IDS, model_card, special_ids, write_folder
 from .hub import Progress, download, is_local, upload
 from .links import refuse_links
 from .reader import open_checkpoint, read_json
-from .shards import Noticed, plan_quantization, quantization_config, stream
+from .shards import Noticed, QuantPredicate, plan_quantization, quantization_config, stream
 from .tokenizer import read_tokenizer
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -64,6 +64,7 @@ def convert(
     overwrite: bool = False,
     upload_repo: str | None = None,
     on_progress: Progress | None = None,
+    quant_predicate: QuantPredicate | None = None,
 ) -> ConversionReport:
     """Converts a PyTorch BlockFFN checkpoint to a folder that this package and mlx-lm load.
 
@@ -80,6 +81,8 @@ def convert(
         overwrite: Whether to replace an earlier model at `mlx_path`.
         upload_repo: A Hub id to upload the result to.
         on_progress: Called with a stage ("download", "convert"), bytes done and bytes in all.
+        quant_predicate: mlx-lm's: (path, module) -> whether to quantise it, or a dict of settings
+            of its own ("bits", "group_size"), as `bits_by_use` gives.
 
     Returns:
         What was found and written, warnings included.
@@ -121,7 +124,7 @@ def convert(
 
     model_class, _ = find_architecture(dataclasses.asdict(args))
     model = model_class(args)
-    plan = plan_quantization(model, settings) if settings else {}
+    plan = plan_quantization(model, settings, quant_predicate) if settings else {}
     quantization = quantization_config(settings, plan) if settings else None
     parameters = sum(math.prod(weight.shape) for weight in canonical.weights.values())
     cast, noticed = getattr(mx, dtype) if dtype else None, Noticed()

@@ -262,9 +262,8 @@ def _build(config: dict[str, Any], names: set[str]) -> Model:
     return model_class(args)
 
 
-def unpack(model: nn.Module):
-    """Turns packed weights into plain float32 ones, with which MLX is much faster on a CPU."""
-    model.set_dtype(mx.float32)  # scales first, so that unpacking does not round
+def dequantize(model: nn.Module):
+    """Turns packed weights into plain ones, in the dtype of their scales."""
     plain = [
         (name, module.to_dequantized())
         for name, module in model.named_modules()
@@ -272,6 +271,12 @@ def unpack(model: nn.Module):
     ]
     model.update_modules(tree_unflatten(plain))
     dequantize_model(model)
+
+
+def unpack(model: nn.Module):
+    """Turns packed weights into plain float32 ones, with which MLX is much faster on a CPU."""
+    model.set_dtype(mx.float32)  # scales first, so that unpacking does not round
+    dequantize(model)
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding, ExpertLinear)):
             # The layers multiply by the transpose, and the BLAS of MLX's wheel is twice as fast

@@ -1,6 +1,6 @@
 """Streams canonical weights into safetensors shards, a layer at a time, quantised on the way."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
 
@@ -9,14 +9,24 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from ..models.blockffn import Model
-from ..quantisation import Quantization, largest_group_size
+from ..quantisation import Quantization, largest_group_size, resolve_quantization
 from .canonical import Weight
 from .hub import Progress
 from .names import LAYER
 
+# mlx-lm's: (path, module) -> whether it is quantised, or with which settings of its own.
+QuantPredicate = Callable[[str, nn.Module], bool | dict[str, Any]]
 
-def plan_quantization(model: nn.Module, settings: Quantization) -> dict[str, Quantization]:
+
+def plan_quantization(
+    model: nn.Module, settings: Quantization, predicate: QuantPredicate | None = None
+) -> dict[str, Quantization]:
     """Settings of each module that will be quantised: its width may need a smaller group.
+
+    Args:
+        model: What the model itself never quantises stays out of the plan.
+        settings: Of all modules.
+        predicate: What further ones stay out, or have settings of their own.
 
     Raises:
         ValueError: If no module can be quantised so.
@@ -25,9 +35,16 @@ def plan_quantization(model: nn.Module, settings: Quantization) -> dict[str, Qua
     for path, module in _leaf_modules(model).items():
         if not hasattr(module, "to_quantized") or not model.quant_predicate(path, module):
             continue
-        group_size = largest_group_size(module.weight.shape[-1], settings.group_size)
+        asked = True if predicate is None else predicate(path, module)
+        if not asked:
+            continue
+        chosen = settings
+        if isinstance(asked, dict):
+            own = {**settings._asdict(), **asked}
+            chosen = resolve_quantization(own["bits"], own["group_size"], own["mode"])
+        group_size = largest_group_size(module.weight.shape[-1], chosen.group_size)
         if group_size is not None:
-            plan[path] = settings._replace(group_size=group_size)
+            plan[path] = chosen._replace(group_size=group_size)
     if not plan:
         raise ValueError(f"no tensor's width can be divided into groups of {settings.group_size}.")
     return plan

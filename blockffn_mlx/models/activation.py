@@ -212,8 +212,9 @@ def activation_sums(
         real = mx.ones((batch_size, num_tokens), mx.bool_)
     active = (scores != 0) & real[..., None]
     whole = num_tokens // chunk * chunk
-    chunk_real = real[:, :whole].reshape(batch_size, -1, chunk).all(axis=2)
-    chunks = active[:, :whole].reshape(batch_size, -1, chunk, num_experts).any(axis=2)
+    shape = (batch_size, whole // chunk, chunk)
+    chunk_real = real[:, :whole].reshape(shape).all(axis=2)
+    chunks = active[:, :whole].reshape(*shape, num_experts).any(axis=2)
     used = active[:, :-1].sum(axis=-1)
     shared = (active[:, :-1] & active[:, 1:]).sum(axis=-1)
     counted = real[:, :-1] & real[:, 1:] & (used > 0)

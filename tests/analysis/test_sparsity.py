@@ -6,6 +6,7 @@ import pytest
 
 import blockffn_mlx as bf
 from blockffn_mlx.analysis.sparsity import router_scores, sparsity_of_scores
+from blockffn_mlx.analysis.usage import Usage
 from blockffn_mlx.models.activation import activation_sums, record_router_scores, union_share
 from helpers.models import tiny_model
 
@@ -76,6 +77,35 @@ def test_recorder_leaves_no_trace_and_nests():
     assert all(layer.mlp.observer is None for layer in model.layers)
 
 
-def test_text_shorter_than_a_window_is_refused():
-    with pytest.raises(ValueError, match="over 8 tokens"):
-        bf.sparsity(tiny_model(), mx.array([1, 2, 3]))
+def test_a_text_shorter_than_a_chunk_tells_what_it_can():
+    model, ids = tiny_model(), mx.array([1, 2, 3])
+    short, fitting = bf.sparsity(model, ids), bf.sparsity(model, ids, chunk=3)
+    assert np.isnan(short.cls) and not np.isnan(fitting.cls)
+    assert (short.tls, short.reuse) == (fitting.tls, fitting.reuse)
+    assert np.isnan(bf.sparsity(model, ids[:1]).reuse)
+    with pytest.raises(ValueError, match="no tokens"):
+        bf.sparsity(model, mx.zeros((1, 0), mx.int32))
+    with pytest.raises(ValueError, match="at least one"):
+        bf.sparsity(model, ids, chunk=0)
+
+
+@pytest.mark.parametrize("lengths", [[50], [1, 1, 30, 2, 7, 9]])
+def test_usage_added_up_in_stretches_is_that_of_the_whole(lengths):
+    model, ids = tiny_model(), mx.random.randint(0, 61, (1, 50))
+    scores = mx.concatenate(bf.router_scores(model, ids))
+    usage, start = Usage(chunk=4), 0
+    for length in lengths:
+        usage.add(scores[:, start : start + length], begins=start == 0)
+        start += length
+    expected, found = bf.sparsity(model, ids, chunk=4), usage.report()
+    for name in ("tls_per_layer", "cls_per_layer", "reuse_per_layer"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name)), name
+
+
+def test_chunks_and_pairs_lie_in_one_text():
+    rows = scores_of(["11..", "1...", "..1.", "..11"])
+    usage = Usage(chunk=3)
+    usage.add(rows[:, :2], begins=True)
+    usage.add(rows[:, 2:], begins=True)
+    found = usage.report()
+    assert found.reuse == pytest.approx((1 / 2 + 1) / 2) and np.isnan(found.cls)
