@@ -10,7 +10,6 @@ About a minute on an H100, most of it compiling.
 import argparse
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -21,6 +20,9 @@ from pathlib import Path
 from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
+
+import blockffn_mlx as bf
+from blockffn_mlx.ffn import plan
 
 PLANS = "BLOCKFFN_SERVER_PLANS"  # in the server's environment: the file that takes its plans
 QUESTIONS = (
@@ -39,8 +41,6 @@ def serve():
     """mlx_lm's own main, with the plans of this package's layers written down."""
     from mlx_lm.server import main
 
-    from blockffn_mlx.ffn import plan
-
     make, seen = plan._make_plan, set()
 
     def recorded(sizes: Any, *settings: Any):
@@ -55,25 +55,6 @@ def serve():
     recorded.cache_clear = make.cache_clear
     plan._make_plan = recorded
     main()
-
-
-def write_demo(folder: Path):
-    """The demo in float32."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    import blockffn_mlx as bf
-    from blockffn_mlx.checkpoints.load import DEMO_FOLDER, unpack
-
-    model, _ = bf.load("demo")
-    unpack(model)
-    for file in DEMO_FOLDER.iterdir():
-        if file.is_file() and "safetensors" not in file.name:
-            shutil.copy(file, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config = {name: value for name, value in config.items() if "quantization" not in name}
-    (folder / "config.json").write_text(json.dumps(config))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
 
 
 def ask(port: int, question: str | None, max_tokens: int) -> dict[str, Any]:
@@ -93,9 +74,8 @@ def main():
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         folder, plans, log = Path(place) / "demo", Path(place) / "plans", Path(place) / "log"
-        folder.mkdir()
         plans.touch()
-        write_demo(folder)
+        bf.convert("demo", folder, dtype="float32")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

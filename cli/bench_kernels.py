@@ -10,7 +10,7 @@ from rich.table import Table
 from .. import device
 from ..analysis.doctor import seconds_per_call
 from ..analysis.passes import trace_layer
-from ..checkpoints.load import model_folder
+from ..checkpoints.demo import model_folder
 from ..checkpoints.reader import read_json
 from ..ffn import Plan, make_plan
 from ..kernels import MAX_TOKENS, Sizes, random_layer

@@ -6,7 +6,7 @@ import stat
 import sys
 
 from ..chat.attachments import Attachment, as_text, read_attachment
-from ..checkpoints.load import DEMO
+from ..checkpoints.demo import DEMO
 from .chat_files import go_on
 from .chat_input import LineInput
 from .chat_session import Chat

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.footprint import MemoryNeed
-from ..checkpoints.load import DEMO
+from ..checkpoints.demo import DEMO
 from ..models.activation import routed_layers
 from .chat_view import View
 

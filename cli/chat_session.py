@@ -15,6 +15,7 @@ from ..chat.attachments import Attachment, with_attachments
 from ..chat.conversation import Conversation
 from ..chat.recording import rows_of_answer
 from ..chat.sessions import Sessions
+from ..checkpoints.tokenizer import use_default_template
 from ..ffn.warm import Warmup
 from ..pace import PrefillPace
 from .chat_commands import COMMANDS, Leave, is_command, run_command
@@ -58,10 +59,8 @@ class Chat:
     def _take_model(self, settings: argparse.Namespace):
         """Loads the model that the settings name; on an error nothing has changed."""
         model, tokenizer = load_for_text(settings, lazy=True)
-        if not settings.raw and not tokenizer.has_chat_template:
-            raise ValueError(
-                f"{settings.model} has no chat template: --raw completes plain text with it"
-            )
+        if not settings.raw:
+            use_default_template(tokenizer)
         context = settings.max_kv_size or model.args.max_position_embeddings
         need = memory_need(model, context)
         check_memory(self.view, settings.model, need, context)

@@ -335,7 +335,7 @@ def test_an_empty_stop_text_is_nothing(converted):
 def test_quantisation_flags_are_not_ignored_in_silence(converted, tmp_path):
     flags = ["-p", "hi", "-m", 2, "--raw", "--verbose", "F"]
     told = run("generate", "--model", converted("gqa_block"), *flags, "-q", "--q-bits", 8)
-    assert told.returncode == 0 and "converted already" in told.stderr
+    assert told.returncode == 1 and "converted already" in told.stderr
 
 
 def test_nothing_of_a_file_steers_the_terminal(tmp_path):

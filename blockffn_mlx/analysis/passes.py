@@ -10,8 +10,8 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
+from ..checkpoints.demo import DEMO, model_folder
 from ..checkpoints.hub import download_config, is_local
-from ..checkpoints.load import DEMO, model_folder
 from ..checkpoints.reader import read_json
 from ..ffn import MAX_CHUNK, BlockFFN, chunk_union_ffn
 from ..kernels.graph import Graph, trace

@@ -13,6 +13,7 @@ from ..paths import expand
 from ..quantisation import resolve_quantization
 from .atomic_folder import MODEL_FILE, check_target, written_files
 from .canonical import canonicalize
+from .demo import DEMO, copy_demo
 from .folder import SPECIAL_IDS, model_card, special_ids, write_folder
 from .hub import Progress, download, is_local, upload
 from .links import refuse_links
@@ -69,7 +70,8 @@ def convert(
     """Converts a PyTorch BlockFFN checkpoint to a folder that this package and mlx-lm load.
 
     Args:
-        hf_path: A folder (Hugging Face or BMTrain files), or a Hub id.
+        hf_path: A folder (Hugging Face or BMTrain files), a Hub id, or "demo" for a copy of the
+            model that comes with the package.
         mlx_path: The folder to write; it must not exist unless `overwrite`.
         quantize: Whether to quantise all but the router and the norms.
         q_bits: Bits per weight; the mode's default if None (4 for affine).
@@ -96,6 +98,10 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
     check_target(target, overwrite)
+    if hf_path == DEMO:
+        if settings or upload_repo:
+            raise ValueError("the demo is packed in 8 bits: copy it so, or unpack it to a dtype.")
+        return _copied_demo(target, dtype, overwrite)
     origin: dict[str, str] = {}
     if is_local(hf_path):
         folder = expand(hf_path)
@@ -107,7 +113,10 @@ def convert(
     config = _read_config(folder)
     refuse_links(folder)
     try:
-        canonical = canonicalize(open_checkpoint(folder), config)
+        tensors = open_checkpoint(folder)
+        if "fc.weight" in tensors:
+            raise ValueError("this is an EAGLE draft head: give it as the draft of its model.")
+        canonical = canonicalize(tensors, config)
     except ValueError as error:
         text = str(error)
         raise ValueError(text if str(folder) in text else f"{folder}: {text}") from error
@@ -120,6 +129,8 @@ def convert(
     if config.get("model_file") != MODEL_FILE:  # else an earlier conversion has settled it
         has_template = tokenizer is not None and tokenizer.has_own_template
         args.chat_tuned = has_template or CHAT_NAME.search(name.lower()) is not None
+    if tokenizer is not None and not args.chat_tuned:
+        del tokenizer.config["chat_template"]  # with one, mlx-lm's commands chat
     origin |= {"source": name, "layout": canonical.layout}
 
     model_class, _ = find_architecture(dataclasses.asdict(args))
@@ -162,12 +173,26 @@ def convert(
     )
 
 
+def _copied_demo(target: Path, dtype: str | None, overwrite: bool) -> ConversionReport:
+    shards, found = copy_demo(target, dtype, overwrite)
+    return ConversionReport(
+        path=str(target),
+        bytes=shards.nbytes,
+        bits_per_weight=8 * shards.nbytes / found["parameters"],
+        min_router_norm=shards.min_router_norm,
+        warnings=[],
+        **found,
+    )
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     for name in ("config.json", "config_bmt.json"):
         if (folder / name).exists():
             return read_json(folder / name)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give a checkpoint's or a Hub id.")
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(f"{folder} is a LoRA adapter, not a model: give it beside its base model.")
     raise FileNotFoundError(f"{folder} holds no config.json: fetch it.")
 
 

@@ -23,6 +23,7 @@ from .atomic_folder import MODEL_FILE, TargetBusy, TargetExists
 from .cache import cached_path, folder_state, is_cached, kept_commit, writable_path
 from .canonical import checked_config
 from .convert import convert
+from .demo import DEMO, DEMO_FOLDER, require_demo
 from .folder import Origin, end_ids
 from .hub import Progress, commit_of, download, is_local, remember, snapshot_folder
 from .links import refuse_links
@@ -30,9 +31,6 @@ from .names import LAYER
 from .reader import check_kinds, open_checkpoint, read_json
 from .tokenizer_files import open_tokenizer
 
-# The model that comes with the package: its name, and its converted folder.
-DEMO = "demo"
-DEMO_FOLDER = Path(__file__).parents[1] / "demo"
 WAIT = 0.2  # seconds between two looks at what another process is converting
 # What a config that contradicts the weights or itself can lead to.
 MISFITS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError)
@@ -99,10 +97,9 @@ def load(
     if on_hub and revision and snapshot_folder(str(path_or_repo), revision).is_dir():
         remember(str(path_or_repo), asked, revision)
     if origin.folder == origin.checkpoint and (quantize or dtype):
-        warnings.warn(
-            f"{path_or_repo} is converted already and is taken as it is: to quantise or cast it, "
-            "convert it to a folder of its own.",
-            stacklevel=2,
+        raise ValueError(
+            f"{path_or_repo} is converted already and can only be taken as it is: to quantise or "
+            "cast it, convert it to a folder of its own."
         )
     changes = tokenizer_config, model_config
     try:
@@ -120,11 +117,6 @@ def load(
     if adapter_path is not None:
         _add_adapters(model, expand(adapter_path))
     return (model, tokenizer, config) if return_config else (model, tokenizer)
-
-
-def model_folder(path: str | Path) -> Path:
-    """The folder that a local model's name stands for: the demo's own, or the path."""
-    return DEMO_FOLDER if path == DEMO else expand(path)
 
 
 def _add_adapters(model: nn.Module, folder: Path):
@@ -156,10 +148,7 @@ def _find(
 ) -> Origin:
     """The converted folder that a name stands for; made now if need be."""
     if path_or_repo == DEMO:
-        if not (DEMO_FOLDER / "config.json").exists():
-            raise FileNotFoundError(
-                "no demo model came with this installation: name another model."
-            )
+        require_demo()
         return Origin(DEMO_FOLDER, DEMO_FOLDER, DEMO)
     if is_local(path_or_repo):
         checkpoint = expand(path_or_repo)

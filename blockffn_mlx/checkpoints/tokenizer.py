@@ -45,7 +45,7 @@ class TokenizerFiles:
 
     Attributes:
         tokenizer: The fast tokenizer.
-        config: What tokenizer_config.json will hold.
+        config: What tokenizer_config.json will hold, a chat template in any case.
         has_own_template: Whether the chat template came with the source.
         warnings: What looks wrong about it.
     """
@@ -60,6 +60,19 @@ class TokenizerFiles:
         (folder / "tokenizer.json").write_text(self.tokenizer.to_str(), encoding="utf-8")
         with open(folder / "tokenizer_config.json", "w", encoding="utf-8") as file:
             json.dump(self.config, file, ensure_ascii=False, indent=2)
+
+
+def use_default_template(tokenizer: Any):
+    """Gives a tokenizer (mlx-lm's) without a chat template the models' own format."""
+    if not tokenizer.has_chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+        tokenizer.has_chat_template = True
+
+
+def drop_template(tokenizer: Any):
+    """Takes a tokenizer's chat template away."""
+    tokenizer.chat_template = None
+    tokenizer.has_chat_template = False
 
 
 def read_tokenizer(source: Path, vocab_size: int) -> TokenizerFiles | None:

@@ -11,11 +11,12 @@ from mlx_lm.utils import load_model
 
 from .. import device
 from ..checkpoints import reader as checkpoint
+from ..checkpoints.demo import model_folder
 from ..checkpoints.eagle_head import build_head, read_frequent, read_head
 from ..checkpoints.files import check_folder, objects
 from ..checkpoints.hub import download, is_local
 from ..checkpoints.links import refuse_links
-from ..checkpoints.load import load, model_folder, unpack
+from ..checkpoints.load import load, unpack
 from ..checkpoints.tokenizer_files import open_tokenizer
 from .cost import draft_cost, pass_cost
 from .drafter import Drafter

@@ -15,6 +15,7 @@ from ..checkpoints.atomic_folder import check_target
 from ..checkpoints.folder import special_ids, write_folder
 from ..checkpoints.load import load
 from ..checkpoints.reader import read_json
+from ..checkpoints.tokenizer import drop_template, use_default_template
 from ..checkpoints.tokenizer_files import open_tokenizer
 from ..device import physical_memory
 from ..models import find_architecture
@@ -162,9 +163,14 @@ def prepare_finetune(config: TrainingConfig, path_or_repo: str) -> tuple[Model, 
     packed = config.data.path and Path(config.data.path[0]).is_dir()
     if tokenizer is None and not packed:
         raise ValueError(f"{path_or_repo} has no tokenizer, which the text needs.")
+    is_base = tokenizer is not None and not tokenizer.has_chat_template
+    if is_base:
+        use_default_template(tokenizer)  # conversations make a chat model of it
     corpus, _ = build_corpus(config.data, tokenizer)
     check_vocabulary(corpus, model.args.vocab_size)
     model.args.chat_tuned |= teaches_chat(corpus, tokenizer)
+    if is_base and not model.args.chat_tuned:
+        drop_template(tokenizer)
     if config.lora:
         mx.random.seed(config.seed)
         add_lora(model, config.lora)

@@ -185,7 +185,7 @@ def test_a_conversion_that_another_finished_first_is_used(monkeypatch):
 
 
 def test_a_tokenizer_that_names_no_special_tokens_can_still_chat(tmp_path):
-    source = tmp_path / "source"
+    source = tmp_path / "model-sft"
     others = ("special_tokens_map.json", "tokenizer_config.json", "generation_config.json")
     shutil.copytree(GOLDEN / "gqa_block", source, ignore=shutil.ignore_patterns(*others))
     config = json.loads((source / "config.json").read_text())
@@ -209,9 +209,9 @@ def test_what_the_conversion_on_the_way_in_found_is_told(tmp_path):
 
 
 def test_settings_that_change_nothing_are_not_silent(converted):
-    with pytest.warns(UserWarning, match="is converted already and is taken as it is"):
+    with pytest.raises(ValueError, match="is converted already and can only be taken as it is"):
         bf.load(converted("gqa_block"), quantize=True)
-    with pytest.warns(UserWarning, match="demo is converted already"):
+    with pytest.raises(ValueError, match="demo is converted already"):
         bf.load("demo", dtype="float16", lazy=True)
     with pytest.raises(ValueError, match="are settings of quantising"):
         bf.load(GOLDEN / "gqa_block", q_bits=2)

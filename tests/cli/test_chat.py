@@ -58,7 +58,7 @@ def test_one_prompt_and_exit_statuses(run, folder, tmp_path):
 
 
 def test_a_missing_demo_is_one_line(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["blockffn_mlx.checkpoints.load"], "DEMO_FOLDER", tmp_path)
+    monkeypatch.setattr(sys.modules["blockffn_mlx.checkpoints.demo"], "DEMO_FOLDER", tmp_path)
     status, _, err = run()
     assert status == 1 and "name another model" in one_line(err)
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
 import blockffn_mlx as bf
+from blockffn_mlx.checkpoints.tokenizer import CHAT_TEMPLATE
 from blockffn_mlx.training.build import is_quantized, prepare, prepare_finetune, save_model
 from blockffn_mlx.training.config import Lora, load_config
 from blockffn_mlx.training.evaluate import evaluate
@@ -242,13 +243,24 @@ def test_another_base_in_the_folder_is_refused(folder):
         run(None, *fresh, "model.num_attention_heads=2")
 
 
-@pytest.mark.parametrize("kind", ["messages", "text"])
-def test_what_messages_teach_is_chat(folder, kind):
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "kind, template, kept_template",
+    [
+        ("messages", TEMPLATE, TEMPLATE),
+        ("text", TEMPLATE, TEMPLATE),
+        ("messages", None, CHAT_TEMPLATE),  # the models' own format
+        ("text", None, None),
+    ],
+)
+def test_what_messages_teach_is_chat(folder, kind, template, kept_template):
     tokenizer = train_tokenizer([TEXT], 300)
-    tokenizer.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}</s>{% endfor %}"
-        "{% if add_generation_prompt %}[assistant]{% endif %}"
-    )
+    tokenizer.chat_template = template
     save_model(folder / "base", base_model(), tokenizer, mx.float32)
     turns = [{"role": "user", "content": "a tale"}, {"role": "assistant", "content": "two mice"}]
     record = {"messages": turns} if kind == "messages" else {"text": TEXT}
@@ -258,4 +270,4 @@ def test_what_messages_teach_is_chat(folder, kind):
     assert done.returncode == 0, done.stderr
     tuned, kept = bf.load(folder / "run" / "model")
     assert tuned.args.chat_tuned == (kind == "messages")
-    assert kept.chat_template == tokenizer.chat_template
+    assert kept.chat_template == kept_template

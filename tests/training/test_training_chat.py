@@ -5,6 +5,7 @@ import json
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from blockffn_mlx.checkpoints.tokenizer import use_default_template
 from blockffn_mlx.training.conversation import Conversation, ConversationEncoder, read_conversation
 from blockffn_mlx.training.data import _encode_chat, encode_documents, read_files
 from blockffn_mlx.training.text import read_documents
@@ -83,6 +84,7 @@ def test_only_the_assistants_words_are_learned(name, answers):
 
 def test_what_the_goldens_tokenizer_learns(golden):
     _, tokenizer, _ = golden("gqa_block")
+    use_default_template(tokenizer)
     ids, said = _encode_chat(chat("Hello to you"), tokenizer)
     kept = [token for token, is_said in zip(ids, said, strict=True) if is_said]
     assert tokenizer.decode(kept).strip().startswith("Hello to you")
