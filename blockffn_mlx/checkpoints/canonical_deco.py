@@ -5,6 +5,7 @@ as our converted folders do; the tensors decide.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ import mlx.core as mx
 
 from ..arrays import named_arrays
 from ..models.deco import Model, ModelArgs
+from .megatron import flat_rows, from_megatron_name, is_state, split_grouped
 from .names import EMBEDDING, HEAD, LAYER, check_names, split_fused, strip_prefixes
 from .tensor_info import TensorInfo
 
@@ -34,6 +36,8 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "rope_scaling": (None,),
     "attention_bias": (False, None),
 }
+# Tensors of a BlockFFN layer that no DECO has.
+BLOCKFFN_NAME = re.compile(r"\.mlp\.(router_proj|experts|mlp)\.|\.ffn\.moe_")
 PIECE = re.compile(r"\[([01](?:,[01])*)\](?:\*([0-9]{1,4}))?")
 
 
@@ -44,6 +48,15 @@ def is_deco(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> bool:
         or "moe_layer_freq" in config
         or any(".mlp.moe_router" in name for name in tensors)
     )
+
+
+def refuse_mixture(tensors: dict[str, TensorInfo]):
+    """Refuses names of BlockFFN's layers beside the names or the config of a DECO."""
+    theirs = [name for name in tensors if BLOCKFFN_NAME.search(name)]
+    ours = [name for name in tensors if ".mlp.moe_router" in name]
+    if theirs:
+        beside = f"beside DECO's {ours[0][:80]}" if ours else "under the config of a DECO"
+        raise ValueError(f"the checkpoint holds BlockFFN's {theirs[0][:80]} {beside}.")
 
 
 def checked_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -106,9 +119,10 @@ def rename(tensors: dict[str, TensorInfo]) -> tuple[dict[str, TensorInfo], dict[
     """Tensors under the model's names, and the raw name of each."""
     named: dict[str, TensorInfo] = {}
     raw_names: dict[str, str] = {}
-    for raw, name in zip(tensors, strip_prefixes(tensors), strict=True):
-        if ".rotary_emb." in name:
+    for raw, bare in zip(tensors, strip_prefixes(tensors), strict=True):
+        if ".rotary_emb." in bare or is_state(bare):
             continue
+        name = from_megatron_name(bare)
         name += ".weight" if name.endswith("proj") else ""
         if name in named:
             raise ValueError(f"{raw} and {raw_names[name]} are the same tensor: remove one.")
@@ -170,8 +184,10 @@ class Sizes:
 
     def read_heads(self):
         heads = self.config.get("num_attention_heads", ModelArgs.num_attention_heads)
-        rows = self.shape(self.first + "self_attn.q_proj.weight", 2)[0]
-        key_rows = self.shape(self.first + "self_attn.k_proj.weight", 2)[0]
+        rows, key_rows = (
+            math.prod(self.shape(f"{self.first}self_attn.{part}_proj.weight", 2, 3)[:-1])
+            for part in "qk"
+        )
         head_dim = rows // heads
         if rows % heads or head_dim % 2 or key_rows % head_dim or heads % (key_rows // head_dim):
             raise ValueError(
@@ -208,8 +224,12 @@ def read_deco(
             asks for something that is not built.
     """
     warnings: list[str] = []
+    refuse_mixture(tensors)
     checked = checked_config(config)
     named, raw_names = rename(tensors)
+    query_heads = checked.get("num_attention_heads", ModelArgs.num_attention_heads)
+    groups = checked.get("num_key_value_heads") or query_heads
+    grouped = split_grouped(named, raw_names, query_heads, groups)
     split_fused(named, raw_names, "mlp.gate_up_proj", ("gate_proj", "up_proj"))
     split_fused(named, raw_names, "mlp.shared_experts.gate_up_proj", ("gate_proj", "up_proj"))
     heads = checked.get("num_attention_heads", 0) * checked.get("head_dim", ModelArgs.head_dim)
@@ -229,16 +249,25 @@ def read_deco(
     def to_down(array: mx.array) -> mx.array:
         return array.reshape(hidden, num_experts, width).transpose(1, 0, 2)
 
-    flat = {
-        "expert_up_proj.weight": ((num_experts * width, hidden), to_up),
-        "expert_down_proj.weight": ((hidden, num_experts * width), to_down),
-    }
+    def from_rows(array: mx.array) -> mx.array:
+        return to_up(array).swapaxes(1, 2)
+
+    # Where both 2-D forms of the down projection would fit, the published one is meant.
+    flat = [
+        ("expert_up_proj.weight", (num_experts * width, hidden), to_up, None),
+        ("expert_down_proj.weight", (hidden, num_experts * width), to_down, "deco_linear"),
+        ("expert_down_proj.weight", (num_experts * width, hidden), from_rows, "deco_rows"),
+    ]
     found, layout = {}, "deco"
     for name, shape in expected.items():
         info, source_shape, transform = named[name], shape, None
-        if info.shape != shape and (own := flat.get(name.rpartition(".mlp.")[2])):
-            source_shape, transform = own
-            layout = "deco_linear"
+        if name in grouped:
+            flat_shape, transform = flat_rows(info)
+            source_shape = info.shape if flat_shape == shape else shape
+        for own, own_shape, own_transform, own_layout in flat if info.shape != shape else ():
+            if name.endswith(f".mlp.{own}") and info.shape == own_shape:
+                source_shape, transform, layout = own_shape, own_transform, own_layout or layout
+                break
         if info.shape != source_shape:
             raise ValueError(
                 f"{raw_names[name]} has the shape {list(info.shape)} where {list(source_shape)} is "
@@ -247,4 +276,6 @@ def read_deco(
         if not mx.issubdtype(info.dtype, mx.floating):
             raise ValueError(f"{raw_names[name]} holds {info.element}, not weights.")
         found[name] = (info, shape, transform)
+    if any("decoder.layers." in raw for raw in raw_names.values()):
+        layout += " (Megatron)"
     return args, found, layout, warnings

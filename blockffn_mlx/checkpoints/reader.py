@@ -11,7 +11,14 @@ from pathlib import Path
 import mlx.core as mx
 
 from .files import open_file, parse_json, read_json
-from .tensor_info import BFLOAT16, TensorInfo, are_sizes, contiguous_strides, stored_dtype
+from .tensor_info import (
+    BFLOAT16,
+    JoinedTensor,
+    TensorInfo,
+    are_sizes,
+    contiguous_strides,
+    stored_dtype,
+)
 from .torch_file import load_pickle, open_torch_file
 
 __all__ = ["TensorInfo", "load_checkpoint", "load_pickle", "open_checkpoint", "read_json"]
@@ -36,6 +43,9 @@ MAX_HEADER_BYTES = 32 << 20
 KINDS = (".bin", ".safetensors", ".pt")  # a folder with several gets its weights from the first
 WHOLE = ("pytorch_model.bin", "model.safetensors")
 SHARD = re.compile(r"(.+)-0*[1-9][0-9]{0,4}-of-([0-9]{5})\.(bin|safetensors|pt)")
+# Files of DECO's exporter that hold some experts each, and the tensors that are in parts there.
+EXPERT_PARALLEL = re.compile(r"pytorch_model\.ep_(0|[1-9][0-9]{0,3})\.bin")
+EXPERT_PART = re.compile(r"\.mlp\.expert_(up|gate|down)_proj(\.weight)?$")
 # What trainers leave beside the weights.
 NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)")
 
@@ -70,10 +80,40 @@ def open_checkpoint(path: str | Path) -> dict[str, TensorInfo]:
             return _open_index(index)
         except _StaleIndex as error:
             stale = stale or error
+    if parts := _expert_parallel(path):
+        return join_experts([_open_file(part) for part in parts])
     tensors: dict[str, TensorInfo] = {}
     for file in _weight_files(path, stale):
         tensors |= _open_file(file)
     return tensors
+
+
+def join_experts(parts: list[dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """The tensors of files of which each holds some of the experts, and everything else whole.
+
+    Raises:
+        ValueError: If the files do not hold the same tensors.
+    """
+    joined = {}
+    for name, first in parts[0].items():
+        same = [part[name] for part in parts if name in part]
+        axis = 1 if name.removesuffix(".weight").endswith("expert_down_proj") else 0
+        is_expert = EXPERT_PART.search(name) and len(first.shape) in (2, 3)
+        axis = axis if len(first.shape) == 2 else 0
+        others = [i for i in range(len(first.shape)) if not is_expert or i != axis]
+        alike = [
+            (info.dtype, len(info.shape), *(info.shape[i : i + 1] for i in others)) for info in same
+        ]
+        if len(same) < len(parts) or len(set(alike)) > 1:
+            raise ValueError(
+                f"{first.path.parent}: the expert-parallel parts differ in {name[:80]}."
+            )
+        joined[name] = JoinedTensor.of(same, axis) if is_expert else first
+    if more := set().union(*parts) - set(joined):
+        raise ValueError(
+            f"{first.path.parent}: the expert-parallel parts differ in {min(more)[:80]}."
+        )
+    return joined
 
 
 def check_kinds(tensors: dict[str, TensorInfo]):
@@ -160,6 +200,25 @@ def _weight_files(folder: Path, stale: _StaleIndex | None) -> list[Path]:
         several = ", ".join(file.name for file in same[:4])
         raise ValueError(f"{folder} holds several weight files and no index ({several}).")
     return same
+
+
+def _expert_parallel(folder: Path) -> list[Path]:
+    """pytorch_model.ep_0.bin and what follows it, where nothing says that the weights are whole.
+
+    Raises:
+        FileNotFoundError: If one is missing.
+    """
+    found = {
+        int(match[1]): file
+        for file in folder.glob("*.bin")
+        if (match := EXPERT_PARALLEL.fullmatch(file.name))
+    }
+    if not found or any((folder / name).exists() for name in WHOLE):
+        return []
+    for number in range(max(found) + 1):
+        if number not in found:
+            raise FileNotFoundError(f"{folder} lacks pytorch_model.ep_{number}.bin: fetch it.")
+    return [found[number] for number in sorted(found)]
 
 
 def _open_file(path: Path) -> dict[str, TensorInfo]:

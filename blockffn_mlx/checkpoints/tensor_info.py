@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -136,6 +136,28 @@ class TensorInfo:
         if (extent.offset, extent.nbytes) == (self.offset, flat.nbytes):
             return zlib.crc32(flat.data) == extent.crc
         return extent.is_sound()
+
+
+@dataclass(frozen=True)
+class JoinedTensor(TensorInfo):
+    """A tensor in parts that lie in several files, one behind the other along an axis."""
+
+    parts: tuple[TensorInfo, ...] = ()
+    axis: int = 0
+
+    @classmethod
+    def of(cls, parts: Sequence[TensorInfo], axis: int) -> "JoinedTensor":
+        """Joins parts; their other dimensions are the first one's."""
+        first, shape = parts[0], list(parts[0].shape)
+        shape[axis] = sum(part.shape[axis] for part in parts)
+        strides = contiguous_strides(shape)
+        return cls(first.path, 0, first.element, tuple(shape), strides, None, tuple(parts), axis)
+
+    def rows(self, start: int, stop: int) -> TensorInfo:
+        raise ValueError(f"{self.path} holds a part of a tensor that should be whole.")
+
+    def read(self) -> mx.array:
+        return mx.concatenate([part.read() for part in self.parts], axis=self.axis)
 
 
 def are_sizes(values: Iterable) -> bool:
