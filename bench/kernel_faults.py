@@ -23,13 +23,14 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
 TESTS = ["kernel_integers", "kernel_edges", "route", "attention", "norm_up", "kernels"]
-TESTS += ["kernel_language"]
+TESTS += ["kernel_language", "grouped"]
 FIRST = {"union": "kernel_edges", "route": "route"}  # by the faulty file
 FIRST |= {
     "norm_up": "norm_up",
     "routed_up": "kernels",
     "residual_down": "kernels",
     "attention": "attention",
+    **dict.fromkeys(("place", "staged", "grouped_up", "grouped_down", "simdgroup"), "grouped"),
 }
 SHARE = 0.95
 
