@@ -44,6 +44,7 @@ from blockffn_mlx.analysis.spec_bench import (
 )
 from blockffn_mlx.kernels import probe
 from blockffn_mlx.models import attend
+from blockffn_mlx.models.attend import AncestorMask
 from blockffn_mlx.models.eagle import EagleHead, HeadArgs
 from blockffn_mlx.speculative import (
     AdaptiveWidth,
@@ -280,24 +281,24 @@ def attention_alone(note: Rows, tree: Tree, length: int):
     queries = mx.random.normal((1, heads, len(tree), dims)).astype(mx.bfloat16)
     new = mx.random.normal((2, 1, kv_heads, length + len(tree), dims)).astype(mx.bfloat16)
     keys, values = cache.update_and_fetch(*new)
-    mask = mx.concatenate([mx.ones((len(tree), length), mx.bool_), tree.mask], axis=1)
-    mx.eval(keys, values, mask)
-    limit, attend.MAX_KERNEL_KEYS = attend.MAX_KERNEL_KEYS, 1 << 20
+    mask = AncestorMask(length, len(tree), among=tree.mask)
+    mx.eval(keys, values, mask.array, mask.words)
+    limit, attend.MAX_KERNEL_KEYS = attend.MAX_KERNEL_KEYS, {"cuda": 1 << 20, "metal": 1 << 20}
 
     def kernel(x: mx.array) -> mx.array | None:
         return attend.attention_kernel(x, cache, 0.1, mask)
 
     def operations(x: mx.array) -> mx.array:
-        return attend.attention_ops(x, keys, values, 0.1, mask)
+        return attend.attention_ops(x, keys, values, 0.1, mask.array)
 
     def mlx(x: mx.array) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(x, keys, values, scale=0.1, mask=mask)
+        return mx.fast.scaled_dot_product_attention(x, keys, values, scale=0.1, mask=mask.array)
 
     ways = {"operations": operations, "mlx": mlx}
     if (found := kernel(queries)) is not None:
         ways = {"kernel": kernel, **ways}
         wide = [a.astype(mx.float32) for a in (queries, keys, values)]
-        exact = attend.attention_ops(*wide, 0.1, mask)
+        exact = attend.attention_ops(*wide, 0.1, mask.array)
         error = mx.abs(found.astype(mx.float32) - exact).max() / mx.abs(exact).max()
         note("kernel's error", prefix=length, relative=round(error.item(), 5))
     times = {name: round(microseconds(way, queries), 1) for name, way in ways.items()}

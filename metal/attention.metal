@@ -3,49 +3,68 @@
 #include "simdgroup.metal"
 using namespace metal;
 
-// One threadgroup: a token and the ROWS query heads that share a key head. Its simdgroups take the
-// keys in turn, each with a softmax of its own, and join them at the end.
-//   queries: [batch, heads, tokens, DIMS]   keys, values: [batch, heads / ROWS, capacity, DIMS]
-//   mask: [1 or batch, tokens, length], where CAUSAL does not stand for it   length, scale: [1]
-//   y: [batch, tokens, heads, DIMS]
+// One threadgroup: a token and ROWS query heads that share a key head. Its simdgroups take the keys
+// in turn, each with a softmax of its own, and join them at the end.
+//   queries: [batch, heads, tokens, DIMS]   keys, values: [batch, kv_heads, capacity, DIMS]
+//   With a ROTARY part, MLA: keys hold the latent, which is the values too; `values` hold rotary
+//   keys [batch, kv_heads, capacity, ROTARY], and `rotary` queries [batch, heads, tokens, ROTARY].
+//   span: [2], the rows of the cache that count, and those of them that every token may look at
+//   mask: nothing if MASK is 0, causal; [1 or batch, tokens, rows] if it is 1; if it is 2, bit j of
+//   words [2, tokens] for row j behind those that everyone may look at
+//   scale: [1]   y: [batch, tokens, heads, DIMS]
 //   parts: [SIMDGROUPS * ROWS * DIMS], weights: [SIMDGROUPS * ROWS * 2], scratch
 template <
-    typename T, int DIMS, int ROWS, int SIMDGROUPS, bool CAUSAL, typename Mask, typename Length,
-    typename Scale>
+    typename T, int DIMS, int ROTARY, int ROWS, int SIMDGROUPS, int MASK, typename Mask,
+    typename Span, typename Scale>
 void attend_chunk(
-    const device T* queries, const device T* keys, const device T* values, Mask mask,
-    Length length, Scale scale, device T* y, uint kv_heads, uint tokens, uint capacity,
-    uint masks, threadgroup float* parts, threadgroup float* weights, uint group, uint simdgroup,
-    uint lane) {
-  const int EACH = DIMS / 32;
+    const device T* queries, const device T* rotary, const device T* keys, const device T* values,
+    Mask mask, Span span, Scale scale, device T* y, uint heads, uint kv_heads, uint tokens,
+    uint capacity, uint masks, threadgroup float* parts, threadgroup float* weights, uint group,
+    uint simdgroup, uint lane) {
+  const int EACH = DIMS / 32, TURNED = ROTARY / 32;
   const float LOWEST = -3.0e38f;
-  const uint token = group % tokens, kv_head = group / tokens % kv_heads;
-  const uint batch = group / tokens / kv_heads, count = length[0];
-  const ulong first_key = ulong(batch * kv_heads + kv_head) * capacity * DIMS;
+  const uint token = group % tokens, blocks = heads / ROWS, block = group / tokens % blocks;
+  const uint batch = group / tokens / blocks, first_head = batch * heads + block * ROWS;
+  const uint kv_head = batch * kv_heads + block * ROWS / (heads / kv_heads);
+  const uint count = span[0], open = span[1];
+  const ulong first_key = ulong(kv_head) * capacity;
 
-  float query[ROWS][EACH], sum[ROWS][EACH], largest[ROWS], total[ROWS];
+  float query[ROWS][EACH], turned[ROWS][TURNED + 1], sum[ROWS][EACH], largest[ROWS], total[ROWS];
 #pragma unroll
   for (int row = 0; row < ROWS; ++row) {
-    const uint head = (batch * kv_heads + kv_head) * ROWS + row;
+    const uint at = (first_head + row) * tokens + token;
     largest[row] = LOWEST;
     total[row] = 0.0f;
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-      query[row][i] = scale[0] * float(queries[(head * tokens + token) * DIMS + lane * EACH + i]);
+      query[row][i] = scale[0] * float(queries[at * DIMS + lane * EACH + i]);
       sum[row][i] = 0.0f;
+    }
+#pragma unroll
+    for (int i = 0; i < TURNED; ++i) {
+      turned[row][i] = scale[0] * float(rotary[at * ROTARY + lane * TURNED + i]);
     }
   }
 
-  const uint end = CAUSAL ? count - tokens + token + 1 : count;
+  const uint end = MASK == 0 ? count - tokens + token + 1 : count;
   for (uint k = simdgroup; k < end; k += SIMDGROUPS) {
-    if (!CAUSAL && !mask[((masks > 1 ? batch : 0) * tokens + token) * count + k]) {
+    if (MASK == 1 && !mask[((masks > 1 ? batch : 0) * tokens + token) * count + k]) {
       continue;
     }
-    float key[EACH], value[EACH];
+    if (MASK == 2 && k >= open &&
+        !(uint(mask[(k - open) / 32 * tokens + token]) >> (k - open) % 32 & 1u)) {
+      continue;
+    }
+    const ulong place = first_key + k;
+    float key[EACH], value[EACH], other[TURNED + 1];
 #pragma unroll
     for (int i = 0; i < EACH; ++i) {
-      key[i] = float(keys[first_key + k * DIMS + lane * EACH + i]);
-      value[i] = float(values[first_key + k * DIMS + lane * EACH + i]);
+      key[i] = float(keys[place * DIMS + lane * EACH + i]);
+      value[i] = ROTARY ? key[i] : float(values[place * DIMS + lane * EACH + i]);
+    }
+#pragma unroll
+    for (int i = 0; i < TURNED; ++i) {
+      other[i] = float(values[place * ROTARY + lane * TURNED + i]);
     }
 #pragma unroll
     for (int row = 0; row < ROWS; ++row) {
@@ -53,6 +72,10 @@ void attend_chunk(
 #pragma unroll
       for (int i = 0; i < EACH; ++i) {
         score += query[row][i] * key[i];
+      }
+#pragma unroll
+      for (int i = 0; i < TURNED; ++i) {
+        score += turned[row][i] * other[i];
       }
       score = simd_sum(score);
       const float now = max(largest[row], score), kept = exp(largest[row] - now);
@@ -93,7 +116,7 @@ void attend_chunk(
       under += share * weights[2 * at + 1];
     }
     // A token that may look at nothing gets 0.
-    y[((batch * tokens + token) * kv_heads + kv_head) * ROWS * DIMS + j] =
+    y[((batch * tokens + token) * heads + block * ROWS) * DIMS + j] =
         T(under > 0.0f ? over / under : under);
   }
 }

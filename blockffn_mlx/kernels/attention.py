@@ -9,12 +9,18 @@ from .kernel import Call, Kernel, Sample, prepare
 from .samples import RandomLayer
 
 SIMDGROUPS = 8
-MAX_SHARED = 8  # query heads that share a key head
-DIMS = (32, 64, 96, 128)
+MAX_SHARED = 8  # query heads of a threadgroup
+DIMS = (32, 64, 96, 128, 256)
+ROTARY_DIMS = (0, 32, 64)
+SCRATCH_BYTES = 24 << 10  # of threadgroup memory
+CAUSAL, MASKED, ANCESTORS = range(3)  # what a token may look at
 
 
 class AttentionSizes(NamedTuple):
-    """Shapes of queries [B, heads, T, D] and of a cache [B, kv_heads, capacity, D]."""
+    """Shapes of queries [B, heads, T, D] and of a cache [B, kv_heads, capacity, D].
+
+    `rotary_dims` is 0, or for MLA the width of the shared rotary keys beside the latent.
+    """
 
     batch_size: int
     num_heads: int
@@ -22,38 +28,46 @@ class AttentionSizes(NamedTuple):
     num_tokens: int
     dims: int
     dtype: mx.Dtype
+    rotary_dims: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Query heads of a threadgroup: as many of those that share a key head as fit."""
+        shared = self.num_heads // self.num_kv_heads
+        most = min(MAX_SHARED, SCRATCH_BYTES // (SIMDGROUPS * self.dims * 4))
+        return max(rows for rows in range(1, most + 1) if shared % rows == 0)
 
 
 def covers(sizes: AttentionSizes) -> bool:
     """Whether the kernel takes these."""
-    shared, rest = divmod(sizes.num_heads, sizes.num_kv_heads)
-    fits = SIMDGROUPS * shared * sizes.dims * 4 <= 24 << 10  # bytes of threadgroup memory
-    return not rest and shared <= MAX_SHARED and sizes.dims in DIMS and fits
+    divides = sizes.num_heads % sizes.num_kv_heads == 0
+    return divides and sizes.dims in DIMS and sizes.rotary_dims in ROTARY_DIMS
 
 
 @cache
-def arguments(sizes: AttentionSizes, *, causal: bool, backend: str) -> Call:
-    """A launch for a chunk."""
+def arguments(sizes: AttentionSizes, *, mask: int, backend: str) -> Call:
+    """A launch for a chunk; `mask` is CAUSAL, MASKED or ANCESTORS."""
     return prepare(
         ATTENTION,
         backend=backend,
         dtype=sizes.dtype,
-        groups=sizes.batch_size * sizes.num_kv_heads * sizes.num_tokens,
+        groups=sizes.batch_size * sizes.num_heads // sizes.rows * sizes.num_tokens,
         simdgroups=SIMDGROUPS,
         constants={
             "DIMS": sizes.dims,
-            "ROWS": sizes.num_heads // sizes.num_kv_heads,
+            "ROTARY": sizes.rotary_dims,
+            "ROWS": sizes.rows,
             "SIMDGROUPS": SIMDGROUPS,
-            "CAUSAL": causal,
+            "MASK": mask,
         },
         outputs=[((sizes.batch_size, sizes.num_tokens, sizes.num_heads, sizes.dims), sizes.dtype)],
     )
 
 
 @lru_cache(maxsize=64)
-def number(value: float, dtype: mx.Dtype) -> mx.array:
-    """A number as the kernel takes it: an array of one."""
-    return mx.array([value], dtype)
+def numbers(*values: float, dtype: mx.Dtype) -> mx.array:
+    """Numbers as the kernel takes them: an array."""
+    return mx.array(values, dtype)
 
 
 @cache
@@ -67,32 +81,57 @@ def launch(
     keys: mx.array,
     values: mx.array,
     mask: mx.array | None,
+    rotary: mx.array | None = None,
     *,
     length: int,
     scale: float,
     backend: str,
+    open_rows: int = 0,
 ) -> mx.array:
     """Softmax attention, accumulated in float32.
 
     Args:
         queries: [B, heads, T, D].
-        keys, values: [B, kv_heads, capacity, D], of which the first `length` rows count.
-        mask: bool [1 or B, T, length], True where a token may look; None for a causal chunk whose
-            tokens are the last of `length`.
+        keys, values: [B, kv_heads, capacity, D], of which the first `length` rows count. For MLA
+            the latent, which serves as values too, and the shared rotary keys [.., capacity, R].
+        mask: bool [1 or B, T, length], True where a token may look; or uint32 [2, T], whose bit j
+            is row `open_rows` + j, of 64 at most; None for a causal chunk whose tokens are the
+            last of `length`.
+        rotary: For MLA the queries' rotary part [B, heads, T, R].
         length: Rows of the cache.
         scale: Of the products of queries and keys.
         backend: "metal" or "cuda".
+        open_rows: Rows that every token may look at, where the mask comes in bits.
 
     Returns:
         [B, T, heads, D], in the dtype of queries; 0 where a token may look at nothing.
     """
     batch_size, num_heads, num_tokens, dims = queries.shape
-    sizes = AttentionSizes(batch_size, num_heads, keys.shape[1], num_tokens, dims, queries.dtype)
-    (y,) = arguments(sizes, causal=mask is None, backend=backend)(
-        queries, keys, values, no_mask() if mask is None else mask, number(length, mx.uint32),
-        number(scale, mx.float32),
+    sizes = AttentionSizes(
+        batch_size, num_heads, keys.shape[1], num_tokens, dims, queries.dtype,
+        0 if rotary is None else rotary.shape[-1],
+    )  # fmt: skip
+    kind = CAUSAL if mask is None else MASKED if mask.dtype == mx.bool_ else ANCESTORS
+    (y,) = arguments(sizes, mask=kind, backend=backend)(
+        queries, queries if rotary is None else rotary, keys, values,
+        no_mask() if mask is None else mask, numbers(length, open_rows, dtype=mx.uint32),
+        numbers(scale, dtype=mx.float32),
     )  # fmt: skip
     return y
+
+
+def unpacked_bits(words: mx.array, columns: int) -> mx.array:
+    """Bits of words uint32 [2, T] as bool [T, columns], the lowest first."""
+    index = mx.arange(columns)
+    return (mx.right_shift(words[index // 32], (index % 32)[:, None]) & 1).T.astype(mx.bool_)
+
+
+def packed_bits(mask: mx.array) -> mx.array:
+    """`unpacked_bits` the other way round, for at most 64 columns."""
+    columns = mx.arange(mask.shape[1])
+    bits = mx.left_shift(mask.astype(mx.uint32), (columns % 32).astype(mx.uint32))
+    words = [bits[:, :32].sum(axis=1), bits[:, 32:].sum(axis=1)]
+    return mx.stack(words).astype(mx.uint32)
 
 
 def twin(
@@ -100,9 +139,11 @@ def twin(
     keys: mx.array,
     values: mx.array,
     mask: mx.array | None,
+    rotary: mx.array | None = None,
     *,
     length: int,
     scale: float,
+    open_rows: int = 0,
 ) -> mx.array:
     """`launch` in plain operations."""
     num_tokens, shared = queries.shape[2], queries.shape[1] // keys.shape[1]
@@ -113,7 +154,13 @@ def twin(
     if mask is None:
         mask = mx.arange(length) <= mx.arange(length - num_tokens, length)[:, None]
         mask = mask[None]
+    elif mask.dtype != mx.bool_:
+        everyone = mx.ones((num_tokens, open_rows), mx.bool_)
+        mask = mx.concatenate([everyone, unpacked_bits(mask, length - open_rows)], axis=1)[None]
     scores = (queries.astype(mx.float32) * scale) @ keys.swapaxes(-1, -2)
+    if rotary is not None:
+        scores = scores + (rotary.astype(mx.float32) * scale) @ values.swapaxes(-1, -2)
+        values = keys
     weights = mx.softmax(mx.where(mask[:, None], scores, -mx.inf), axis=-1)
     weights = mx.where(mask.any(axis=-1)[:, None, :, None], weights, 0)
     return (weights @ values).swapaxes(1, 2).astype(queries.dtype)
@@ -136,15 +183,15 @@ def sample(layer: RandomLayer) -> Sample:
 
 ATTENTION = Kernel(
     name="attention",
-    inputs=("queries", "keys", "values", "mask", "length", "scale"),
+    inputs=("queries", "rotary", "keys", "values", "mask", "span", "scale"),
     outputs=("y",),
     body="""
     threadgroup float parts[SIMDGROUPS * ROWS * DIMS];
     threadgroup float weights[SIMDGROUPS * ROWS * 2];
-    attend_chunk<T, DIMS, ROWS, SIMDGROUPS, CAUSAL>(
-        queries, keys, values, mask, length, scale, y, keys_shape[1], queries_shape[2],
-        keys_shape[2], mask_shape[0], parts, weights, threadgroup_position_in_grid.x,
-        simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+    attend_chunk<T, DIMS, ROTARY, ROWS, SIMDGROUPS, MASK>(
+        queries, rotary, keys, values, mask, span, scale, y, queries_shape[1], keys_shape[1],
+        queries_shape[2], keys_shape[2], mask_shape[0], parts, weights,
+        threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
     launch=launch,
     twin=twin,

@@ -1,5 +1,6 @@
-"""Attention over a cache; the one place that chooses how it is computed."""
+"""Attention over a cache, what may be looked at, and the one place that chooses how."""
 
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +13,73 @@ from ..kernels import attention, probe
 
 # Caches that lie in one piece, and what says how many of their rows count.
 FILLED_ROWS = {KVCache: "offset", BatchKVCache: "_idx"}
-# Over more keys plain operations read each of them less often.
-MAX_KERNEL_KEYS = 8192
+# The kernel reads the keys once a token. Over more of them other ways, which read them less often,
+# are faster: plain operations on CUDA, MLX's own tiles on Metal (no Mac has measured it).
+MAX_KERNEL_KEYS = {"cuda": 16384, "metal": 1024}
+# Rows of queries up to which MLX has its fast path on Metal.
+MLX_VECTOR_ROWS = 8
+
+
+class AncestorMask:
+    """What the nodes of a tree may look at: all rows of the sequence, their ancestors, themselves.
+
+    Given in one form, it makes the other when that is asked for.
+
+    Args:
+        open_rows: Rows of the sequence.
+        columns: Rows behind them, at most 64.
+        words: uint32 [2, T]; bit j of a node's two words is the j-th row behind the sequence's.
+        among: The same as bool [T, columns].
+    """
+
+    def __init__(
+        self,
+        open_rows: int,
+        columns: int,
+        words: mx.array | None = None,
+        among: mx.array | None = None,
+    ):
+        self.open_rows, self.columns = open_rows, columns
+        self._words, self._among = words, among
+
+    @cached_property
+    def words(self) -> mx.array:
+        if self._words is None:
+            assert self._among is not None
+            return attention.packed_bits(self._among)
+        return self._words
+
+    @cached_property
+    def array(self) -> mx.array:
+        """bool [T, open_rows + columns]."""
+        among = self._among
+        if among is None:
+            among = attention.unpacked_bits(self.words, self.columns)
+        return mx.concatenate([mx.ones((len(among), self.open_rows), mx.bool_), among], axis=1)
+
+
+Mask = mx.array | str | AncestorMask | None
+
+
+def as_array(mask: Mask) -> mx.array | str | None:
+    """A mask as MLX takes it."""
+    return mask.array if isinstance(mask, AncestorMask) else mask
+
+
+def takes_chunk(num_tokens: int, mask: Mask) -> bool:
+    """Whether a pass is a chunk that this package's kernel may compute: here it is decided.
+
+    MLX's CUDA build plans its fused attention anew for each (queries, keys) shape with more than
+    one query or with a mask of its own, at 42 to 65 ms on an H100, and decoding by rounds or in a
+    batch with padding meets a new one each time. On Metal, MLX's vector attention ends at 8 query
+    rows; up to 64 its other path is reported to take 2.3 to 2.8 times as long
+    (docs/speculation.md), so trees of more than 8 nodes take the kernel: a prediction, no Mac has
+    measured it.
+    """
+    backend = device.compute_backend()
+    if backend == "cuda":
+        return num_tokens <= MAX_CHUNK and (num_tokens > 1 or not isinstance(mask, str | None))
+    return backend == "metal" and MLX_VECTOR_ROWS < num_tokens <= MAX_CHUNK
 
 
 def scaled_dot_product_attention(
@@ -22,14 +88,11 @@ def scaled_dot_product_attention(
     values: mx.array,
     cache: Any | None,
     scale: float,
-    mask: mx.array | str | None,
+    mask: Mask,
 ) -> mx.array:
-    """mlx-lm's function of that name, except for short chunks on CUDA.
+    """mlx-lm's function of that name, except for the chunks that take this package's kernel.
 
-    MLX's CUDA build plans its fused attention anew for each (queries, keys) shape with more than
-    one query or with a mask of its own, at 42 to 65 ms on an H100, and decoding by rounds or in a
-    batch with padding meets a new one each time. So a chunk takes the kernel of this package,
-    or plain operations, 0.25 ms at any length.
+    Where the kernel does not serve, CUDA takes plain operations, 0.25 ms at any length.
 
     Args:
         queries: [B, heads, T, D].
@@ -37,52 +100,75 @@ def scaled_dot_product_attention(
         values: [B, kv_heads, S, D'], likewise.
         cache: Where keys and values come from.
         scale: Of the products of queries and keys.
-        mask: "causal", booleans or addends that broadcast to [B, heads, T, S], or None.
+        mask: "causal", an `AncestorMask`, None, or booleans or addends that broadcast to
+            [B, heads, T, S].
 
     Returns:
         [B, heads, T, D'].
     """
-    num_tokens = queries.shape[2]
-    chunk = num_tokens <= MAX_CHUNK and (num_tokens > 1 or isinstance(mask, mx.array))
-    if chunk and not hasattr(cache, "bits") and device.compute_backend() == "cuda":
+    if takes_chunk(queries.shape[2], mask) and not hasattr(cache, "bits"):
         out = attention_kernel(queries, cache, scale, mask)
-        return attention_ops(queries, keys, values, scale, mask) if out is None else out
+        if out is not None:
+            return out
+        if device.compute_backend() == "cuda":
+            return attention_ops(queries, keys, values, scale, as_array(mask))
     # Its stub leaves out that the mask may be a word.
-    words: Any = mask
+    words: Any = as_array(mask)
     return mlx_attention(queries, keys, values, cache=cache, scale=scale, mask=words)
 
 
 def attention_kernel(
-    queries: mx.array, cache: Any | None, scale: float, mask: mx.array | str | None
+    queries: mx.array,
+    cache: Any | None,
+    scale: float,
+    mask: Mask,
+    rotary: mx.array | None = None,
 ) -> mx.array | None:
-    """Attention over a plain cache as it lies in memory; None where the kernel does not take it."""
+    """Attention over a plain cache as it lies in memory; None where the kernel does not take it.
+
+    Args:
+        queries: [B, heads, T, D].
+        cache: Whose rows are attended to; for MLA, keys hold the latent, values the rotary key.
+        scale: Of the products of queries and keys.
+        mask: As above.
+        rotary: The queries' rotary part [B, heads, T, R], for MLA.
+
+    Returns:
+        [B, heads, T, D].
+    """
     backend = device.kernel_backend()
     if backend is None or cache is None or type(cache) not in FILLED_ROWS:
         return None
     keys, values, length = cache.keys, cache.values, getattr(cache, FILLED_ROWS[type(cache)])
-    if keys is None or values is None or length > MAX_KERNEL_KEYS:
+    if keys is None or values is None or length > MAX_KERNEL_KEYS[backend]:
         return None
-    if isinstance(mask, mx.array):
+    open_rows, looked_at = 0, None
+    if isinstance(mask, AncestorMask):
+        looked_at, open_rows = mask.words, mask.open_rows
+    elif isinstance(mask, mx.array):
         if mask.dtype != mx.bool_ or not (mask.ndim == 2 or mask.ndim == 4 and mask.shape[1] == 1):
             return None
-        mask = mask[None] if mask.ndim == 2 else mask.squeeze(1)
+        looked_at = mask[None] if mask.ndim == 2 else mask.squeeze(1)
     elif mask is None:
         return None
     batch_size, num_heads, num_tokens, dims = queries.shape
+    rotary_dims = 0 if rotary is None else rotary.shape[-1]
     sizes = attention.AttentionSizes(
-        batch_size, num_heads, keys.shape[1], num_tokens, dims, queries.dtype
+        batch_size, num_heads, keys.shape[1], num_tokens, dims, queries.dtype, rotary_dims
     )
-    fits = values.shape[-1] == dims and attention.covers(sizes)
+    fits = values.shape[-1] == (rotary_dims or dims) and attention.covers(sizes)
     if not fits or not probe.works(attention.ATTENTION, num_tokens, queries.dtype, backend=backend):
         return None
     out = attention.launch(
         queries,
         keys,
         values,
-        mask if isinstance(mask, mx.array) else None,
+        looked_at,
+        rotary,
         length=length,
         scale=scale,
         backend=backend,
+        open_rows=open_rows,
     )
     return out.swapaxes(1, 2)
 

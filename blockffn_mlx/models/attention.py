@@ -10,7 +10,7 @@ from mlx.nn.layers.distributed import shard_linear
 from mlx_lm.models.mla import MultiLinear
 
 from ..ffn import MAX_CHUNK
-from .attend import scaled_dot_product_attention
+from .attend import Mask, as_array, attention_kernel, scaled_dot_product_attention, takes_chunk
 
 # MLA's inner norms keep the default of the original code whatever the config says.
 MLA_NORM_EPS = 1e-6
@@ -106,7 +106,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        mask: mx.array | str | None,
+        mask: Mask,
         cache: Any | None,
         positions: Positions,
     ) -> mx.array:
@@ -164,7 +164,7 @@ class MLAttention(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        mask: mx.array | str | None,
+        mask: Mask,
         cache: Any | None,
         positions: Positions,
     ) -> mx.array:
@@ -178,6 +178,12 @@ class MLAttention(nn.Module):
         if cache is not None:
             latent, k_pe = cache.update_and_fetch(latent, k_pe)
 
+        if cache is not None and takes_chunk(num_tokens, mask):
+            attended = attention_kernel(self.embed_q(q_nope), cache, self.scale, mask, q_pe)
+            if attended is not None:
+                output = self.unembed_out(attended).swapaxes(1, 2)
+                return self.o_proj(output.reshape(batch_size, num_tokens, -1))
+        mask = as_array(mask)
         # The rotary half of the scores enters the attention as its additive mask.
         pe_scores = (q_pe * self.scale) @ k_pe.swapaxes(-1, -2)
         assert not isinstance(mask, str), "MLA asks for masks as arrays"

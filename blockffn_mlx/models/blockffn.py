@@ -12,6 +12,7 @@ from mlx_lm.models.cache import KVCache
 
 from ..ffn import ACTIVATIONS, MAX_CHUNK, BlockFFN
 from .activation import count_experts, counted_share, record_router_scores
+from .attend import Mask
 from .attention import Attention, MLAttention, Positions
 from .compiled import CompiledPasses, layer_halves
 from .padding import without_padding
@@ -108,7 +109,7 @@ class DecoderLayer(nn.Module):
     def __call__(
         self,
         x: mx.array,
-        mask: mx.array | str | None,
+        mask: Mask,
         cache: Any | None,
         positions: Positions,
     ) -> mx.array:
@@ -138,7 +139,7 @@ class BlockFFNModel(nn.Module):
         self,
         inputs: mx.array,
         cache: list[Any] | None = None,
-        mask: mx.array | None = None,
+        mask: Mask = None,
         positions: mx.array | None = None,
         counts: list[mx.array] | None = None,
     ) -> mx.array:
@@ -147,8 +148,8 @@ class BlockFFNModel(nn.Module):
         Args:
             inputs: Token ids [B, T].
             cache: One cache per layer, from `make_cache`.
-            mask: Booleans that broadcast to [B, 1, T, cached + T], True where a token may look;
-                causal if None.
+            mask: Booleans that broadcast to [B, 1, T, cached + T], True where a token may look, or
+                an `AncestorMask`; causal if None.
             positions: Integers [T] or [B, T], each token's position; consecutive if None.
             counts: Gains each routed layer's number of experts in use, uint32 [1]; nothing if None.
 
@@ -217,7 +218,7 @@ class Model(nn.Module):
         self,
         tokens: mx.array,
         cache: list[Any] | None = None,
-        mask: mx.array | None = None,
+        mask: Mask = None,
         positions: mx.array | None = None,
     ) -> mx.array:
         """Hidden states after the final norm [B, T, H]; arguments as BlockFFNModel takes them."""
@@ -227,7 +228,7 @@ class Model(nn.Module):
         self,
         tokens: mx.array,
         cache: list[Any] | None = None,
-        mask: mx.array | None = None,
+        mask: Mask = None,
         positions: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """`hidden`, and the fraction of experts that some token of the pass uses, a scalar."""

@@ -20,6 +20,7 @@ from ..ffn.layer import Intervention, Observer, routed
 from ..ffn.plan import NORM_SILU
 from ..kernels import Sizes, residual_down, route
 from . import blockffn
+from .attend import Mask
 from .attention import Attention, Positions
 from .compiled import CompiledPasses
 
@@ -283,7 +284,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
     def __call__(
-        self, x: mx.array, mask: mx.array | str | None, cache: Any | None, positions: Positions
+        self, x: mx.array, mask: Mask, cache: Any | None, positions: Positions
     ) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x), mask, cache, positions)
         return h + self.mlp(positions.clear_padding(self.post_attention_layernorm(h)))

@@ -9,6 +9,7 @@ from mlx_lm.models.base import BaseModelArgs, create_attention_mask
 from mlx_lm.models.cache import KVCache
 from mlx_lm.models.llama import MLP
 
+from .attend import Mask
 from .attention import Attention, Positions
 
 
@@ -55,9 +56,7 @@ class EagleLayer(nn.Module):
             self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
 
-    def __call__(
-        self, x: mx.array, mask: mx.array | str | None, cache: KVCache, positions: Positions
-    ) -> mx.array:
+    def __call__(self, x: mx.array, mask: Mask, cache: KVCache, positions: Positions) -> mx.array:
         normed = self.input_layernorm(x) if "input_layernorm" in self else x
         h = x + self.self_attn(normed, mask, cache, positions)
         return h + self.mlp(self.post_attention_layernorm(h))
@@ -84,7 +83,7 @@ class EagleHead(nn.Module):
         hidden: mx.array,
         cache: list[KVCache],
         positions: mx.array | None,
-        mask: mx.array | None = None,
+        mask: Mask = None,
     ) -> mx.array:
         """Runs T rows, each the hidden state of a position with the token that follows it.
 

@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
+from ..models.attend import Mask
+
 
 class Target(Protocol):
     """A language model whose passes can be verified: Model is one, and so is a test's toy.
@@ -25,7 +27,7 @@ class Target(Protocol):
         self,
         tokens: mx.array,
         cache: list[Any] | None = None,
-        mask: mx.array | None = None,
+        mask: Mask = None,
         positions: mx.array | None = None,
     ) -> mx.array:
         """Token ids [B, T] -> hidden states after the final norm [B, T, H].
@@ -33,7 +35,8 @@ class Target(Protocol):
         Args:
             tokens: Token ids [B, T].
             cache: Grows by T rows.
-            mask: bool [T, cached + T], True where a token may look; causal if None.
+            mask: bool [T, cached + T], True where a token may look, or an `AncestorMask`; causal if
+                None.
             positions: Integers [T], each token's position; consecutive if None.
         """
 
@@ -41,7 +44,7 @@ class Target(Protocol):
         self,
         tokens: mx.array,
         cache: list[Any] | None = None,
-        mask: mx.array | None = None,
+        mask: Mask = None,
         positions: mx.array | None = None,
     ) -> tuple[mx.array, mx.array]:
         """`hidden`, and the fraction of experts that the pass uses, a scalar: 1 - CLS.

@@ -24,6 +24,7 @@ class Tree:
             m are the tree that the drafter would have proposed for size m.
         is_chain: Whether every node's parent is the node before it; causal attention serves then.
         levels: The depth that no node exceeds; unknown if None.
+        words: uint32 [2, n], the mask in bits, for who has them.
     """
 
     tokens: mx.array
@@ -31,6 +32,7 @@ class Tree:
     ranks: mx.array
     is_chain: bool = False
     levels: int | None = None
+    words: mx.array | None = None
 
     def __post_init__(self):
         check_size(len(self))

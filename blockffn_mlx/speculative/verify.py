@@ -7,6 +7,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from ..arrays import ints
+from ..models.attend import AncestorMask
 from .target import Target
 from .tree import Tree, path_to
 
@@ -36,7 +37,8 @@ def target_pass(
     mask = positions = None
     if not tree.is_chain:
         offset = cache[0].offset
-        mask = mx.concatenate([mx.ones((len(tree), offset), mx.bool_), tree.mask], axis=1)
+        among = tree.mask if tree.words is None else None
+        mask = AncestorMask(offset, len(tree), tree.words, among)
         positions = offset + tree.positions
     hidden, union = target.hidden_and_union(tree.tokens[None], cache, mask, positions)
     return hidden, target.logits(hidden)[0], union

@@ -10,6 +10,9 @@ from blockffn_mlx.kernels import probe
 from blockffn_mlx.kernels.kernel import build_kernel
 from blockffn_mlx.models import attend
 from blockffn_mlx.models.attend import attention_ops
+from blockffn_mlx.models.compiled import CompiledPasses
+from blockffn_mlx.speculative import Tree
+from blockffn_mlx.speculative.verify import target_pass
 from helpers.models import tiny_model
 
 TOLERANCE = {mx.float32: 2e-6, mx.bfloat16: 2e-2}  # bfloat16 weighs values in 8 bits
@@ -94,3 +97,43 @@ def test_the_kernel_reads_a_cache_where_it_lies(monkeypatch, heads, kv_heads, di
     expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.1, mask=mask)
     assert [run.name for run in runs] == ["blockffn_attention"] and not runs[0].counters.unwritten
     assert found.shape == expected.shape and mx.abs(found - expected).max() < 2e-6
+
+
+@pytest.mark.skipif(device.gpu_backend() is not None, reason="watched in the harness")
+@pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)
+@pytest.mark.parametrize("attention", ["vanilla", "mla"])
+def test_a_tree_is_verified_through_the_kernel(monkeypatch, attention):
+    sizes = dict(hidden_size=128, kv_lora_rank=64, qk_rope_head_dim=32, num_hidden_layers=1)
+    model = tiny_model(attention_type=attention, **sizes)
+    tree = Tree.from_lists([3, 1, 4, 1, 5, 9], [-1, 0, 0, 1, 1, 4])
+    logits = []
+    for backend in ("cpu", "cuda"):
+        cache = model.make_cache()
+        model.hidden(mx.array([[2, 7, 1, 8, 2, 8]]), cache)
+        with monkeypatch.context() as patch, metal_host.harness("check") as runs:
+            build_kernel.cache_clear()
+            if backend == "cuda":
+                patch.setattr(attend.device, "compute_backend", lambda: "cuda")
+                patch.setattr(attend.device, "kernel_backend", lambda: "metal")
+                patch.setattr(attend.probe, "works", lambda *_, **__: True)
+                patch.setattr(CompiledPasses, "run", lambda *_: None)
+                for layer in model.layers:
+                    layer.mlp.backend = "dense"
+            logits.append(target_pass(model, cache, tree)[1])
+            mx.eval(logits)
+        assert [run.name for run in runs] == ["blockffn_attention"] * (backend == "cuda")
+    build_kernel.cache_clear()
+    assert mx.abs(logits[0] - logits[1]).max() < 1e-5 * mx.abs(logits[0]).max()
+
+
+def test_where_the_kernel_is_taken(monkeypatch):
+    """On Metal beyond the rows of MLX's fast path, on CUDA wherever MLX would plan anew."""
+
+    def taken(backend: str, mask) -> list[int]:
+        monkeypatch.setattr(device, "compute_backend", lambda: backend)
+        return [n for n in (1, 2, 8, 9, 64, 65) if attend.takes_chunk(n, mask)]
+
+    tree = attend.AncestorMask(5, 1, words=mx.zeros((2, 1), mx.uint32))
+    assert taken("cpu", tree) == []
+    assert taken("metal", tree) == taken("metal", "causal") == [9, 64]
+    assert taken("cuda", tree) == [1, 2, 8, 9, 64] and taken("cuda", None) == [2, 8, 9, 64]
