@@ -88,7 +88,7 @@ void grouped_down_projection(
     if (!ahead.ended()) {
       const StageType stage = StageType::at(memory, filling);
       const uint count = ahead.count();
-      const uint filled = min((count + 8 * BATCH - 1) / (8 * BATCH) * (8 * BATCH), uint(TOKENS));
+      const uint filled = round_up<8 * BATCH>(count);
       const ulong place = ulong(ahead.expert) * tokens + ahead.first;
       for (uint j = thread_index; j < filled * StageType::PIECES; j += SIMDGROUPS * 32) {
         const uint piece = j % StageType::PIECES, at = min(j / StageType::PIECES, count - 1);

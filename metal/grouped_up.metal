@@ -53,9 +53,11 @@ void grouped_up_projection(
     while (i / TILES >= starts[expert + 1]) {
       ++expert;
     }
-    const uint first = (i / TILES - starts[expert]) * TOKENS;
-    const uint count = min(counts[expert] - first, uint(TOKENS));
-    const uint filled = min((count + 8 * BATCH - 1) / (8 * BATCH) * (8 * BATCH), uint(TOKENS));
+    // An expert's tiles are alike, so that threadgroups have about as much to do.
+    const uint total = counts[expert], tiles = starts[expert + 1] - starts[expert];
+    const uint each = round_up<8 * BATCH>((total + tiles - 1) / tiles);
+    const uint first = (i / TILES - starts[expert]) * each, count = min(total - first, each);
+    const uint filled = round_up<8 * BATCH>(count);
     const ulong place = ulong(expert) * tokens + first;
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile has been multiplied
     for (uint j = thread_index; j < TOKENS; j += SIMDGROUPS * 32) {

@@ -10,6 +10,11 @@
 #include "tile.metal"
 using namespace metal;
 
+template <int STEP>
+inline uint round_up(uint count) {
+  return (count + STEP - 1) / STEP * STEP;
+}
+
 // A stage: [TOKENS, WIDTH], in rows that keep the lanes of a load out of each other's banks.
 template <typename T, int TOKENS, int WIDTH>
 struct Stage {

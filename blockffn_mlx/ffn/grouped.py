@@ -116,7 +116,7 @@ def padded_ffn(
 ) -> mx.array:
     """`by_expert` for experts that have at most `rows` tokens each, in two batched products."""
     num_tokens, num_experts = scores.shape
-    active = scores != 0
+    active = mx.stop_gradient(scores) != 0
     # Where a token stands among its expert's rows; row r of expert e is number e * rows + r.
     place = mx.cumsum(active.astype(mx.int32), axis=0) - 1 + mx.arange(num_experts) * rows
     spare = num_experts * rows  # takes what is not active, and is cut off
