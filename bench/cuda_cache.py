@@ -88,7 +88,7 @@ def string_hash(data: bytes) -> int:
 def record(texts: dict[str, tuple[str, str]]) -> None:
     """From now on kernels are noted in `texts` by module name, and give zeros."""
 
-    def build(kernel: Any, backend: str, packed: bool = False) -> Any:
+    def build(kernel: Any, backend: str, packed: bool = False, memory: int = 0) -> Any:
         name = f"blockffn_{kernel.name}{'_affine' if packed else ''}"
         text = filed(kernel_text(kernel, "cuda", packed))
 

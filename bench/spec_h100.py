@@ -59,7 +59,7 @@ from blockffn_mlx.speculative.verify import target_pass
 # Tokens before those that are timed, and those that the head drafts from.
 PROMPT_LENGTH, FREQUENT = 128, 16384
 # Shapes of the large part: as published, or a few layers of a small one.
-SHAPES = {False: {}, True: dict(num_hidden_layers=2, hidden_size=256, vocab_size=4096)}
+SHAPES = {False: {}, True: dict(num_hidden_layers=2, hidden_size=512, vocab_size=4096)}
 
 
 # ---- the 3B shapes ----
