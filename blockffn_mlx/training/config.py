@@ -109,6 +109,8 @@ class Sparsity:
     Attributes:
         objective: Which of "al", "cs" and "entropy" train the router: one, or a list. "entropy" is
             DECO's, its coefficient under control (see `EntropyCoefficient`).
+        start: Steps before AL and CS count. A DECO's scores begin small, and AL and CS from the
+            first step on make every token choose the same experts.
         al: Activation locality.
         cs: Chunk sparsification, the initial factor; `hold`, `interval`, `min_ratio`, `max_ratio`,
             `ramp` and `warmup` are those of `AdaptiveFactor`.
@@ -121,6 +123,7 @@ class Sparsity:
     """
 
     objective: list[str] = field(default_factory=lambda: ["al", "cs"])
+    start: int = 0
     al: float = 2e-3
     cs: float = 5e-2
     chunk_length: int = 64
@@ -140,7 +143,7 @@ class Sparsity:
     count_padded_chunks: bool = False
 
     def __post_init__(self):
-        weights = ("al", "cs", "entropy", "l1", "balance", "hold", "warmup", "target")
+        weights = ("al", "cs", "entropy", "l1", "balance", "hold", "warmup", "target", "start")
         ratios = {"min_ratio": 0, "max_ratio": 0, "entropy_multiplier": 1, "entropy_start": 0}
         counts = {"chunk_length": 1, "interval": 1}
         check_ranges(self, at_least=dict.fromkeys(weights, 0) | ratios | counts)

@@ -137,6 +137,7 @@ class RouterFactors:
 
     def __init__(self, settings: Sparsity):
         self.asked = settings.objective
+        self.waits = settings.start  # steps that are left before AL and CS count
         self.al = settings.al if "al" in self.asked else 0.0
         self.adaptive = AdaptiveFactor(
             initial=settings.cs if "cs" in self.asked else 0.0,
@@ -154,22 +155,29 @@ class RouterFactors:
     def now(self) -> dict[str, float]:
         """The weights of the next step by the names of its metrics, "al", "cs" and "entropy"."""
         weights = {"al": self.al, "cs": self.adaptive.factor}
+        if self.waits > 0:
+            weights = dict.fromkeys(weights, 0.0)
         return weights | ({"entropy": self.entropy.coefficient} if "entropy" in self.asked else {})
 
     def step(self, metrics: dict[str, Any]):
         """Tells the schedules what a step has measured; 0-d arrays are read when they must be."""
-        self.adaptive.step(metrics["cs"])
+        if self.waits > 0:
+            self.waits -= 1
+        else:
+            self.adaptive.step(metrics["cs"])
         if "entropy" in self.asked:
             self.entropy.step(1 - metrics["tls"])
 
     def state_dict(self) -> dict:
         """The state as JSON-ready values."""
-        return {**self.adaptive.state_dict(), "entropy": self.entropy.coefficient}
+        own = {"entropy": self.entropy.coefficient, "waits": self.waits}
+        return self.adaptive.state_dict() | own
 
     def load_state_dict(self, state: dict):
         """Goes on from a state; those of before 0.3 know no entropy."""
         self.adaptive.load_state_dict(state)
         self.entropy.load(float(state.get("entropy", self.entropy.start)))
+        self.waits = int(state.get("waits", 0))
 
 
 def warmup_stable_decay(

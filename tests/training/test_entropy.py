@@ -115,6 +115,17 @@ def test_objectives_are_chosen(folder, asked, expected):
     assert ("entropy" in factors) == ("entropy" in asked)
 
 
+def test_locality_and_sparsification_start_late(deco_folder):
+    """At 0 until then, their schedule as from its first step afterwards, resumed or not."""
+    settings = ["sparsity.start=5", "sparsity.hold=2", "sparsity.interval=1"]
+    trainer = make_trainer(deco_folder, *settings)
+    trainer.train(stop=lambda: trainer.step == 3)
+    resumed = make_trainer(deco_folder, *settings)
+    resumed.train(stop=lambda: resumed.step == 10)
+    factors = [line["cs_factor"] for line in log_of(resumed) if line["kind"] == "train"]
+    assert factors[:5] == [0.0] * 5 and factors[5:7] == [0.05] * 2 and factors[9] != 0.05
+
+
 def test_an_unknown_objective_is_refused(folder):
     with pytest.raises(ValueError, match="objective 'switch' is not one of al, cs, entropy"):
         load_config(folder / "run.toml", ["sparsity.objective=['al', 'switch']"])
