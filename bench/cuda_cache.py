@@ -138,7 +138,7 @@ def main():
     sys.argv = [str(args.script), *args.arguments]
     try:
         runpy.run_path(str(args.script), run_name="__main__")
-    except (Exception, SystemExit) as error:  # zeros may upset a script; what it launched counts
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # what it launched counts
         print(f"{args.script} ended: {error!r}", file=sys.stderr)
     args.folder.mkdir(parents=True, exist_ok=True)
     missing = [e for e in texts.items() if not (args.folder / f"{e[0]}.ptx").exists()]
