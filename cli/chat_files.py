@@ -8,6 +8,7 @@ from rich.text import Text
 
 from ..chat.attachments import read_attachment
 from ..chat.transcript import Pairs, export_chat, load_transcript, save_transcript
+from ..prompt import encode_text
 from . import clipboard
 from .chat_markdown import code_blocks
 from .terminal import printable
@@ -132,7 +133,7 @@ def attach(chat: "Chat", argument: str):
         return
     attachment = read_attachment(argument)
     chat.attached.append(attachment)
-    size = len(chat.tokenizer.encode(attachment.text, add_special_tokens=False))
+    size = len(encode_text(chat.tokenizer, attachment.text).ids)
     chat.view.note(f"{attachment.name} ({size:,} tokens) goes with the next message")
 
 

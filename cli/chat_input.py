@@ -125,6 +125,7 @@ class TerminalInput:
             prompt_continuation=lambda width, line, wrapped: CONTINUED if not wrapped else "",
             color_depth=ColorDepth.DEPTH_1_BIT if no_color else None,
             reserve_space_for_menu=4,
+            enable_suspend=True,
         )
 
     def read(self, text: str = "") -> str | None:

@@ -64,9 +64,9 @@ class TurnStats:
         parts += self.drafting()[:1]
         ratio = self.record.share
         if ratio is not None:
-            parts.append(f"{ratio:.0%} of experts read")
-        parts.append(memory_text(self.last.peak_memory))
+            parts.append(f"{ratio:.0%} of experts")
         parts.append(f"context {self.used / self.conversation.max_context:.0%}")
+        parts.append(memory_text(self.last.peak_memory))
         return parts
 
     @property

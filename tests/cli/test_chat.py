@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from blockffn_mlx.analysis import footprint
 from blockffn_mlx.analysis.footprint import MemoryNeed, machine_memory, memory_need
+from blockffn_mlx.chat.transcript import load_transcript
 from helpers.terminal import CHAT
 from helpers.toy_chat import toy_folder, toy_model
 
@@ -169,3 +170,19 @@ def test_memory_advice_names_the_widest_quantisation_that_fits():
     assert quantized.smaller() == (3, 3500)
     assert MemoryNeed(weights=9_000, cache=0, limit=100, bits=16, quantized=False).smaller() is None
     assert MemoryNeed(weights=9_000, cache=0, limit=0, bits=16, quantized=False).fits
+
+
+def test_a_pipe_brings_the_file_and_the_flag_the_question(folder, tmp_path):
+    notes = tmp_path / "notes.txt"
+    notes.write_text("a cat\n")
+    flags = ("--model", folder, "-m", "4", "--file", notes, "--chats", tmp_path / "chats")
+    command = [*CHAT, *flags, "--continue", "--prompt", "why?"]
+    done = subprocess.run(command, input="a dog\n", capture_output=True, text=True)
+    assert done.returncode == 0 and "no kept chat" in done.stderr
+    subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=True)
+    (file,) = (tmp_path / "chats").iterdir()
+    asked = [content for role, content in load_transcript(file) if role == "user"]
+    cat = "notes.txt:\n```\na cat\n```\n\n"
+    assert asked == [cat + "```\na dog\n```\n\nwhy?", cat + "why?"]
+    binary = subprocess.run(command, input=b"\xff\0", capture_output=True)
+    assert binary.returncode == 1 and b"standard input is not text" in binary.stderr

@@ -46,7 +46,7 @@ def test_commands(chat, tmp_path, folder):
 
     assert "/exit" in terminal.enter("q")
     first = terminal.enter("q ")
-    assert re.search(r"8 tokens · .*/s · first after .* of experts read", first)
+    assert re.search(r"8 tokens · .*/s · first after .* of experts · context", first)
     assert "/temp" in terminal.enter("/help")
     assert "there is no /nonsense" in terminal.enter("/nonsense")
 
