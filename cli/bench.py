@@ -10,8 +10,13 @@ PROG = "blockffn-bench"
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = make_parser(PROG, "Measure or predict what BlockFFN's parts cost.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = make_parser(
+        PROG,
+        "Measure or predict what BlockFFN's parts cost.",
+        f"{PROG} spec --model demo --limit 1",
+        f"{PROG} kernels --model-chip M4",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, help="what to measure")
     for module in (bench_kernels, bench_spec, bench_predict):
         module.add_parser(commands)
     return parser

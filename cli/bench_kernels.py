@@ -2,9 +2,11 @@
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from .. import device
@@ -18,7 +20,7 @@ from ..kernels.graph import Graph
 from ..kernels.predict import CHIPS, find_chip, launch_seconds
 from ..kernels.tune import tune
 from ..quantisation import Quantization
-from .common import print_json
+from .common import epilog, loading_progress, print_json
 from .terminal import PlainConsole
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -32,18 +34,23 @@ def add_parser(commands: Any):
         description="Time of one feed-forward layer and of all layers of a step, reading the "
         "union of the chunk's experts, beside the dense product. With --model-chip it is predicted "
         "for that chip, without it is measured here. Sizes are the 3B model's unless given.",
+        epilog=epilog(
+            "blockffn-bench kernels --model-chip M4 --q-bits 4",
+            "blockffn-bench kernels --tokens 1 8 --active 0.1 0.3",
+            "blockffn-bench kernels --tune",
+        ),
     )
     parser.add_argument("--model-chip", metavar="CHIP", help=f"predict for: {', '.join(CHIPS)}")
     parser.add_argument("--model", help="take the sizes from this folder's config.json, or demo")
-    parser.add_argument("--hidden-size", type=int, default=2048)
-    parser.add_argument("--expert-size", type=int, default=128)
-    parser.add_argument("--num-experts", type=int, default=128)
-    parser.add_argument("--num-layers", type=int, default=36)
+    parser.add_argument("--hidden-size", type=int, default=2048, help="of the layer's input")
+    parser.add_argument("--expert-size", type=int, default=128, help="hidden units of an expert")
+    parser.add_argument("--num-experts", type=int, default=128, help="experts of a layer")
+    parser.add_argument("--num-layers", type=int, default=36, help="layers of a step")
     parser.add_argument(
         "--dtype", choices=DTYPES, help="bfloat16 unless given; float32 where a CPU is measured"
     )
     parser.add_argument("--q-bits", type=int, choices=(4, 8), help="quantised experts")
-    parser.add_argument("--q-group-size", type=int, default=64)
+    parser.add_argument("--q-group-size", type=int, default=64, help="weights per scale")
     parser.add_argument(
         "--tokens", type=int, nargs="+", help="chunk lengths (1 8 32; with --tune every tile's)"
     )
@@ -73,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     if args.model_chip:
         document = prediction(find_chip(args.model_chip), args)
     else:
-        document = measurement(args)
+        with loading_progress(MofNCompleteColumn(), not args.json) as progress:
+            document = measurement(args, partial(progress, "measure layers"))
     document["num_layers"] = args.num_layers
     if args.json:
         print_json(document)
@@ -146,9 +154,13 @@ def prediction(chip: str, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def measurement(args: argparse.Namespace) -> dict[str, Any]:
+def measurement(
+    args: argparse.Namespace, on_progress: Callable[[int, int], None]
+) -> dict[str, Any]:
     """Rows of median microseconds on this machine, dense and union in one run."""
-    rows, dtype = [], DTYPES[args.dtype]
+    rows: list[dict[str, Any]] = []
+    dtype, count = DTYPES[args.dtype], len(args.tokens) * len(args.active)
+    on_progress(0, count)
     for tokens, active, graph, _ in cells(args):
         packing = (args.q_bits or 0, args.q_group_size)
         x, _, _, scores, up, down = random_layer(
@@ -169,6 +181,7 @@ def measurement(args: argparse.Namespace) -> dict[str, Any]:
                 "ratio": union / dense,
             }
         )
+        on_progress(len(rows), count)
     return {
         "kind": "measurement",
         "chip": f"{device.name()}, {args.dtype}",

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from ..analysis.passes import model_from_config, read_config, trace_passes
 from ..kernels.predict import CHIPS, find_chip, predict_pass, union_share
+from ..quantisation import BITS, GROUP_SIZES
 from .bench_kernels import digits
-from .common import print_json
+from .common import epilog, print_json
 from .terminal import PlainConsole
 
 # Shares of inactive experts of the published 3B model: per token, and over 8 tokens.
@@ -26,11 +27,12 @@ def add_parser(commands: Any):
         description="Takes the graph of a model's passes, without its weights, and predicts what "
         "they cost on Apple's chips: a plain decoding step, a chunk of tokens scored at once, and "
         "a prompt. Any model that mlx-lm knows will do, so that a dense one can stand beside.",
+        epilog=epilog("blockffn-bench predict --model demo --model-chip M1 M4 --q-bits 4"),
     )
     parser.add_argument(
         "--model",
         nargs="+",
-        required=True,
+        default=["demo"],
         help="folders, config.json files, Hub ids (only the config is downloaded), or demo",
     )
     parser.add_argument(
@@ -38,9 +40,16 @@ def add_parser(commands: Any):
     )
     parser.add_argument("--tokens", type=int, default=8, help="length of the chunk (8)")
     parser.add_argument("--context", type=int, default=512, help="length of the prompt (512)")
-    parser.add_argument("--q-bits", type=int, choices=(2, 3, 4, 5, 6, 8), help="as if quantised")
-    parser.add_argument("--q-group-size", type=int, choices=(32, 64, 128), default=64)
-    parser.add_argument("--dtype", choices=("float16", "bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--q-bits", type=int, choices=BITS, help="as if quantised")
+    parser.add_argument(
+        "--q-group-size", type=int, choices=GROUP_SIZES, default=64, help="weights per scale"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        default="bfloat16",
+        help="of the weights, where they are not quantised",
+    )
     parser.add_argument(
         "--tls", type=float, default=TLS, help=f"share of experts that a token leaves out ({TLS})"
     )

@@ -24,8 +24,9 @@ from ..device import name as device_name
 from ..prompt import choose_format, is_chat_model
 from ..speculative import make_drafter
 from ..speculative.cost import PassCost, pass_cost
-from .common import add_model_flags, load_for_text, loading_progress, print_json
+from .common import add_model_flags, epilog, load_for_text, loading_progress, print_json
 from .draft import add_draft_flags
+from .flags import COUNT, SEED, TEMPERATURE, Number
 from .terminal import PlainConsole
 
 
@@ -37,19 +38,20 @@ def add_parser(commands: Any):
         description="Spec-Bench's protocol: greedy answers to every question in four modes in one "
         "run: plain and speculative, each with all experts (dense) and with the union of those "
         "needed (sparse).",
+        epilog=epilog("blockffn-bench spec --model demo --limit 1 --max-tokens 32"),
     )
     add_model_flags(spec)
     spec.add_argument(
-        "--questions", type=Path, default=PROMPTS, help="JSON Lines with category and turns"
+        "--questions", type=Path, help="JSON Lines with category and turns (those of the package)"
     )
     add_draft_flags(spec, default="auto")
-    spec.add_argument("--max-tokens", "-m", type=int, default=128, help="per turn")
-    spec.add_argument("--limit", type=int, help="questions per group")
+    spec.add_argument("--max-tokens", "-m", type=COUNT, default=128, help="per turn")
+    spec.add_argument("--limit", type=COUNT, help="questions per group (all)")
     spec.add_argument(
-        "--warm-up", type=int, default=1, help="questions before the first that counts"
+        "--warm-up", type=Number(int, 0), default=1, help="questions before the first that counts"
     )
-    spec.add_argument("--temp", type=float, default=0.0, help="sampling temperature")
-    spec.add_argument("--seed", type=int, default=0)
+    spec.add_argument("--temp", type=TEMPERATURE, default=0.0, help="sampling temperature")
+    spec.add_argument("--seed", type=SEED, default=0, help="of every turn")
     spec.add_argument("--json", action="store_true", help="one JSON document on stdout")
     spec.set_defaults(run=run_spec)
     widths = commands.add_parser(
@@ -58,6 +60,7 @@ def add_parser(commands: Any):
         description="What `--draft-width auto` goes by: the time of a target pass by its number of "
         "tokens, for tokens that share their experts and for random ones. Measured once a model "
         "and machine, then kept.",
+        epilog=epilog("blockffn-bench widths --model demo"),
     )
     add_model_flags(widths)
     widths.add_argument("--refresh", action="store_true", help="measure again")
@@ -98,11 +101,7 @@ def show_widths(cost: PassCost):
 
 def run_spec(args: argparse.Namespace) -> int:
     """Runs all modes over all questions."""
-    if args.limit is not None and args.limit < 1:
-        raise ValueError("--limit takes 1 or more")
-    if args.max_tokens < 1 or args.warm_up < 0:
-        raise ValueError("--max-tokens takes 1 or more, --warm-up 0 or more")
-    questions = chosen_questions(read_questions(args.questions), args.limit)
+    questions = chosen_questions(read_questions(args.questions or PROMPTS), args.limit)
     model, tokenizer = load_for_text(args)
     drafter = make_drafter(args.draft, model, tokenizer)
     if drafter is None:
@@ -112,8 +111,8 @@ def run_spec(args: argparse.Namespace) -> int:
     bench = SpecBench(model, tokenizer, prompt_format, drafter, settings)
     with loading_progress(MofNCompleteColumn(), not args.json) as progress:
         bench.prepare(partial(progress, "measure passes"))
-        bench.run(questions, args.warm_up, partial(progress, "questions"))
-    asked = {"model": args.model, "questions": str(args.questions), "draft": args.draft}
+        bench.run(questions, args.warm_up, partial(progress, "answers"))
+    asked = {"model": args.model, "questions": str(args.questions or PROMPTS), "draft": args.draft}
     document = bench.document() | asked | {"warm_up": args.warm_up}
     if args.json:
         print_json(document)
@@ -131,7 +130,8 @@ def show_spec(document: dict[str, Any]):
         cells = [f"{speed:.1f} ({speed / base:.2f}x)" for speed in speeds]
         row = rows["speculative sparse"]
         cls = row["cls_spec"]
-        cells += [f"{row['tokens_per_round']:.2f}", "-" if cls is None else f"{cls:.1%}"]
+        drafted = (f"{row['tokens_per_round']:.2f}", f"{cls:.1%}") if cls is not None else "--"
+        cells += drafted  # of no round there is nothing to say
         cells.append(f"{row['same_as_plain']}/{row['turns']}")
         table.add_row(group, *cells, end_section=group == list(document["groups"])[-1])
     console = PlainConsole()

@@ -6,7 +6,6 @@ import stat
 import sys
 
 from ..chat.attachments import Attachment, as_text, read_attachment
-from ..checkpoints.demo import DEMO
 from .chat_files import go_on
 from .chat_input import LineInput
 from .chat_session import Chat
@@ -22,8 +21,14 @@ LEAST_CONTEXT = 64
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags: those of blockffn-generate, and mlx_lm.chat's defaults."""
-    parser = make_parser(PROG, "Chat with a BlockFFN model.")
-    add_model_flags(parser, default=DEMO)
+    parser = make_parser(
+        PROG,
+        "Chat with a BlockFFN model.",
+        PROG,
+        f"{PROG} --model SparseLLM/BlockFFN-3B-SFT -q --q-bits 8 --draft auto",
+        f'{PROG} --file notes.txt --prompt "What is this about?"',
+    )
+    add_model_flags(parser)
     parser.add_argument(
         "--prompt", "-p", type=text, help="one message; - takes each line of stdin as a turn"
     )

@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -25,23 +26,50 @@ from rich.progress import (
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from ..checkpoints.convert import DTYPES
+from ..checkpoints.demo import DEMO
 from ..checkpoints.load import load
 from ..models.blockffn import Model
+from ..quantisation import BITS, GROUP_SIZES
 from ..version import __version__
 from . import launch
 from .flags import add_end_tokens
 from .terminal import PlainConsole, left_in_order, printable
 
 
-def make_parser(prog: str, description: str) -> argparse.ArgumentParser:
-    """A parser with `--version`, whose errors end in exit status 1 and one line."""
-    parser = OneLineParser(prog=prog, description=description)
+def make_parser(prog: str, description: str, *examples: str) -> argparse.ArgumentParser:
+    """A parser with `--version` and examples below its help, whose errors are one line."""
+    parser = OneLineParser(prog=prog, description=description, epilog=epilog(*examples))
     parser.add_argument("--version", action="version", version=f"blockffn-mlx {__version__}")
     return parser
 
 
+def epilog(*examples: str) -> str:
+    """Examples of a command, as the end of its help."""
+    return "\n  ".join(["examples:" if len(examples) > 1 else "example:", *examples])
+
+
+class Help(argparse.HelpFormatter):
+    """Shows every default that says something, and examples line by line."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        says_nothing = (None, argparse.SUPPRESS, "", math.inf)
+        if isinstance(default, bool) or default in says_nothing or not action.option_strings:
+            return text
+        if isinstance(default, (list, tuple)):
+            default = " ".join(map(str, default))
+        shown = "" if isinstance(default, dict) else f"({default})"
+        return text if not shown or shown == "()" or shown in text else f"{text} {shown}"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if text.startswith("example") else super()._fill_text(text, width, indent)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse without the usage block: one line says what is wrong and where help is."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": Help, **options})
 
     def error(self, message: str):
         complain(self.prog, f"{message} (see {self.prog} --help)")
@@ -107,14 +135,12 @@ def complain(prog: str, sentence: str):
         print(printable(f"{prog}: {' '.join(sentence.split())}"), file=sys.stderr)
 
 
-def add_model_flags(
-    parser: argparse.ArgumentParser, default: str | None = None, positional: bool = False
-):
+def add_model_flags(parser: argparse.ArgumentParser, positional: bool = False):
     """`--model` (or the first argument), and how a checkpoint is converted on its way in."""
-    options: dict[str, Any] = {"default": default, "required": default is None}
+    options: dict[str, Any] = {"nargs": "?"} if positional else {"default": DEMO}
     parser.add_argument(
         "model" if positional else "--model",
-        **({"nargs": "?"} if positional else options),
+        **options,
         help="a converted folder, a PyTorch checkpoint folder, a Hub id (converted once, kept), or "
         "demo: the small model that comes with the package",
     )
@@ -126,8 +152,10 @@ def add_model_flags(
         help="accepted as in mlx-lm; code of a model's folder is never run",
     )
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise what is converted")
-    parser.add_argument("--q-bits", type=int, help="bits per weight (4)")
-    parser.add_argument("--q-group-size", type=int, help="weights per scale (64)")
+    parser.add_argument("--q-bits", type=int, choices=BITS, help="bits per weight (4)")
+    parser.add_argument(
+        "--q-group-size", type=int, choices=GROUP_SIZES, help="weights per scale (64)"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="type of what is converted unquantised")
 
 

@@ -7,7 +7,8 @@ import time
 from rich.filesize import decimal
 from rich.table import Table
 
-from ..checkpoints.cache import cache_folder, cached_models, clear_cache
+from ..checkpoints.atomic_folder import TargetExists
+from ..checkpoints.cache import cache_folder, cached_models, clear_cache, remove_cached
 from ..checkpoints.convert import DTYPES, ConversionReport, convert
 from ..checkpoints.convert_head import convert_head
 from ..checkpoints.load import load
@@ -21,14 +22,23 @@ PROG = "blockffn-convert"
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags: mlx_lm.convert's names and defaults."""
-    parser = make_parser(PROG, "Convert a PyTorch BlockFFN checkpoint to an MLX folder.")
-    parser.add_argument("--hf-path", "--model", help="a checkpoint's folder, or a Hub id")
+    parser = make_parser(
+        PROG,
+        "Convert a PyTorch BlockFFN checkpoint to an MLX folder.",
+        f"{PROG} --hf-path SparseLLM/BlockFFN-3B-SFT --mlx-path blockffn-3b -q --q-bits 4",
+        f"{PROG} --hf-path HEAD --mlx-path blockffn-3b/draft --draft-for blockffn-3b",
+        f"{PROG} --hf-path demo --mlx-path demo-folder",
+        f"{PROG} --cache list",
+    )
+    parser.add_argument("--hf-path", "--model", help="a checkpoint's folder, a Hub id, or demo")
     parser.add_argument("--mlx-path", default="mlx_model", help="the folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a model at --mlx-path")
     parser.add_argument("-q", "--quantize", action="store_true", help="quantise the weights")
     parser.add_argument("--q-bits", type=int, choices=BITS, help="bits per weight (4)")
     parser.add_argument("--q-group-size", type=int, help="weights per scale (64)")
-    parser.add_argument("--q-mode", choices=tuple(MODE_DEFAULTS), default="affine")
+    parser.add_argument(
+        "--q-mode", choices=tuple(MODE_DEFAULTS), default="affine", help="format of packed weights"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="type of the unquantised weights")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--upload-repo", help="Hub id to upload the result to")
@@ -42,7 +52,11 @@ def parser() -> argparse.ArgumentParser:
         "--dequantize", action="store_true", help="with --fuse: save a packed model unpacked"
     )
     parser.add_argument(
-        "--cache", choices=("list", "clear"), help="models that were converted while loading"
+        "--cache",
+        nargs="+",
+        metavar=("list|clear|remove", "NAME"),
+        help="models that were converted while loading: list them, clear all, or remove NAME, "
+        "a source or folder as listed",
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
@@ -55,7 +69,15 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace):
-    """Converts and reports."""
+    """Writes the folder; where there is one already, says what replaces it."""
+    try:
+        write(args)
+    except TargetExists as error:
+        raise ValueError(f"{str(error).rstrip('.')} with --overwrite.") from None
+
+
+def write(args: argparse.Namespace):
+    """Converts or merges, and reports."""
     if args.hf_path is None:
         raise ValueError("--hf-path is missing: give a checkpoint's folder or a Hub id.")
     if not args.quantize and (args.q_bits or args.q_group_size or args.q_mode != "affine"):
@@ -73,6 +95,15 @@ def run(args: argparse.Namespace):
         return
     if args.draft_for and args.upload_repo:
         raise ValueError("--upload-repo uploads models only: leave it out with --draft-for.")
+    report = converted(args)
+    if args.json:
+        print_json(dataclasses.asdict(report))
+    else:
+        show_report(report)
+
+
+def converted(args: argparse.Namespace) -> ConversionReport:
+    """Converts a model or a draft head."""
     with loading_progress(shown=not args.json) as progress:
         settings = dict(
             quantize=args.quantize,
@@ -86,14 +117,9 @@ def run(args: argparse.Namespace):
         )
         if args.draft_for:
             model, _ = load(args.draft_for, lazy=True, on_progress=progress)
-            report = convert_head(args.hf_path, args.mlx_path, model, **settings)
-        else:
-            settings["upload_repo"] = args.upload_repo
-            report = convert(args.hf_path, args.mlx_path, **settings)
-    if args.json:
-        print_json(dataclasses.asdict(report))
-    else:
-        show_report(report)
+            return convert_head(args.hf_path, args.mlx_path, model, **settings)
+        settings["upload_repo"] = args.upload_repo
+        return convert(args.hf_path, args.mlx_path, **settings)
 
 
 def show_report(report: ConversionReport):
@@ -117,9 +143,12 @@ def show_report(report: ConversionReport):
 
 
 def manage_cache(args: argparse.Namespace):
-    """Lists or empties the folder of models that were converted while loading."""
-    if args.cache == "clear":
-        freed = clear_cache()
+    """Lists, empties or thins out the folder of models that were converted while loading."""
+    action, *names = args.cache
+    if action not in ("list", "clear", "remove") or bool(names) != (action == "remove"):
+        raise ValueError("--cache takes list, clear, or remove NAME")
+    if action != "list":
+        freed = clear_cache() if action == "clear" else sum(map(remove_cached, names))
         if args.json:
             print_json({"freed_bytes": freed})
         else:
@@ -129,10 +158,10 @@ def manage_cache(args: argparse.Namespace):
     if args.json:
         print_json([{**dataclasses.asdict(model), "path": str(model.path)} for model in models])
         return
-    table = Table("source", "size", "converted", "folder")
+    table = Table("source", "weights", "size", "converted", "folder")
     for model in models:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.modified))
-        table.add_row(model.source, decimal(model.nbytes), date, model.path.name)
+        table.add_row(model.source, model.weights, decimal(model.nbytes), date, model.path.name)
     print(f"{len(models)} models in {cache_folder()}")
     if models:
-        PlainConsole().print(table)
+        PlainConsole(soft_wrap=True).print(table)

@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
         "time, verdict. Exit status 1 if any is wrong. What was turned off before is tried "
         "anew at its next use. BLOCKFFN_KERNELS=ops in the environment turns the kernels off for "
         "every command.",
+        f"{PROG} --json",
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser

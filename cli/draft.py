@@ -25,6 +25,7 @@ def add_draft_flags(parser: argparse.ArgumentParser, default: str = "none"):
     )
     parser.add_argument(
         "--draft-width",
+        type=draft_width,
         default="auto",
         metavar="N|auto",
         help="tokens per verified chunk, 1 to 64; auto measures this machine once, and drafts "
@@ -37,6 +38,15 @@ def add_draft_flags(parser: argparse.ArgumentParser, default: str = "none"):
         metavar="N",
         help="the same as a width of N + 1",
     )
+
+
+def draft_width(typed: str) -> str:
+    """A width: a number, or auto."""
+    if typed == "auto":
+        return typed
+    if not typed.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(f"{typed!r} is neither auto nor a number")
+    return str(Number(int, 1, MAX_NODES)(typed))
 
 
 def width_of_drafts(typed: str) -> str:
@@ -53,6 +63,8 @@ def draft_options(args: argparse.Namespace, model: Any, tokenizer: Any) -> dict[
     drafter = make_drafter(args.draft, model, tokenizer)
     if drafter is None:
         return {}
+    if args.kv_bits is not None:
+        raise ValueError("--draft and --kv-bits exclude each other: leave out one")
     with loading_progress(MofNCompleteColumn(), not getattr(args, "json", False)) as progress:
         on_progress = partial(progress, "measure passes")
         policy = make_policy(args.draft_width, model, on_progress, drafter)

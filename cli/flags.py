@@ -99,25 +99,37 @@ def add_format_flags(parser: argparse.ArgumentParser):
 def add_sampling_flags(parser: argparse.ArgumentParser, max_tokens: int = 100):
     """mlx-lm's sampling flags."""
     parser.add_argument(
-        "--max-tokens", "-m", type=MAX_TOKENS, default=max_tokens, help="-1 for no limit"
+        "--max-tokens", "-m", type=MAX_TOKENS, default=max_tokens, help="the most; -1 for no limit"
     )
     parser.add_argument("--temp", type=TEMPERATURE, default=0.0, help="sampling temperature")
-    parser.add_argument("--top-p", type=SHARE, default=1.0)
-    parser.add_argument("--min-p", type=SHARE, default=0.0)
-    parser.add_argument("--top-k", type=TOP_K, default=0)
-    parser.add_argument("--xtc-probability", type=SHARE, default=0.0)
-    parser.add_argument("--xtc-threshold", type=Number(float, 0, 0.5), default=0.1)
-    parser.add_argument("--min-tokens-to-keep", type=COUNT, default=1)
+    parser.add_argument("--top-p", type=SHARE, default=1.0, help="likeliest tokens of this share")
+    parser.add_argument("--min-p", type=SHARE, default=0.0, help="least share of the likeliest's")
+    parser.add_argument("--top-k", type=TOP_K, default=0, help="so many likeliest; 0 for all")
+    parser.add_argument(
+        "--xtc-probability", type=SHARE, default=0.0, help="how often XTC leaves out the likeliest"
+    )
+    parser.add_argument(
+        "--xtc-threshold", type=Number(float, 0, 0.5), default=0.1, help="what XTC counts as likely"
+    )
+    parser.add_argument(
+        "--min-tokens-to-keep", type=COUNT, default=1, help="fewest that --min-p leaves"
+    )
     parser.add_argument("--seed", type=SEED, help="seed of the random number generator")
 
 
 def add_cache_flags(parser: argparse.ArgumentParser, least_size: int, size_help: str):
     """mlx-lm's flags for the cache of keys and values."""
     parser.add_argument("--max-kv-size", type=Number(int, least_size), help=size_help)
-    parser.add_argument("--prefill-step-size", type=COUNT, default=2048)
+    parser.add_argument(
+        "--prefill-step-size", type=COUNT, default=2048, help="prompt tokens per pass"
+    )
     parser.add_argument("--kv-bits", type=int, choices=BITS, help="quantise the cache to so many")
-    parser.add_argument("--kv-group-size", type=int, choices=GROUP_SIZES, default=64)
-    parser.add_argument("--quantized-kv-start", type=Number(int, 0), default=5000)
+    parser.add_argument(
+        "--kv-group-size", type=int, choices=GROUP_SIZES, default=64, help="values per scale of it"
+    )
+    parser.add_argument(
+        "--quantized-kv-start", type=Number(int, 0), default=5000, help="tokens before it begins"
+    )
 
 
 def add_end_tokens(tokenizer: Any, tokens: list[str]):

@@ -30,7 +30,12 @@ PROG = "blockffn-generate"
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags: mlx_lm.generate's names and defaults."""
-    parser = make_parser(PROG, "Generate text with a BlockFFN model.")
+    parser = make_parser(
+        PROG,
+        "Generate text with a BlockFFN model.",
+        f'{PROG} --model demo --prompt "Tell me a story about a brave mouse."',
+        f'{PROG} --model SparseLLM/BlockFFN-3B-SFT -q --draft auto --prompt "hello"',
+    )
     add_model_flags(parser)
     parser.add_argument(
         "--prompt", "-p", type=text, default="hello", help="the message; - reads stdin"
@@ -46,7 +51,11 @@ def parser() -> argparse.ArgumentParser:
     add_draft_flags(parser)
     add_cache_flags(parser, KEPT_POSITIONS + 1, "most positions the cache keeps")
     parser.add_argument(
-        "--verbose", type=lambda text: text.lower() not in ("false", "f"), default=True
+        "--verbose",
+        type=lambda text: text.lower() not in ("false", "f"),
+        default=True,
+        metavar="True|False",
+        help="show figures below the answer (True)",
     )
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     return parser
@@ -73,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
             "only: what it answers may make no sense",
         )
     drafting = draft_options(args, model, tokenizer)
+    if drafting and args.max_kv_size is not None:
+        raise ValueError("--draft and --max-kv-size exclude each other: leave out one")
     with reading_progress(shown=not args.json) as progress:
         responses = stream_generate(
             model,

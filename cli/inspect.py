@@ -19,6 +19,7 @@ from ..analysis.quality import Loss
 from ..analysis.reading import Document, Tokens, watch
 from ..analysis.sparsity import SparsityReport
 from ..analysis.usage import Usage
+from ..checkpoints.demo import DEMO
 from ..paths import new_file, replace_text
 from .common import (
     add_model_flags,
@@ -35,18 +36,20 @@ from .sparsity_view import heat_map_for, layer_table, save_svg
 from .terminal import PlainConsole
 
 PROG = "blockffn-inspect"
-EXAMPLE = """example:
-  blockffn-inspect demo --prompt "Once upon a time" --html experts.html
-  blockffn-inspect demo --text book.txt --window 512 --stride 256 --out scores.npz
-  blockffn-inspect demo --text book.txt --against-bits 8,6,4"""
+EXAMPLES = (
+    'blockffn-inspect --model demo --prompt "Once upon a time" --html experts.html',
+    "blockffn-inspect --model demo --text book.txt --window 512 --stride 256 --out scores.npz",
+    "blockffn-inspect --model demo --text book.txt --against-bits 8,6,4",
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's flags."""
-    parser = make_parser(PROG, "Show which experts texts activate and how sparse that is.")
-    parser.epilog, parser.formatter_class = EXAMPLE, argparse.RawDescriptionHelpFormatter
+    parser = make_parser(
+        PROG, "Show which experts texts activate and how sparse that is.", *EXAMPLES
+    )
     add_model_flags(parser, positional=True)
-    parser.add_argument("--model", dest="named", metavar="MODEL", help="the same, by flag")
+    parser.add_argument("--model", dest="named", metavar="MODEL", help="the same, by flag (demo)")
     parser.add_argument(
         "--prompt",
         "-p",
@@ -104,9 +107,9 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Loads, measures, draws."""
-    if (args.model is None) == (args.named is None):
+    if args.model is not None and args.named is not None:
         raise ValueError("name one model: a folder, a Hub id, or demo")
-    args.model = args.model or args.named
+    args.model = args.model or args.named or DEMO
     if args.tokens and not args.prompt:
         raise ValueError("--tokens lists what a --prompt activates; --out has that of texts")
     check_against(args)

@@ -32,8 +32,13 @@ def parser() -> argparse.ArgumentParser:
         PROG,
         "Train a BlockFFN model. A run that was stopped goes on from its last checkpoint; "
         "mlx.launch -n N -- blockffn-train ... shares each batch among N processes.",
+        f"{PROG} examples/tiny.toml",
+        f"{PROG} --model demo --data DIR --iters 200 --mask-prompt",
     )
-    add_run_flags(parser, needs_config=False)
+    parser.add_argument(
+        "config", metavar="CONFIG.toml", nargs="?", help="the run; see docs/training.md"
+    )
+    add_run_flags(parser)
     parser.add_argument(
         "--finetune", "--model", metavar="MODEL", help="continue this model: folder or Hub id"
     )

@@ -24,8 +24,15 @@ def parser() -> argparse.ArgumentParser:
         PROG,
         "Train an EAGLE draft head on a frozen model's hidden states. A run that was stopped goes "
         "on from its last checkpoint.",
+        f"{PROG} --model blockffn-3b draft.toml --set output=head",
     )
-    parser.add_argument("model", metavar="MODEL", help="the target: a converted folder or Hub id")
+    parser.add_argument(
+        "model_and_config",
+        metavar="[MODEL] CONFIG.toml",
+        nargs="+",
+        help="the run, see docs/draft-heads.md; the model may stand before it",
+    )
+    parser.add_argument("--model", help="the target: a converted folder, a Hub id, or demo")
     add_run_flags(parser)
     return parser
 
@@ -38,7 +45,11 @@ def main() -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Loads the target, trains the head, writes it."""
-    config = load_config(args.config, args.set)
+    *model, path = args.model_and_config
+    if len(model) + (args.model is not None) != 1:
+        raise ValueError("name one model and one configuration: --model MODEL CONFIG.toml")
+    args.model = args.model or model[0]
+    config = load_config(path, args.set)
     with output_folder(config.output):
         return train(config, args)
 

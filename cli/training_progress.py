@@ -15,14 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..training.run_folder import ChangedRun, hold_folder
 
 
-def add_run_flags(parser: argparse.ArgumentParser, needs_config: bool = True):
-    """The configuration file, overrides of it, and a limit of time."""
-    parser.add_argument(
-        "config",
-        metavar="CONFIG.toml",
-        nargs=None if needs_config else "?",
-        help="the run; see docs/training.md",
-    )
+def add_run_flags(parser: argparse.ArgumentParser):
+    """Overrides of the configuration, and a limit of time."""
     parser.add_argument(
         "--set",
         action="append",

@@ -1,5 +1,6 @@
 """Spec-Bench's protocol: what speculation gains over plain decoding, dense and sparse."""
 
+import itertools
 import json
 import time
 from collections import Counter
@@ -124,6 +125,7 @@ class SpecBench:
         self.results: dict[tuple[str, str], Result] = {}
         self.repeated: dict[str, tuple[float, float]] = {}
         self.asked = 0
+        self.on_answers: Callable[[], None] = lambda: None
 
     def prepare(self, on_progress: Callable[[int, int], None]):
         """Measures what the policy needs, for each backend."""
@@ -140,14 +142,20 @@ class SpecBench:
         warm_up: int = 1,
         on_progress: Callable[[int, int], None] | None = None,
     ):
-        """Asks all questions; the first `warm_up` of them once before, which does not count."""
+        """Asks all questions; the first `warm_up` of them once before, which does not count.
+
+        `on_progress` is called with (answers so far, answers in all).
+        """
+        if on_progress:
+            every = (len(questions[:warm_up]) + len(questions) + 1) * len(MODES)
+            done = itertools.count(1)
+            on_progress(0, every)
+            self.on_answers = lambda: on_progress(next(done), every)
         for question in questions[:warm_up]:
             self.ask(question)
         self.results.clear()
-        for done, question in enumerate(questions, start=1):
+        for question in questions:
             first = self.ask(question)
-            if on_progress:
-                on_progress(done, len(questions))
         results, self.results = self.results, {}
         again = self.ask(questions[-1])
         self.results = results
@@ -171,6 +179,7 @@ class SpecBench:
             before = self.result(question.group, mode).seconds
             answers[mode] = self.answer(mode, question)
             seconds[mode] = self.result(question.group, mode).seconds - before
+            self.on_answers()
         for mode, (_, speculates) in MODES.items():
             if speculates:
                 plain = answers[mode.replace("speculative", "plain")]

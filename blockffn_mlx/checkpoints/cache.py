@@ -28,6 +28,7 @@ class CachedModel:
         origin: What its config.json says of that, such as the Hub's commit ("revision").
         nbytes: Size on disk.
         modified: When it was written, in seconds since 1970.
+        weights: Their type, such as "4 bits" or "bfloat16".
     """
 
     path: Path
@@ -35,6 +36,7 @@ class CachedModel:
     origin: dict[str, Any]
     nbytes: int
     modified: float
+    weights: str = ""
 
 
 def cached_path(source: str, state: Any, settings: dict[str, Any]) -> Path:
@@ -89,10 +91,12 @@ def cached_models() -> list[CachedModel]:
     models = []
     for folder in _folders():
         try:
-            mark = read_json(folder / "config.json").get(MARK)
+            config = read_json(folder / "config.json")
         except (ValueError, OSError):
-            mark = None  # damaged: `load` makes it anew
-        origin = mark if isinstance(mark, dict) else {}
+            config = {}  # damaged: `load` makes it anew
+        origin = mark if isinstance(mark := config.get(MARK), dict) else {}
+        packing = config.get("quantization")
+        bits = packing.get("bits") if isinstance(packing, dict) else None
         models.append(
             CachedModel(
                 path=folder,
@@ -100,6 +104,7 @@ def cached_models() -> list[CachedModel]:
                 origin=origin,
                 nbytes=_size(folder),
                 modified=folder.stat().st_mtime,
+                weights=f"{bits} bits" if bits else str(config.get("torch_dtype", "")),
             )
         )
     return sorted(models, key=lambda model: -model.modified)
@@ -113,6 +118,23 @@ def kept_commit(repo: str, revision: str | None) -> str | None:
             if revision is None or (len(revision) > 6 and commit.startswith(revision)):
                 return commit
     return None
+
+
+def remove_cached(name: str) -> int:
+    """Removes the cached models of that source, or in the folder of that name.
+
+    Returns:
+        The bytes that were freed.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    models = [model for model in cached_models() if name in (model.source, model.path.name)]
+    if not models:
+        raise ValueError(f"no model called {name} is kept in {cache_folder()}")
+    for model in models:
+        shutil.rmtree(model.path)
+    return sum(model.nbytes for model in models)
 
 
 def clear_cache() -> int:

@@ -431,10 +431,17 @@ def test_code_in_a_folder_never_runs(tmp_path, converted):
     assert bf.load(folder)[1] is not None
 
 
-def test_cache_list_and_clear(capsys, monkeypatch, cache):
+def test_cache_list_remove_and_clear(capsys, monkeypatch, cache):
     bf.load(GOLDEN / "gqa_block")
+    bf.load(GOLDEN / "gqa_block", quantize=True, q_bits=8, q_group_size=32)
+    packed = next(
+        model for model in model_cache.cached_models() if model.weights == "8 bits"
+    ).path.name
     for flags, expected in (
-        (["list"], "gqa_block"),
+        (["list"], "8 bits"),
+        (["list"], "float32"),
+        (["remove", packed], "freed"),
+        (["list"], "1 models"),
         (["list", "--json"], '"source": "gqa_block"'),
         (["clear"], "freed"),
         (["list"], "0 models"),
@@ -443,6 +450,8 @@ def test_cache_list_and_clear(capsys, monkeypatch, cache):
         assert convert_main() == 0
         assert expected in capsys.readouterr().out
     assert not any(cache.iterdir())
+    monkeypatch.setattr(sys, "argv", ["blockffn-convert", "--cache", "remove", packed])
+    assert convert_main() == 1 and "no model called" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
