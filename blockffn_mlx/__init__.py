@@ -18,6 +18,10 @@ from .version import __version__
 if TYPE_CHECKING:
     from . import checkpoints as checkpoint
     from . import ffn, kernels, speculative, training
+    from .analysis.compare import compare
+    from .analysis.quality import text_loss
+    from .analysis.reading import Document
+    from .analysis.rounding import bits_by_use, rounded
     from .analysis.sparsity import router_scores, sparsity
     from .batch import batch_generate
     from .checkpoints.convert import convert
@@ -28,37 +32,47 @@ if TYPE_CHECKING:
 
 # The module of each public name that is not a module itself.
 _HOMES = {
+    "Document": ".analysis.reading",
     "Model": ".models.blockffn",
     "ModelArgs": ".models.blockffn",
     "batch_generate": ".batch",
+    "bits_by_use": ".analysis.rounding",
+    "compare": ".analysis.compare",
     "convert": ".checkpoints.convert",
     "generate": ".generate",
     "intervene": ".models.activation",
     "load": ".checkpoints.load",
+    "rounded": ".analysis.rounding",
     "router_scores": ".analysis.sparsity",
     "sparsity": ".analysis.sparsity",
     "stream_generate": ".generate",
+    "text_loss": ".analysis.quality",
 }
 
 # The most open files that mlx-lm wants to be allowed.
 MLX_LM_FILES = 4096
 
 __all__ = [
+    "Document",
     "Model",
     "ModelArgs",
     "__version__",
     "batch_generate",
+    "bits_by_use",
     "checkpoint",
+    "compare",
     "convert",
     "ffn",
     "generate",
     "intervene",
     "kernels",
     "load",
+    "rounded",
     "router_scores",
     "sparsity",
     "speculative",
     "stream_generate",
+    "text_loss",
     "training",
 ]
 

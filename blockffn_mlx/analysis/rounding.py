@@ -17,6 +17,8 @@ from ..quantisation import Quantization, resolve_quantization
 
 # A scale and a bias of 16 bits for each group.
 GROUP_BITS = 32
+# The experts' projections in a layer, of BlockFFN and of DECO.
+EXPERTS = ("up_proj", "down_proj", "expert_up_proj", "expert_down_proj")
 
 
 def rounded(
@@ -70,34 +72,41 @@ def bits_per_weight(model: nn.Module, plan: Mapping[str, Quantization]) -> float
 
 
 def bits_by_use(
-    model: Any, share: Any, low: int = 4, high: int = 8, layers: int | None = None
-) -> Callable[[str, nn.Module], bool | dict[str, int]]:
+    model: Any,
+    share: Any,
+    low: int = 4,
+    high: int = 8,
+    *,
+    rest: int = 8,
+    group_size: int = 64,
+    layers: int | None = None,
+) -> Callable[[str, nn.Module], dict[str, int]]:
     """A predicate that gives more bits to the layers whose experts are used most.
 
     The experts of a layer are one packed tensor, so that a layer is as fine as bits can be dealt
-    out. docs/research.md has what it gains, measured.
+    out. docs/research.md has what it gains on the demo, measured.
 
     Args:
         model: The model that will be quantised.
         share: [L, E], the share of tokens that use each expert, a row for each layer with a router.
-        low: Bits of the experts of all other layers; everything that is no expert gets `high`.
+        low: Bits of the experts in the other layers.
         high: Bits of the experts in the layers used most.
-        layers: How many those are; half of them if None.
+        rest: Bits of what is no expert.
+        group_size: Weights per scale.
+        layers: How many are the layers used most; half of them if None.
 
     Returns:
         What `bf.convert` and mlx-lm take as `quant_predicate`.
     """
     used = np.asarray(share).mean(axis=1)
-    indices = [i for i, layer in enumerate(model.layers) if has_router(layer)]
+    routed = [i for i, layer in enumerate(model.layers) if has_router(layer)]
     count = len(used) // 2 if layers is None else layers
-    chosen = {indices[i] for i in np.argsort(-used, kind="stable")[:count]}
+    most = {routed[i] for i in np.argsort(-used, kind="stable")[:count]}
+    bits = {
+        f"layers.{i}.mlp.{name}": high if i in most else low for i in routed for name in EXPERTS
+    }
 
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, int]:
-        parts = path.split(".")
-        expert = parts[-2:-1] == ["mlp"] and parts[-1].removeprefix("expert_") in EXPERTS
-        return {"bits": high if not expert or int(parts[2]) in chosen else low, "group_size": 64}
+    def predicate(path: str, module: nn.Module) -> dict[str, int]:
+        return {"bits": bits.get(path.removeprefix("model."), rest), "group_size": group_size}
 
     return predicate
-
-
-EXPERTS = ("up_proj", "down_proj")
