@@ -10,12 +10,15 @@ from mlx.utils import tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import _get_classes
 
+from ..checkpoints import canonical_deco
 from ..checkpoints.demo import DEMO, model_folder
 from ..checkpoints.hub import download_config, is_local
 from ..checkpoints.reader import read_json
 from ..ffn import MAX_CHUNK, BlockFFN, chunk_union_ffn
 from ..kernels.graph import Graph, trace
+from ..models import find_architecture
 from ..models.blockffn import Model, ModelArgs
+from ..models.deco import DecoFFN
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,18 @@ def model_from_config(
     Raises:
         ValueError: If mlx-lm does not know the model type, or the config lacks something.
     """
-    ours = "expert_size" in config and "norm_after_router" in config
-    model_class, args_class = (Model, ModelArgs) if ours else _get_classes(config)
+    settings = config.get("quantization") or {}
+    if canonical_deco.is_deco({}, config):
+        config = canonical_deco.checked_config(config)
+        model_class, args_class = find_architecture(config)
+    else:
+        ours = "expert_size" in config and "norm_after_router" in config
+        model_class, args_class = (Model, ModelArgs) if ours else _get_classes(config)
     try:
         model = model_class(args_class.from_dict(config))
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"config.json makes no model ({error})") from error
     model.set_dtype(getattr(mx, dtype))  # lazily, like the random weights themselves
-    settings = config.get("quantization") or {}
     if bits:
         settings = {"group_size": group_size, "bits": bits}
     if settings:
@@ -73,6 +80,9 @@ def model_from_config(
         )
     model.update(tree_map(_hollow, model.parameters()))
     model.eval()
+    for layer in _sparse_layers(model):
+        if isinstance(layer, DecoFFN):
+            layer.constants()  # made once, not in a pass
     return model
 
 
@@ -136,7 +146,7 @@ def trace_pass(
         for layer_cache in cache:
             layer_cache.trim(tokens)
     pairs = _cache_arrays(cache)
-    for layer in _blockffn_layers(model):
+    for layer in _sparse_layers(model):
         layer.backend = "metal" if tokens * batch_size <= MAX_CHUNK else "dense"
 
     def run(ids, *arrays):
@@ -152,7 +162,7 @@ def trace_pass(
     except RuntimeError as error:
         raise ValueError(f"MLX cannot export this model's pass ({error})") from error
     finally:
-        for layer in _blockffn_layers(model):
+        for layer in _sparse_layers(model):
             layer.backend = "auto"
         for owner, name in _cache_arrays(cache):  # shapes are all that is kept of traced values
             array = _get(owner, name)
@@ -194,8 +204,8 @@ def trace_layer(
     return trace(layer, x, scores, *weights)
 
 
-def _blockffn_layers(model: nn.Module) -> list[BlockFFN]:
-    return [module for module in model.modules() if isinstance(module, BlockFFN)]
+def _sparse_layers(model: nn.Module) -> list[BlockFFN | DecoFFN]:
+    return [module for module in model.modules() if isinstance(module, BlockFFN | DecoFFN)]
 
 
 def _cache_arrays(cache: list[Any] | None) -> list[tuple[Any, Any]]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.nn.layers.distributed import shard_inplace, shard_linear
 from mlx_lm.models.base import BaseModelArgs
 from mlx_lm.models.llama import MLP
 
@@ -24,6 +25,12 @@ from .attend import Mask
 from .attention import Attention, Positions
 from .compiled import CompiledPasses
 
+# How a gated MLP is split by its width.
+SPLIT = {
+    "gate_proj": "all-to-sharded",
+    "up_proj": "all-to-sharded",
+    "down_proj": "sharded-to-all",
+}
 ROUTER_NORMS = ("simple", "rms", "none")
 # What an expert does between its projections, without the norm of the first three.
 EXPERT_ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
@@ -133,10 +140,15 @@ class Constants(NamedTuple):
 
 
 class _Kept:
-    """Constants and the weights that they are of; outside of the module's own tree of arrays."""
+    """Constants and the weights that they are of; outside of the module's own tree of arrays.
+
+    Attributes:
+        mean: The mean row, once other processes hold some of its experts.
+    """
 
     weights: tuple[mx.array, ...] = ()
     constants: Constants
+    mean: mx.array | None = None
 
 
 class DecoFFN(nn.Module):
@@ -148,6 +160,7 @@ class DecoFFN(nn.Module):
 
     Attributes:
         observer, intervention, backend: As BlockFFN's.
+        own: The experts that this process holds, of a model that is split; None for all.
     """
 
     def __init__(self, args: ModelArgs):
@@ -174,6 +187,8 @@ class DecoFFN(nn.Module):
         self.backend = "auto"
         self.observer: Observer | None = None
         self.intervention: Intervention | None = None
+        self.sharding_group: mx.distributed.Group | None = None
+        self.own: slice | None = None
         self._routed = _Kept()
 
     def route(self, x: mx.array) -> mx.array:
@@ -194,7 +209,9 @@ class DecoFFN(nn.Module):
             return kept.constants
         router = self.moe_router.weight.astype(mx.float32)
         mean = mx.zeros_like(router[:1])
-        if self.takes_mean:
+        if kept.mean is not None:
+            mean = kept.mean
+        elif self.takes_mean:
             mean = up.plain().astype(mx.float32).mean(axis=(0, 1))[None]
         if scale is None:
             scale = mx.array(1.0 if self.fixed_scale is None else self.fixed_scale)
@@ -242,19 +259,48 @@ class DecoFFN(nn.Module):
             if self.observer is not None:
                 routed(self, logits, self.finish(logits, x.dtype), x.shape[:-1])
             _, scale, norm = self.constants()
+            if self.own is not None:
+                product = mx.concatenate([logits[:, self.own], product[:, -1:]], axis=1)
+                scale = scale[self.own]
             h, active = plan.up(flat, product, scale, norm, route.epsilon(self.eps), *up.arrays)
             residual = mx.zeros_like(flat) if shared is None else shared
             one = residual_down.factor_array(1.0)
-            return plan.down(h, active, residual, one, *down.arrays)[0].reshape(x.shape)
-        scores = routed(self, logits, self.finish(logits, x.dtype), x.shape[:-1])
-        out = plan.run(flat, scores, up, down, self.activate, mean)
-        return (out if shared is None else out + shared).reshape(x.shape)
+            out = plan.down(h, active, residual, one, *down.arrays)[0]
+        else:
+            scores = routed(self, logits, self.finish(logits, x.dtype), x.shape[:-1])
+            scores = scores if self.own is None else scores[:, self.own]
+            out = plan.run(flat, scores, up, down, self.activate, mean)
+            out = out if shared is None else out + shared
+        if self.sharding_group is not None:
+            out = mx.distributed.all_sum(out, group=self.sharding_group)
+        return out.reshape(x.shape)
+
+    def shard(self, group: mx.distributed.Group):
+        """Deals the experts out, since NormSiLU needs all of one; splits the shared one's width."""
+        rows = self.constants().rows
+        mx.eval(rows)
+        self._routed.mean = rows[-1:]
+        ends = [self.num_experts * i // group.size() for i in range(group.size() + 1)]
+        self.own = slice(ends[group.rank()], ends[group.rank() + 1])
+        for projection in (self.expert_up_proj, self.expert_down_proj):
+            for name in ("weight", "scales", "biases"):
+                if projection.get(name) is not None:
+                    projection[name] = mx.contiguous(projection[name][self.own])
+        if "shared_experts" in self:
+            for name, way in SPLIT.items():
+                shard_inplace(self.shared_experts[name], way, group=group)
+        self.sharding_group = group
 
 
 class DenseFFN(MLP):
     """A layer without experts: nothing to route, nothing to leave out."""
 
     backend = "dense"
+
+    def shard(self, group: mx.distributed.Group):
+        """Splits its width."""
+        for name, way in SPLIT.items():
+            self[name] = shard_linear(self[name], way, group=group)
 
 
 @dataclass
@@ -326,9 +372,25 @@ class Model(blockffn.Model):
         return lambda path, module: not path.endswith("moe_router")
 
     def shard(self, group: mx.distributed.Group | None = None):
-        """Not built: NormSiLU needs an expert's whole width, so experts would have to be dealt out.
+        """Splits heads and dense widths over the processes of `group`, and deals out the experts.
 
         Raises:
-            ValueError: Always.
+            ValueError: If the group's size does not divide the heads or a width.
         """
-        raise ValueError("a DECO model cannot be split over processes yet: run it in one")
+        group, args = group or mx.distributed.init(), cast(ModelArgs, self.args)
+        counts = {
+            "attention heads": args.num_attention_heads,
+            "key/value heads": args.num_key_value_heads,
+            "dense width": args.intermediate_size,
+            "shared expert's width": args.shared_expert_size,
+        }
+        for name, count in counts.items():
+            if count % group.size():
+                raise ValueError(f"cannot split {count} {name} over {group.size()} processes")
+        if args.num_experts < group.size():
+            raise ValueError(
+                f"cannot deal {args.num_experts} experts out to {group.size()} processes"
+            )
+        for layer in self.layers:
+            layer.self_attn.shard(group)
+            layer.mlp.shard(group)
