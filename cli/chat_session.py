@@ -15,6 +15,7 @@ from ..chat.attachments import Attachment, with_attachments
 from ..chat.conversation import Conversation
 from ..chat.recording import rows_of_answer
 from ..chat.sessions import Sessions
+from ..checkpoints.prompt_cache import read_prompt_cache
 from ..checkpoints.tokenizer import use_default_template
 from ..ffn.warm import Warmup
 from ..pace import PrefillPace
@@ -66,6 +67,9 @@ class Chat:
         check_memory(self.view, settings.model, need, context)
         mx.eval(model.parameters())
         drafting = draft_options(settings, model, tokenizer)
+        opening = None
+        if settings.prompt_cache_file is not None:
+            opening = read_prompt_cache(settings.prompt_cache_file, model)
         conversation = Conversation(
             model,
             tokenizer,
@@ -74,6 +78,7 @@ class Chat:
             context,
             settings.stop,
             settings.chat_template_config,
+            opening,
         )
         conversation.pace = PrefillPace(settings.prefill_step_size)
         self.model, self.tokenizer, self.drafting = model, tokenizer, drafting
@@ -335,7 +340,8 @@ class Chat:
 
     def open_model(self, name: str):
         """Changes the model; the messages stay, the cache is computed anew."""
-        changed = {"model": name, "revision": None, "adapter_path": None, "draft": "none"}
+        changed = dict.fromkeys(("revision", "adapter_path", "prompt_cache_file"))
+        changed |= {"model": name, "draft": "none"}
         before = self.conversation
         self._take_model(argparse.Namespace(**{**vars(self.settings), **changed}))
         self.conversation.replace([(m.role, m.content) for m in before.messages])

@@ -121,6 +121,11 @@ def add_cache_flags(parser: argparse.ArgumentParser, least_size: int, size_help:
     """mlx-lm's flags for the cache of keys and values."""
     parser.add_argument("--max-kv-size", type=Number(int, least_size), help=size_help)
     parser.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="go on after the prompt that mlx_lm.cache_prompt read with this model",
+    )
+    parser.add_argument(
         "--prefill-step-size", type=COUNT, default=2048, help="prompt tokens per pass"
     )
     parser.add_argument("--kv-bits", type=int, choices=BITS, help="quantise the cache to so many")

@@ -6,6 +6,7 @@ from typing import Any
 
 from mlx_lm.generate import GenerationResponse
 
+from ..checkpoints.prompt_cache import read_prompt_cache
 from ..checkpoints.tokenizer import use_default_template
 from ..generate import KEPT_POSITIONS, RULE, figures, stream_generate
 from ..pace import PrefillPace
@@ -73,8 +74,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--raw takes neither --system-prompt nor --prefill-response")
     message = read_stdin() if args.prompt == "-" else args.prompt
     model, tokenizer = load_for_text(args)
+    cache = None
+    if args.prompt_cache_file is not None:
+        cache = read_prompt_cache(args.prompt_cache_file, model)
     prompt = build_prompt(args, model, tokenizer, message)
-    length, limit = len(prompt.ids), model.args.max_position_embeddings
+    length = len(prompt.ids) + (cache[0].offset if cache else 0)
+    limit = model.args.max_position_embeddings
     if length > limit and args.max_kv_size is None and not model.args.rope_scaling:
         complain(
             PROG,
@@ -92,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             max_tokens=args.max_tokens,
             sampler=sampler_of(args, tokenizer),
             max_kv_size=args.max_kv_size,
+            prompt_cache=cache,
             prefill_step_size=PrefillPace(args.prefill_step_size),
             prompt_progress_callback=progress,
             kv_bits=args.kv_bits,
@@ -140,7 +146,7 @@ def build_prompt(args: argparse.Namespace, model: Any, tokenizer: Any, message: 
     if chat and args.prefill_response is not None:
         messages.append(("assistant", args.prefill_response))
     chosen = choose_format(tokenizer, chat, args.chat_template_config)
-    return chosen.prompt(messages, args.stop)
+    return chosen.prompt(messages, args.stop, begun=args.prompt_cache_file is not None)
 
 
 def summary(response: GenerationResponse) -> dict[str, Any]:

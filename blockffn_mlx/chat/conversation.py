@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlx_lm.models.cache import trim_prompt_cache
 
 from ..generate import stream_generate
 from ..pace import PrefillPace
-from ..prompt import Prompt, StopTexts, TokenText, choose_format, clean, encode_text
+from ..prompt import Prompt, StopTexts, TokenText, choose_format, clean
 from .history import decode_tokens, reuse
 
 # An answer gets at most this part of the context kept free for it before old turns are dropped.
@@ -50,6 +51,7 @@ class Conversation:
         max_context: The most tokens in the cache; the model's own limit if None.
         stop: Texts that end an answer, besides the format's own markers.
         template_options: More arguments of the chat template.
+        opening: Filled caches of what comes before the first message, and maybe of its beginning.
 
     Attributes:
         messages: All messages that count, a system prompt first.
@@ -69,13 +71,17 @@ class Conversation:
         max_context: int | None = None,
         stop: Sequence[str] = (),
         template_options: Mapping[str, Any] | None = None,
+        opening: list[Any] | None = None,
     ):
         if tokenizer is None:
             raise ValueError("this model has no tokenizer files: a chat needs them")
         self.model, self.tokenizer = model, tokenizer
         self.format = choose_format(tokenizer, not raw, template_options)
         self.stop = tuple(filter(None, stop))
-        self.max_context = max_context or model.args.max_position_embeddings
+        self.opening, self.before = opening, opening[0].offset if opening else 0
+        self.max_context = (max_context or model.args.max_position_embeddings) - self.before
+        if self.max_context < 1:
+            raise ValueError(f"the prompt cache fills the context with its {self.before:,} tokens")
         self.messages: list[Message] = []
         self.dropped: list[Message] = []
         self.is_cut = False
@@ -105,7 +111,7 @@ class Conversation:
 
     def clear_cache(self):
         """Forgets the cache, not the messages."""
-        self.cache = self.model.make_cache()
+        self.cache = deepcopy(self.opening) or self.model.make_cache()
         self.held = TokenText()
         self.answer_span = None
 
@@ -230,8 +236,8 @@ class Conversation:
         """Texts that end an answer: the format's own and those asked for."""
         return (*self.format.stop, *self.stop)
 
-    def _text(self) -> str:
-        return self.format.render([(m.role, m.text) for m in self.messages])
+    def _encode(self, messages: list[Message]) -> TokenText:
+        return self.format.encode([(m.role, m.text) for m in messages], self.opening is not None)
 
     def _make_room(self, answer_tokens: int) -> int:
         """Drops the oldest turns if the next answer might not fit."""
@@ -262,13 +268,11 @@ class Conversation:
         return dropped
 
     def _count(self, skip: tuple[int, int] = (0, 0)) -> int:
-        messages = self.messages[: skip[0]] + self.messages[skip[1] :]
-        text = self.format.render([(m.role, m.text) for m in messages])
-        return len(encode_text(self.tokenizer, text).ids)
+        return len(self._encode(self.messages[: skip[0]] + self.messages[skip[1] :]).ids)
 
     def _align(self) -> list[int]:
         """Trims the cache to what the text can go on from; returns the tokens left to prefill."""
-        wanted = encode_text(self.tokenizer, self._text())
+        wanted = self._encode(self.messages)
         kept, used = reuse(self.held, wanted)
         surplus = len(self.held.ids) - kept
         if surplus and trim_prompt_cache(self.cache, surplus) != surplus:
@@ -300,7 +304,7 @@ class Conversation:
         if len(offsets) > 1:  # an error in the middle of a pass
             self.clear_cache()
             return
-        self.held = self.held.joined(answer).cut(offsets.pop())
+        self.held = self.held.joined(answer).cut(offsets.pop() - self.before)
         end = read + len(sampled) - ended
         self.answer_span = (start, end) if sampled else None
 

@@ -1,13 +1,14 @@
 """A conversation as the one string that a model reads, its ids, and what ends the answer."""
 
 import operator
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .template import apply_template
-from .tokens import BREAK, END_MARK, MARK, clean, encode_text
+from .tokens import BREAK, END_MARK, MARK, TokenText, clean, encode_text
 
 ROLES = ("system", "user", "assistant")
 # Parts a marker whose tokens are single characters already; nobody sees it.
@@ -49,9 +50,26 @@ class Format:
         """The text of (role, text) pairs up to where the answer begins, or goes on."""
         raise NotImplementedError
 
-    def prompt(self, messages: Sequence[tuple[str, str]], stop: Sequence[str] = ()) -> Prompt:
+    def encode(self, messages: Sequence[tuple[str, str]], begun: bool = False) -> TokenText:
+        """The text and its tokens.
+
+        Args:
+            messages: As `render` takes them.
+            begun: Whether a cache holds what comes before the first message of the user, and maybe
+                the beginning of that message, as after mlx_lm.cache_prompt.
+        """
+        text = self.render(messages)
+        if begun:
+            first = [role for role, _ in messages].index("user")
+            ways = [self.render([*messages[:first], ("user", word)]) for word in ("a", "b")]
+            text = text[len(os.path.commonprefix(ways)) :]
+        return encode_text(self.tokenizer, text, whole=not begun)
+
+    def prompt(
+        self, messages: Sequence[tuple[str, str]], stop: Sequence[str] = (), begun: bool = False
+    ) -> Prompt:
         """The text's ids with everything that ends the answer; `stop` are more such texts."""
-        ids = encode_text(self.tokenizer, self.render(messages)).ids
+        ids = self.encode(messages, begun).ids
         return Prompt(ids, (*self.stop, *filter(None, stop)), self.stop_ids)
 
 

@@ -38,8 +38,8 @@ class TokenText:
         return TokenText(self.ids + other.ids, self.ends + shifted, self.text + other.text)
 
 
-def encode_text(tokenizer: Any, text: str) -> TokenText:
-    """Tokens of a whole text, with a BOS unless the text begins with one.
+def encode_text(tokenizer: Any, text: str, whole: bool = True) -> TokenText:
+    """Tokens of a text; of a whole one with a BOS, unless it begins with one.
 
     A `BREAK` keeps what stands on its two sides from becoming one token, or a special one, and
     leaves no token itself.
@@ -47,6 +47,7 @@ def encode_text(tokenizer: Any, text: str) -> TokenText:
     Args:
         tokenizer: A fast tokenizer, as mlx-lm wraps it.
         text: The text; lone surrogates in it count as replacement characters.
+        whole: Whether nothing comes before it.
 
     Raises:
         ValueError: If the tokenizer fails, or cannot say which characters a token covers.
@@ -59,7 +60,7 @@ def encode_text(tokenizer: Any, text: str) -> TokenText:
     backend.no_truncation()
     backend.no_padding()
     bos = tokenizer.bos_token
-    add_bos = bos is None or not text.startswith(bos)
+    add_bos = whole and (bos is None or not text.startswith(bos))
     encoding = run_safely(
         lambda: backend.encode(text, add_special_tokens=add_bos), "the tokenizer fails on this text"
     )

@@ -11,7 +11,7 @@ from blockffn_mlx.chat.conversation import Conversation
 from blockffn_mlx.chat.history import decode_tokens, reuse
 from blockffn_mlx.checkpoints.load import load, unpack
 from blockffn_mlx.checkpoints.tokenizer import CHAT_TEMPLATE
-from blockffn_mlx.prompt import ChatFormat, TokenText, clean, encode_text
+from blockffn_mlx.prompt import ChatFormat, Format, TokenText, clean, encode_text
 from blockffn_mlx.speculative import SpeculationStats, make_drafter
 from helpers.toy_chat import toy_model, toy_tokenizer
 
@@ -87,10 +87,10 @@ def test_sampled_tokens_stay_even_where_the_tokenizer_would_choose_others(model,
     assert chat.prefilled == len(tokenizer.encode("again")) + 3
 
 
-class MergingFormat:
+class MergingFormat(Format):
     """Turns without special tokens between them, so that tokens merge over the border."""
 
-    is_chat, stop, stop_ids = True, ("Q:",), ()
+    is_chat, stop = True, ("Q:",)
 
     def render(self, messages):
         return "".join(text if role == "assistant" else f"{text}:" for role, text in messages)
@@ -98,7 +98,7 @@ class MergingFormat:
 
 def test_a_token_that_merges_over_a_border_is_taken_anew(model, tokenizer):
     chat = Conversation(model, tokenizer)
-    chat.format = MergingFormat()
+    chat.format = MergingFormat(tokenizer)
     hel = [tokenizer.convert_tokens_to_ids(c) for c in "tog"]
     chat.ask("Go")
     list(chat.answer(3, sampler=script(*hel)))
