@@ -8,17 +8,18 @@ using namespace metal;
 //   queries: [batch, heads, tokens, DIMS]   keys, values: [batch, kv_heads, capacity, DIMS]
 //   With a ROTARY part, MLA: keys hold the latent, which is the values too; `values` hold rotary
 //   keys [batch, kv_heads, capacity, ROTARY], and `rotary` queries [batch, heads, tokens, ROTARY].
-//   span: [2], the rows of the cache that count, and those of them that every token may look at
+//   span: [3], the rows of the cache; those of them that every token may look at; and how many
+//   behind these it may look at if their bit in `window` is set
 //   mask: nothing if MASK is 0, causal; [1 or batch, tokens, rows] if it is 1; if it is 2, bit j of
-//   words [2, tokens] for row j behind those that everyone may look at
+//   words [2, tokens] for row j behind the window
 //   scale: [1]   y: [batch, tokens, heads, DIMS]
 //   parts: [SIMDGROUPS * ROWS * DIMS], weights: [SIMDGROUPS * ROWS * 2], scratch
 template <
     typename T, int DIMS, int ROTARY, int ROWS, int SIMDGROUPS, int MASK, typename Mask,
-    typename Span, typename Scale>
+    typename Span, typename Window, typename Scale>
 void attend_chunk(
     const device T* queries, const device T* rotary, const device T* keys, const device T* values,
-    Mask mask, Span span, Scale scale, device T* y, uint heads, uint kv_heads, uint tokens,
+    Mask mask, Span span, Window window, Scale scale, device T* y, uint heads, uint kv_heads, uint tokens,
     uint capacity, uint masks, threadgroup float* parts, threadgroup float* weights, uint group,
     uint simdgroup, uint lane) {
   const int EACH = DIMS / 32, TURNED = ROTARY / 32;
@@ -26,7 +27,7 @@ void attend_chunk(
   const uint token = group % tokens, blocks = heads / ROWS, block = group / tokens % blocks;
   const uint batch = group / tokens / blocks, first_head = batch * heads + block * ROWS;
   const uint kv_head = batch * kv_heads + block * ROWS / (heads / kv_heads);
-  const uint count = span[0], open = span[1];
+  const uint count = span[0], open = span[1], nodes = open + span[2];
   const ulong first_key = ulong(kv_head) * capacity;
 
   float query[ROWS][EACH], turned[ROWS][TURNED + 1], sum[ROWS][EACH], largest[ROWS], total[ROWS];
@@ -51,9 +52,12 @@ void attend_chunk(
     if (MASK == 1 && !mask[((masks > 1 ? batch : 0) * tokens + token) * count + k]) {
       continue;
     }
-    if (MASK == 2 && k >= open &&
-        !(uint(mask[(k - open) / 32 * tokens + token]) >> (k - open) % 32 & 1u)) {
-      continue;
+    if (MASK == 2 && k >= open) {
+      const uint bit = k < nodes ? k - open : k - nodes;
+      const uint word = k < nodes ? window[bit / 32] : uint(mask[bit / 32 * tokens + token]);
+      if (!(word >> bit % 32 & 1u)) {
+        continue;
+      }
     }
     const ulong place = first_key + k;
     float key[EACH], value[EACH], other[TURNED + 1];

@@ -76,6 +76,16 @@ def no_mask() -> mx.array:
     return mx.array([[[True]]])
 
 
+@cache
+def no_window() -> mx.array:
+    """What stands for rows of which some count."""
+    return mx.zeros(8, mx.uint32)
+
+
+# Rows in order, rows behind them of which some count, and which: uint32 [N], in bits.
+Tree = tuple[int, int, mx.array]
+
+
 def launch(
     queries: mx.array,
     keys: mx.array,
@@ -86,7 +96,7 @@ def launch(
     length: int,
     scale: float,
     backend: str,
-    open_rows: int = 0,
+    tree: Tree | None = None,
 ) -> mx.array:
     """Softmax attention, accumulated in float32.
 
@@ -94,14 +104,15 @@ def launch(
         queries: [B, heads, T, D].
         keys, values: [B, kv_heads, capacity, D], of which the first `length` rows count. For MLA
             the latent, which serves as values too, and the shared rotary keys [.., capacity, R].
-        mask: bool [1 or B, T, length], True where a token may look; or uint32 [2, T], whose bit j
-            is row `open_rows` + j, of 64 at most; None for a causal chunk whose tokens are the
-            last of `length`.
+        mask: bool [1 or B, T, length], True where a token may look; or, with `tree`, uint32 [2, T],
+            whose bit j is the j-th of the last 64 rows at most; None for a causal chunk whose
+            tokens are the last of `length`.
         rotary: For MLA the queries' rotary part [B, heads, T, R].
         length: Rows of the cache.
         scale: Of the products of queries and keys.
         backend: "metal" or "cuda".
-        open_rows: Rows that every token may look at, where the mask comes in bits.
+        tree: Rows from the start that every token may look at; rows behind them of which it may
+            look at some; and which these are, in bits, uint32 [N], N at least 8.
 
     Returns:
         [B, T, heads, D], in the dtype of queries; 0 where a token may look at nothing.
@@ -111,11 +122,12 @@ def launch(
         batch_size, num_heads, keys.shape[1], num_tokens, dims, queries.dtype,
         0 if rotary is None else rotary.shape[-1],
     )  # fmt: skip
-    kind = CAUSAL if mask is None else MASKED if mask.dtype == mx.bool_ else ANCESTORS
+    kind = CAUSAL if mask is None else MASKED if tree is None else ANCESTORS
+    in_order, width, window = tree or (0, 0, no_window())
     (y,) = arguments(sizes, mask=kind, backend=backend)(
         queries, queries if rotary is None else rotary, keys, values,
-        no_mask() if mask is None else mask, numbers(length, open_rows, dtype=mx.uint32),
-        numbers(scale, dtype=mx.float32),
+        no_mask() if mask is None else mask, numbers(length, in_order, width, dtype=mx.uint32),
+        window, numbers(scale, dtype=mx.float32),
     )  # fmt: skip
     return y
 
@@ -143,7 +155,7 @@ def twin(
     *,
     length: int,
     scale: float,
-    open_rows: int = 0,
+    tree: Tree | None = None,
 ) -> mx.array:
     """`launch` in plain operations."""
     num_tokens, shared = queries.shape[2], queries.shape[1] // keys.shape[1]
@@ -154,9 +166,12 @@ def twin(
     if mask is None:
         mask = mx.arange(length) <= mx.arange(length - num_tokens, length)[:, None]
         mask = mask[None]
-    elif mask.dtype != mx.bool_:
-        everyone = mx.ones((num_tokens, open_rows), mx.bool_)
-        mask = mx.concatenate([everyone, unpacked_bits(mask, length - open_rows)], axis=1)[None]
+    elif tree is not None:
+        in_order, width, window = tree
+        everyone = mx.ones((num_tokens, in_order), mx.bool_)
+        some = mx.broadcast_to(unpacked_bits(window[:, None], width), (num_tokens, width))
+        among = unpacked_bits(mask, length - in_order - width)
+        mask = mx.concatenate([everyone, some, among], axis=1)[None]
     scores = (queries.astype(mx.float32) * scale) @ keys.swapaxes(-1, -2)
     if rotary is not None:
         scores = scores + (rotary.astype(mx.float32) * scale) @ values.swapaxes(-1, -2)
@@ -183,14 +198,14 @@ def sample(layer: RandomLayer) -> Sample:
 
 ATTENTION = Kernel(
     name="attention",
-    inputs=("queries", "rotary", "keys", "values", "mask", "span", "scale"),
+    inputs=("queries", "rotary", "keys", "values", "mask", "span", "window", "scale"),
     outputs=("y",),
     body="""
     threadgroup float parts[SIMDGROUPS * ROWS * DIMS];
     threadgroup float weights[SIMDGROUPS * ROWS * 2];
     attend_chunk<T, DIMS, ROTARY, ROWS, SIMDGROUPS, MASK>(
-        queries, rotary, keys, values, mask, span, scale, y, queries_shape[1], keys_shape[1],
-        queries_shape[2], keys_shape[2], mask_shape[0], parts, weights,
+        queries, rotary, keys, values, mask, span, window, scale, y, queries_shape[1],
+        keys_shape[1], queries_shape[2], keys_shape[2], mask_shape[0], parts, weights,
         threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
     launch=launch,

@@ -1,9 +1,11 @@
 """Attention over a cache, what may be looked at, and the one place that chooses how."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.base import scaled_dot_product_attention as mlx_attention
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
@@ -26,10 +28,12 @@ class AncestorMask:
     Given in one form, it makes the other when that is asked for.
 
     Args:
-        open_rows: Rows of the sequence.
-        columns: Rows behind them, at most 64.
-        words: uint32 [2, T]; bit j of a node's two words is the j-th row behind the sequence's.
+        open_rows: Rows that everyone may look at.
+        columns: Rows of the nodes, at most 64, behind all others.
+        words: uint32 [2, T]; bit j of a node's two words is the j-th node's row.
         among: The same as bool [T, columns].
+        loose: Among `width` rows between both, those that everyone may look at.
+        width: Rows between both.
     """
 
     def __init__(
@@ -38,8 +42,10 @@ class AncestorMask:
         columns: int,
         words: mx.array | None = None,
         among: mx.array | None = None,
+        loose: Sequence[int] = (),
+        width: int = 0,
     ):
-        self.open_rows, self.columns = open_rows, columns
+        self.open_rows, self.columns, self.loose, self.width = open_rows, columns, loose, width
         self._words, self._among = words, among
 
     @cached_property
@@ -50,12 +56,23 @@ class AncestorMask:
         return self._words
 
     @cached_property
+    def window(self) -> mx.array:
+        """The loose rows as bits, uint32 [N]."""
+        bits = np.zeros(32 * max(8, -(-self.width // 32)), np.uint32)
+        bits[list(self.loose)] = 1
+        return mx.array((bits.reshape(-1, 32) << np.arange(32, dtype=np.uint32)).sum(1, np.uint32))
+
+    @cached_property
     def array(self) -> mx.array:
-        """bool [T, open_rows + columns]."""
+        """bool [T, open_rows + width + columns]."""
         among = self._among
         if among is None:
             among = attention.unpacked_bits(self.words, self.columns)
-        return mx.concatenate([mx.ones((len(among), self.open_rows), mx.bool_), among], axis=1)
+        before = np.ones(self.open_rows + self.width, bool)
+        before[self.open_rows :] = False
+        before[[self.open_rows + row for row in self.loose]] = True
+        everyone = mx.broadcast_to(mx.array(before), (len(among), len(before)))
+        return mx.concatenate([everyone, among], axis=1)
 
 
 Mask = mx.array | str | AncestorMask | None
@@ -142,9 +159,9 @@ def attention_kernel(
     keys, values, length = cache.keys, cache.values, getattr(cache, FILLED_ROWS[type(cache)])
     if keys is None or values is None or length > MAX_KERNEL_KEYS[backend]:
         return None
-    open_rows, looked_at = 0, None
+    looked_at, tree = None, None
     if isinstance(mask, AncestorMask):
-        looked_at, open_rows = mask.words, mask.open_rows
+        looked_at, tree = mask.words, (mask.open_rows, mask.width, mask.window)
     elif isinstance(mask, mx.array):
         if mask.dtype != mx.bool_ or not (mask.ndim == 2 or mask.ndim == 4 and mask.shape[1] == 1):
             return None
@@ -168,7 +185,7 @@ def attention_kernel(
         length=length,
         scale=scale,
         backend=backend,
-        open_rows=open_rows,
+        tree=tree,
     )
     return out.swapaxes(1, 2)
 

@@ -13,6 +13,7 @@ from ..arrays import ints
 from ..pace import PrefillPace, pace_of
 from .drafter import Drafter
 from .policy import FixedWidth, Policy
+from .rows import CacheRows
 from .stats import SpeculationStats
 from .target import Target
 from .tree import MAX_NODES, Tree
@@ -21,7 +22,6 @@ from .verify import (
     Sampler,
     accepted_path,
     check_cache,
-    keep_path,
     sample_nodes,
     target_pass,
 )
@@ -106,7 +106,7 @@ class Decoder:
     """State of one sequence between passes.
 
     Attributes:
-        cached: Rows of the cache that are settled; whatever lies beyond is a pass under way.
+        rows: The tokens that the cache holds; whatever lies beyond is a pass under way.
         root: The last known token if it is not among them, else None.
         history: All tokens before the root, kept only for logits processors.
     """
@@ -125,13 +125,13 @@ class Decoder:
         self.target, self.cache = target, cache
         self.drafter, self.policy, self.stats = drafter, policy, stats
         self.sampler, self.logits_processors = sampler, logits_processors
-        self.cached: int = cache[0].offset
+        self.rows = CacheRows(cache)
         self.root: int | None = None
         self.history = mx.array([], mx.int32) if logits_processors else None
-        if drafter.length > self.cached:
-            drafter.rewind(self.cached)
-        elif drafter.length < self.cached:
-            drafter.reset(self.cached)
+        if drafter.length > len(self.rows):
+            drafter.rewind(len(self.rows))
+        elif drafter.length < len(self.rows):
+            drafter.reset(len(self.rows))
 
     def prefill(self, prompt: list[int], pace: PrefillPace, progress: Callable[[int, int], None]):
         """Passes all of the prompt but its last token, the first root."""
@@ -142,6 +142,7 @@ class Decoder:
             tokens = prompt[done : done + pace.next(left)]
             hidden = self.target.hidden(mx.array([tokens]), self.cache)
             mx.eval([c.state for c in self.cache], hidden)
+            self.rows.extend(len(tokens))
             self._take_in(hidden, tokens)
             done += len(tokens)
             progress(done, len(prompt))
@@ -153,7 +154,7 @@ class Decoder:
         count = 0
         while count != max_tokens:
             remaining = max_tokens - count if max_tokens > 0 else None
-            root, width = self.root, self.policy.width(self.cached)
+            root, width = self.root, self.policy.width(len(self.rows))
             assert root is not None, "a step or a round leaves the token that it emitted last"
             if width > 1 and remaining != 1 and self.drafter.ready(root):
                 steps = self.round(root, width, remaining)
@@ -169,7 +170,8 @@ class Decoder:
         """Draft, one target pass, accept, compact. One wait for the device."""
         start = time.perf_counter()
         tree = self.drafter.draft(root, width, (remaining or MAX_NODES) - 1)
-        hidden, logits, union = target_pass(self.target, self.cache, tree)
+        rows = self.rows
+        hidden, logits, union = target_pass(self.target, self.cache, tree, rows.loose, rows.width)
         samples, logprobs = sample_nodes(
             logits, self.sampler, self.logits_processors, tree, self.history
         )
@@ -191,11 +193,11 @@ class Decoder:
                 yield chosen[node], logprobs[node], from_draft
         finally:
             # The path's row i + 1 holds the token that row i emitted; a whole path's last has none.
-            rows = path[: taken + 1]
-            keep_path(self.cache, len(tree), rows)
-            tokens = [root] + [chosen[node] for node in rows[:-1]]
-            self.root = chosen[path[-1]] if len(rows) == taken else None
-            self._take_in(hidden[:, mx.array(rows)], tokens)
+            kept = path[: taken + 1]
+            self.rows.keep(len(tree), kept)
+            tokens = [root] + [chosen[node] for node in kept[:-1]]
+            self.root = chosen[path[-1]] if len(kept) == taken else None
+            self._take_in(hidden[:, mx.array(kept)], tokens)
 
     def plain(self, root: int, remaining: int | None) -> Generator[Step, None, None]:
         """Single steps, each begun before the token before it is read, as in generate_step.
@@ -203,7 +205,9 @@ class Decoder:
         Goes on until the policy and the drafter see a chance again.
         """
         start = time.perf_counter()
+        self.rows.compact()
         sampled, logprobs, hidden = self._step(mx.array([root]))
+        self.rows.extend(1)
         self._take_in(hidden, [root])
         self.root = None
         last = remaining == 1
@@ -219,8 +223,9 @@ class Decoder:
                 self.root = token
                 yield token, logprobs, False
                 return
-            wanted = self.policy.width(self.cached) > 1 and self.drafter.ready(token)
+            wanted = self.policy.width(len(self.rows)) > 1 and self.drafter.ready(token)
             last = wanted or count + 1 == remaining
+            self.rows.extend(1)
             self._take_in(following[2], [token])
             yield token, logprobs, False
             start = time.perf_counter()
@@ -228,12 +233,13 @@ class Decoder:
 
     def settle(self):
         """Leaves the caches with exactly the tokens so far, whatever was under way."""
-        for layer_cache in self.cache:
-            layer_cache.trim(layer_cache.offset - self.cached)
+        self.rows.drop_others()
+        self.rows.compact()
         if self.root is not None:
             hidden = self.target.hidden(mx.array([[self.root]]), self.cache)
             # Nobody waits for it, but a stream belongs to its thread and the caches may not.
             mx.async_eval([c.state for c in self.cache], hidden)
+            self.rows.extend(1)
             self._take_in(hidden, [self.root])
             self.root = None
 
@@ -248,8 +254,7 @@ class Decoder:
         return sampled, logprobs[0], hidden
 
     def _take_in(self, hidden: mx.array, tokens: list[int]):
-        """Notes that the cache holds these tokens now."""
-        self.cached += len(tokens)
+        """Tells the history and the drafter that the cache holds these tokens now."""
         if self.history is not None:
             self.history = mx.concatenate([self.history, mx.array(tokens, mx.int32)])
         self.drafter.observe(hidden, tokens)

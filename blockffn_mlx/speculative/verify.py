@@ -1,6 +1,6 @@
 """The target pass over a draft tree, one sample per node, and the caches afterwards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -26,20 +26,31 @@ def check_cache(cache: list[Any]) -> None:
 
 
 def target_pass(
-    target: Target, cache: list[KVCache], tree: Tree
+    target: Target,
+    cache: list[KVCache],
+    tree: Tree,
+    loose: Sequence[int] = (),
+    width: int = 0,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Runs the target over all nodes at once; each cache grows by one row per node, in node order.
+
+    Args:
+        target: The model.
+        cache: One a layer.
+        tree: What follows the sequence.
+        loose: Among the last `width` rows of the cache, those that belong to the sequence.
+        width: Rows that do so only as far as `loose` says.
 
     Returns:
         Hidden states after the final norm [1, n, H], logits [n, V], and the fraction of experts
         that some node uses, a scalar.
     """
     mask = positions = None
-    if not tree.is_chain:
-        offset = cache[0].offset
+    if loose or not tree.is_chain:
+        in_order = cache[0].offset - width
         among = tree.mask if tree.words is None else None
-        mask = AncestorMask(offset, len(tree), tree.words, among)
-        positions = offset + tree.positions
+        mask = AncestorMask(in_order, len(tree), tree.words, among, loose, width)
+        positions = in_order + len(loose) + tree.positions
     hidden, union = target.hidden_and_union(tree.tokens[None], cache, mask, positions)
     return hidden, target.logits(hidden)[0], union
 
@@ -105,13 +116,13 @@ def keep_path(cache: list[KVCache], num_nodes: int, path: list[int]) -> None:
     """Keeps the rows of `path` out of the last `num_nodes` rows, in order, and drops the rest."""
     length = len(path)
     moved = next((i for i, node in enumerate(path) if node != i), length)
+    base = cache[0].offset - num_nodes
+    rows = mx.array([base + node for node in path[moved:]])
+    into = slice(base + moved, base + length)
     for layer_cache in cache:
-        base = layer_cache.offset - num_nodes
         if moved < length:
-            rows = mx.array(path[moved:]) + base
-            into = slice(base + moved, base + length)
-            # Indexing makes the copy that source and destination need, as they overlap.
+            # Taking makes the copy that source and destination need, as they overlap.
             held: Any
             for held in (layer_cache.keys, layer_cache.values):
-                held[..., into, :] = held[..., rows, :]
+                held[..., into, :] = mx.take(held, rows, axis=2)
         layer_cache.trim(num_nodes - length)

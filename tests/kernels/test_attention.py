@@ -70,6 +70,12 @@ def ancestors(kind: str, tokens: int, seed: int) -> np.ndarray:
     return sees
 
 
+def bits_of(some: np.ndarray) -> mx.array:
+    """Booleans as bits, in at least eight words."""
+    return mx.array(np.packbits(np.append(some, np.zeros(256 - len(some))) > 0, bitorder="little")
+                    .view(np.uint32))  # fmt: skip
+
+
 def oracle(queries, rotary, keys, values, sees, scale) -> np.ndarray:
     """In float64, head by head, as the definition says."""
     out = np.zeros(queries.shape)
@@ -104,18 +110,23 @@ def test_attention_matches_float64(tokens, prefix):
     queries, keys = array(shared * kv_heads, tokens, dims), array(kv_heads, length + 3, dims)
     rotary = array(shared * kv_heads, tokens, rotary_dims) if rotary_dims else None
     values = array(kv_heads, length + 3, rotary_dims or dims)
+    window = (
+        drawn.integers(0, 9) if prefix > 9 and kind != "causal" else 0
+    )  # rows of which some count
+    some = drawn.random(window) < 0.5
     sees = np.tril(np.ones((tokens, tokens), bool)) if kind == "causal" else None
     sees = ancestors(kind, tokens, index) if sees is None else sees
     mask = None if kind == "causal" else packed_bits(mx.array(sees))
     with running():
         found = attention.launch(
             queries[None], keys[None], values[None], mask, None if rotary is None else rotary[None],
-            length=length, scale=dims**-0.5, backend=BACKEND, open_rows=prefix,
+            length=length, scale=dims**-0.5, backend=BACKEND,
+            tree=None if mask is None else (prefix - window, window, bits_of(some)),
         )  # fmt: skip
         mx.eval(found)
     wide = [None if a is None else float64(a) for a in (queries, rotary, keys, values)]
     wide[2:] = [cached[:, :length] for cached in wide[2:]]
-    everyone = np.ones((tokens, prefix), bool)
+    everyone = np.tile(np.append(np.ones(prefix - window, bool), some), (tokens, 1))
     expected = oracle(*wide, np.concatenate([everyone, sees], axis=1), dims**-0.5)
     error = np.abs(float64(found)[0].swapaxes(0, 1) - expected).max() / np.abs(expected).max()
     assert error < TOLERANCE[dtype]

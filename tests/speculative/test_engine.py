@@ -1,12 +1,13 @@
 """The decoder: greedy equality, stops inside an accepted path, caches afterwards, counts."""
 
 import random
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import QuantizedKVCache, RotatingKVCache, trim_prompt_cache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, trim_prompt_cache
 from mlx_lm.sample_utils import make_logits_processors
 
 import blockffn_mlx as bf
@@ -17,8 +18,10 @@ from blockffn_mlx.speculative import (
     ModelDrafter,
     SpeculationStats,
     Tree,
+    engine,
     stream,
 )
+from blockffn_mlx.speculative.rows import CacheRows
 from helpers.drafters import OracleDrafter, RandomDrafter, ScriptedDrafter
 from helpers.models import GOLDEN, tiny_model
 
@@ -92,6 +95,52 @@ def check_greedy_matrix(golden, name, count):
 @pytest.mark.parametrize("name", TARGETS)
 def test_greedy_equals_plain_decoding(golden, name):
     check_greedy_matrix(golden, name, 10)
+
+
+@pytest.mark.parametrize("most", [8, 128])
+@pytest.mark.parametrize("name", TARGETS)
+def test_rows_of_rejected_nodes_may_lie_about(golden, name, most, monkeypatch):
+    """As on a GPU: until so many have come together, passes read past them."""
+    widths, keep = [], CacheRows.keep
+
+    def kept(self, num_nodes, path):
+        keep(self, num_nodes, path)
+        widths.append(self.width)
+
+    monkeypatch.setattr(engine, "CacheRows", partial(CacheRows, most=most))
+    monkeypatch.setattr(CacheRows, "keep", kept)
+    check_greedy_matrix(golden, name, 6)
+    assert 4 < max(widths) <= most and sum(width > 0 for width in widths) > 10
+
+
+def test_loose_rows_are_counted():
+    cache = [KVCache(), KVCache()]
+
+    def add(count: int):
+        for layer_cache in cache:
+            first = layer_cache.offset
+            layer_cache.update_and_fetch(
+                *[mx.arange(first, first + count).reshape(1, 1, -1, 1)] * 2
+            )
+
+    rows = CacheRows(cache, most=12)
+    add(3)
+    rows.extend(3)
+    add(4)
+    rows.keep(4, [0, 1])  # in order
+    assert (rows.in_order, rows.loose, cache[1].offset) == (5, [], 5)
+    add(4)
+    rows.keep(4, [0, 2, 3])  # 5 is in order; 7 and 8 are not
+    assert (rows.in_order, rows.loose, rows.width, len(rows)) == (6, [1, 2], 3, 8)
+    add(6)
+    rows.keep(6, [0, 4])
+    assert (rows.loose, rows.width, cache[0].offset) == ([1, 2, 3, 7], 8, 14)
+    add(2)  # a pass that is broken off
+    rows.drop_others()
+    rows.compact()
+    for layer_cache in cache:
+        assert layer_cache.keys[0, 0, : len(rows), 0].tolist() == [*range(6), 7, 8, 9, 13]
+    assert (len(rows), rows.width, cache[0].offset) == (10, 0, 10)
 
 
 @pytest.mark.slow
