@@ -11,22 +11,25 @@ import argparse
 import json
 import platform
 import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 
-from blockffn_mlx import load
-from blockffn_mlx.analysis.compare import compare
+import blockffn_mlx as bf
+from blockffn_mlx.analysis.compare import compare, routed_indices
 from blockffn_mlx.analysis.reading import Document, read
 from blockffn_mlx.analysis.rounding import EXPERTS, bits_by_use, rounded
 from blockffn_mlx.analysis.usage import Usage
 from blockffn_mlx.checkpoints.load import unpack
-from blockffn_mlx.models.activation import routed_layers
+from blockffn_mlx.models.activation import routed_layers, watch_routers
 from blockffn_mlx.training.packed import read_packed
 
 WINDOW = 512
 UNIFORM = (8, 6, 5, 4, 3)
+SAME_EXPERTS, SAME_SCORES = ", the base's experts", ", the base's scores"
 # Bits of the experts that get more and fewer of them; everything else has 8.
 PAIRS = ((8, 4), (6, 5), (5, 4), (4, 3), (4, 2))
 
@@ -37,9 +40,10 @@ def main():
     parser.add_argument("data")
     parser.add_argument("out")
     parser.add_argument("--tokens", type=int, default=WINDOW, help="of each source")
+    parser.add_argument("--only", help="rows whose name holds this")
     args = parser.parse_args()
 
-    model, _ = load(args.model)
+    model, _ = bf.load(args.model)
     unpack(model)
     for layer in routed_layers(model):
         layer.mlp.backend = "dense"
@@ -58,9 +62,13 @@ def main():
         "rows": [],
     }
     for name, make in variants(model, usage.share):
+        if args.only and args.only not in name:
+            continue
         start = time.perf_counter()
         other, bits = make()
-        row = {"name": name, "bits_per_weight": bits, **compare(model, other, measured).figures()}
+        with routed_by(model, other, name):
+            result = compare(model, other, measured)
+        row = {"name": name, "bits_per_weight": bits, **result.figures()}
         found["rows"].append(row)
         Path(args.out).write_text(json.dumps(found, indent=1))
         shown = ("bits_per_weight", "kl", "kl_standard_error", "changed", "lost", "lost_score")
@@ -82,10 +90,40 @@ def documents(data: str, tokens: int) -> tuple[list[Document], list[Document]]:
     return measured, counted
 
 
+@contextmanager
+def routed_by(model, other, name: str):
+    """Where a name asks for it, the rounded model takes the experts, or the scores, of the other.
+
+    Each stretch goes through the unrounded model first.
+    """
+    if not name.endswith((SAME_EXPERTS, SAME_SCORES)):
+        yield
+        return
+    seen = {}
+
+    def change(layer, scores):
+        ours = seen[layer][:, -scores.shape[1] :]
+        if name.endswith(SAME_SCORES):
+            return ours
+        return mx.where(ours == 0, 0, mx.where(scores == 0, ours, scores))
+
+    observers = [partial(remember, seen, layer) for layer in routed_indices(model)]
+    with watch_routers(model, observers), bf.intervene(other, change):
+        yield
+
+
+def remember(seen, layer, logits, scores):
+    """What an observer does."""
+    seen[layer] = scores
+
+
 def variants(model, share: np.ndarray):
     """Names, and functions that give a rounded model and its bits per weight."""
     for bits in UNIFORM:
         yield f"all in {bits}", lambda bits=bits: rounded(model, bits)
+    for bits in (4, 3):
+        yield f"all in {bits}{SAME_EXPERTS}", lambda bits=bits: rounded(model, bits)
+        yield f"all in {bits}{SAME_SCORES}", lambda bits=bits: rounded(model, bits)
     for bits in (6, 5, 4, 3, 2):
         yield f"experts in {bits}, rest 8", lambda bits=bits: by_layer(model, share, bits, bits)
     for bits in (6, 4, 3):

@@ -124,8 +124,8 @@ def run(args: argparse.Namespace) -> int:
     document = found.document()
     console = PlainConsole()
     if not args.json:
-        console.print(heat_map_for(console, found.share))
-        console.print(layer_table(found.report, found.share, found.usage.tokens))
+        console.print(heat_map_for(console, found.share, found.layers))
+        console.print(layer_table(found.report, found.share, found.usage.tokens, found.layers))
         if args.tokens:
             for prompt in found.prompts:
                 console.print(token_table(prompt, found.layers))
@@ -242,7 +242,7 @@ def look(
             facts["perplexity"] = f"{found.loss.figures()['perplexity']:.2f}"
         replace_text(targets["html"], page.render(facts))
     if "svg" in targets:
-        save_svg(targets["svg"], found.share, found.report, found.usage.tokens)
+        save_svg(targets["svg"], found.share, found.report, found.usage.tokens, layers)
     return found
 
 

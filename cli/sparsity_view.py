@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,11 @@ NARROWEST = 8  # cells of a row of experts
 
 
 def heat_map(
-    active: np.ndarray, width: int = 80, in_color: bool = True, in_ascii: bool = False
+    active: np.ndarray,
+    width: int = 80,
+    in_color: bool = True,
+    in_ascii: bool = False,
+    layers: Sequence[int] | None = None,
 ) -> Group:
     """Layers by experts, coloured by the share of tokens that use the expert.
 
@@ -28,6 +33,7 @@ def heat_map(
         width: Columns of the terminal; experts share a cell where they would not fit.
         in_color: Whether colours tell the shares apart; otherwise the cells' density does.
         in_ascii: Whether only ASCII can be shown.
+        layers: The layers' numbers; from 0 on if None.
     """
     share = active.mean(axis=1)
     glyphs = ASCII_DENSITIES if in_ascii else DENSITIES
@@ -38,7 +44,7 @@ def heat_map(
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", justify="right", style="dim", no_wrap=True, min_width=labels)
     table.add_column(f"experts 0 to {share.shape[1] - 1}", no_wrap=True, overflow="crop")
-    for index, row in enumerate(share):
+    for index, row in zip(layers or range(len(share)), share, strict=True):
         cells = [row[i : i + per_cell].mean() for i in range(0, len(row), per_cell)]
         line = Text()
         for value in cells:
@@ -53,23 +59,35 @@ def heat_map(
     return Group(title, table, legend)
 
 
-def heat_map_for(console: Console, active: np.ndarray) -> Group:
+def heat_map_for(
+    console: Console, active: np.ndarray, layers: Sequence[int] | None = None
+) -> Group:
     """`heat_map` as wide as a console, in colours and characters that it shows."""
     in_color = console.color_system is not None and not console.no_color
-    return heat_map(active, console.width, in_color, console.options.ascii_only)
+    return heat_map(active, console.width, in_color, console.options.ascii_only, layers)
 
 
-def layer_table(result: SparsityReport, active: np.ndarray, tokens: int | None = None) -> Table:
-    """TLS, CLS and reuse per layer, and their means; `active` as for `heat_map`."""
+def layer_table(
+    result: SparsityReport,
+    active: np.ndarray,
+    tokens: int | None = None,
+    layers: Sequence[int] | None = None,
+) -> Table:
+    """TLS, CLS and reuse per layer, and their means; `active` and `layers` as for `heat_map`."""
     tokens = active.shape[1] if tokens is None else tokens
     table = Table(title=f"Sparsity over {tokens} token{'s' * (tokens != 1)}")
     for name in ("layer", "TLS %", f"CLS_{result.chunk} %", "reuse %", "experts a token"):
         table.add_column(name, justify="right")
     per_token = active.sum(axis=2).mean(axis=1)
     rows = zip(
-        result.tls_per_layer, result.cls_per_layer, result.reuse_per_layer, per_token, strict=True
+        layers or range(len(per_token)),
+        result.tls_per_layer,
+        result.cls_per_layer,
+        result.reuse_per_layer,
+        per_token,
+        strict=True,
     )
-    for index, (*shares, count) in enumerate(rows):
+    for index, *shares, count in rows:
         table.add_row(str(index), *map(percent, shares), f"{count:.1f}")
     table.add_section()
     means = (result.tls, result.cls, result.reuse)
@@ -83,11 +101,15 @@ def percent(share: float) -> str:
 
 
 def save_svg(
-    path: str | Path, active: np.ndarray, result: SparsityReport, tokens: int | None = None
+    path: str | Path,
+    active: np.ndarray,
+    result: SparsityReport,
+    tokens: int | None = None,
+    layers: Sequence[int] | None = None,
 ):
     """Writes the heat map and the table as an SVG picture, whole or not at all."""
     width = active.shape[2] + 14
     console = Console(record=True, width=max(64, width), file=io.StringIO(), force_terminal=True)
-    console.print(heat_map(active, width))
-    console.print(layer_table(result, active, tokens))
+    console.print(heat_map(active, width, layers=layers))
+    console.print(layer_table(result, active, tokens, layers))
     replace_text(Path(path), console.export_svg(title="BlockFFN expert activation"))

@@ -9,6 +9,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SHOWN = {
+    "ablate_experts.py": r"as it is: [\d.]+ nats a token\nwithout expert .* of layer 5: \+0\.[1-9]",
     "generate_with_draft.py": r"[\d.]+ tokens a round, \d+ rounds, \d+ of \d+ drafted tokens",
     "sparsity_of_a_text.py": r"layer  0: .*\nTLS [\d.]+%, CLS_8 [\d.]+%, reuse",
     "chunk_union.py": r"\d+ of 64 experts read for 8 tokens\nlargest difference \d\.\de-\d+",

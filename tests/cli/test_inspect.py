@@ -149,3 +149,13 @@ def test_against_itself_nothing_changes_and_few_bits_change_much(folder):
 
 def test_other_tokens_are_not_compared(folder, tmp_path):
     assert "not comparable" in refused(folder, "-p", "hi there", "--json", "--against", "demo")
+
+
+def test_layers_have_the_models_numbers(converted):
+    """A DECO's first layers are dense: its tables begin with the first that has a router."""
+    folder = converted("deco_simple")
+    found = json.loads(run("inspect", folder, "-p", "some words here", "--json").stdout)
+    rows = run("inspect", folder, "-p", "some words here").stdout.split("Sparsity over")[1]
+    named = [line.split("│")[1].strip() for line in rows.splitlines() if line.count("│") > 3]
+    first = json.loads((folder / "config.json").read_text())["moe_layer_freq"].index(1)
+    assert first > 0 and named[0] == str(first) and len(named) == len(found["layers"]) + 1
