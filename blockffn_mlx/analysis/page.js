@@ -300,6 +300,7 @@ function choose(change) {
   reorder();
   for (const name of document.querySelectorAll(".layer")) name.textContent = layerName(chosen.layer);
   for (const draw of [...groups, ...maps, tintText, showExpert, showToken, drawUnion, drawTable]) draw();
+  follow();
 }
 
 find("title").textContent = data.title;
@@ -326,6 +327,17 @@ find("text").onkeydown = (event) => {
   });
   spans[chosen.token].scrollIntoView({ block: "nearest" });
 };
+// Both maps of tokens move together, and follow the chosen token.
+const tracks = ["depth", "scores"].map((id) => find(id).parentElement);
+for (const track of tracks) {
+  track.onscroll = () => { for (const other of tracks) other.scrollLeft = track.scrollLeft; };
+}
+function follow() {
+  const [track] = tracks, at = chosen.token / T * track.scrollWidth;
+  if (at < track.scrollLeft || at > track.scrollLeft + track.clientWidth - 12) {
+    track.scrollLeft = at - track.clientWidth / 2;
+  }
+}
 const redraw = () => { drawRamps(); choose({}); };
 dark.addEventListener("change", redraw);
 addEventListener("resize", redraw);

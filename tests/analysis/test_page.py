@@ -114,6 +114,9 @@ def test_clicks_lead_from_map_to_map(tmp_path):
         assert said("#expert") == "Expert 9 of layer 2"
         browser.point("#table tbody tr:first-child")
         assert browser.ask("chosen.layer") == 0
+        browser.ask("choose({token: 79})")
+        scrolled = "['depth', 'scores'].map((id) => find(id).parentElement.scrollLeft)"
+        assert len(set(browser.ask(scrolled))) == 1
         browser.point("#tint button:nth-child(2)")
         assert (
             browser.ask("document.querySelector('#tint [aria-pressed=true]').textContent")

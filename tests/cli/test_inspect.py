@@ -66,6 +66,21 @@ def test_the_three_formats_tell_the_same(folder, tmp_path):
         assert dense["token"][at] == row["token"]
 
 
+def test_a_page_is_whole_and_holds_every_text(folder, tmp_path):
+    page, text = tmp_path / "page.html", tmp_path / "text.txt"
+    text.write_text("some words <b>that</b> come again")
+    flags = ["-p", "the prompt", "--text", text, "--json", "--html", page]
+    document = json.loads(run("inspect", folder, *flags).stdout)
+    written = page.read_text(encoding="utf-8")
+    data = json.loads(written.split('id="data">')[1].split("</script>")[0])
+    assert data["names"] == ["prompt", "text.txt"] and "%%" not in written
+    assert np.mean(data["tls"]) == pytest.approx(document["tls"], abs=1e-4)
+    assert float(data["facts"]["perplexity"]) == pytest.approx(
+        document["loss"]["perplexity"], abs=0.01
+    )
+    assert "".join(data["texts"]).endswith("some words <b>that</b> come again")
+
+
 def test_parquet_where_pyarrow_is(folder, tmp_path, monkeypatch):
     from blockffn_mlx.analysis import export
 
