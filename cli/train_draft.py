@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
         "model_and_config",
         metavar="[MODEL] CONFIG.toml",
         nargs="+",
-        help="the run, see docs/draft-heads.md; the model may stand before it",
+        help="the run, see docs/first-runs.md; the model may stand before it",
     )
     parser.add_argument("--model", help="the target: a converted folder, a Hub id, or demo")
     add_run_flags(parser)

@@ -179,8 +179,14 @@ def model_card(origin: dict[str, Any]) -> str:
 {CARD_SIGN} {__version__} from {source}. The terms of the original
 apply to this copy.
 
-    pip install blockffn-mlx
+It runs with blockffn-mlx, which is installed from a clone of its repository (Python 3.11 or newer):
+
+    pip install ./blockffn-mlx
     blockffn-generate --model THIS_FOLDER --prompt "hello"
+
+While that is installed, mlx-lm runs it as well, with the three lines of `{MODEL_FILE}`:
+
+    mlx_lm.generate --model THIS_FOLDER --trust-remote-code --prompt "hello"
 """
 
 
