@@ -30,7 +30,7 @@ from .common import (
     run_main,
 )
 from .flags import COUNT, text
-from .inspect_against import add_against_flags, check_against, compared
+from .inspect_against import add_against_flags, check_against, compared, figures, show
 from .inspect_texts import Texts
 from .sparsity_view import heat_map_for, layer_table, save_svg
 from .terminal import PlainConsole
@@ -120,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
     total = sum(len(document.ids) for document in documents)
     if not total:
         raise ValueError("there is nothing to look at: no text has a token")
+    against = compared(args, model, tokenizer, documents)
     found = look(args, model, tokenizer, documents, targets)
     document = found.document()
     console = PlainConsole()
@@ -136,8 +137,10 @@ def run(args: argparse.Namespace) -> int:
                     **found.loss.figures()
                 )
             )
-    if args.against or args.against_bits:
-        document["against"] = compared(args, model, tokenizer, documents, console)
+    if against:
+        document["against"] = figures(against)
+        if not args.json:
+            show(console, str(args.model), against, tokenizer)
     if args.json:
         print_json(document)
     return 0

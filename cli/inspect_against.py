@@ -10,7 +10,7 @@ from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
 from ..analysis.compare import Comparison, compare
-from ..analysis.reading import Document
+from ..analysis.reading import Document, token_text
 from ..analysis.rounding import rounded
 from ..prompt import encode_text
 from ..quantisation import BITS, GROUP_SIZES
@@ -64,24 +64,33 @@ def check_against(args: argparse.Namespace):
         raise ValueError("--against and --against-bits are two comparisons: ask for one")
 
 
+# Name, bits per weight where they are known, and what was found.
+Found = list[tuple[str, float | None, Comparison]]
+
+
 def compared(
-    args: argparse.Namespace,
-    model: Any,
-    tokenizer: Any,
-    documents: list[Document],
-    console: Console,
-) -> list[dict[str, Any]]:
-    """Compares, prints the tables unless JSON is wanted, and gives the figures."""
+    args: argparse.Namespace, model: Any, tokenizer: Any, documents: list[Document]
+) -> Found:
+    """Everything that was asked to be compared, one after the other."""
     found = []
     for name, bits_per_weight, other in others(args, model, tokenizer, documents):
         with loading_progress(MofNCompleteColumn(), not args.json) as progress:
             result = compare(model, other, documents, partial(progress, name))
         found.append((name, bits_per_weight, result))
-    if not args.json:
-        console.print(comparison_table(str(args.model), found))
-        for name, _, result in found:
-            if result.layers:
-                console.print(change_table(name, result))
+    return found
+
+
+def show(console: Console, base: str, found: Found, tokenizer: Any):
+    """The tables."""
+    console.print(comparison_table(base, found))
+    for name, _, result in found:
+        if result.layers:
+            console.print(change_table(name, result))
+        console.print(place_table(name, result, tokenizer))
+
+
+def figures(found: Found) -> list[dict[str, Any]]:
+    """The same for JSON."""
     return [{"name": n, "bits_per_weight": bits, **c.figures()} for n, bits, c in found]
 
 
@@ -101,7 +110,7 @@ def others(
         yield str(args.against), None, other
 
 
-def comparison_table(base: str, found: list[tuple[str, float | None, Comparison]]) -> Table:
+def comparison_table(base: str, found: Found) -> Table:
     """A row for each model that was compared."""
     table = Table(title=f"Against {base}, over {found[0][2].tokens} tokens")
     names = ("", "bits/weight", "KL (nats)", "median", "99%", "greedy changed %", "loss", "experts "
@@ -133,4 +142,18 @@ def change_table(name: str, result: Comparison) -> Table:
     for layer in result.layers or ():
         shares = (layer.lost, layer.gained, layer.lost_score, layer.tokens, *layer.tls)
         table.add_row(str(layer.layer), *(f"{100 * share:.2f}" for share in shares))
+    return table
+
+
+def place_table(name: str, result: Comparison, tokenizer: Any) -> Table:
+    """Where the two models differ most, and what each would say next."""
+    table = Table(title=f"{name}: where it differs most")
+    table.add_column("KL", justify="right")
+    for column in ("text", "token", "after", "base goes on", "other goes on"):
+        table.add_column(column, justify="right" if column == "token" else "left")
+    for place in result.most:
+        pieces = (place.before, [place.base], [place.other])
+        said = ["".join(token_text(tokenizer, token) for token in ids) for ids in pieces]
+        shown = (repr(text)[1:-1] for text in said)
+        table.add_row(f"{place.kl:.3f}", place.document, str(place.position), *shown)
     return table

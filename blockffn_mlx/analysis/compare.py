@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -10,6 +10,8 @@ import numpy as np
 from ..models.activation import has_router
 from .quality import Loss
 from .reading import Document, Stretch, log_probabilities, next_nats, read
+
+MOST = 10  # places where two models differ most that are kept
 
 
 @dataclass
@@ -33,6 +35,25 @@ class ExpertChange:
     tls: tuple[float, float]
 
 
+class Difference(NamedTuple):
+    """A place where the two models differ much.
+
+    Attributes:
+        kl: There, in nats.
+        document: Name of the text.
+        position: Of the token after which they differ.
+        before: The last tokens up to it.
+        base, other: What each takes for the most probable next token.
+    """
+
+    kl: float
+    document: str
+    position: int
+    before: list[int]
+    base: int
+    other: int
+
+
 @dataclass
 class Comparison:
     """How another model answers the same texts.
@@ -45,6 +66,7 @@ class Comparison:
         changed: Share of positions whose most probable token is another one.
         loss: Nats a token of base and other; NaN where nothing is predicted.
         layers: None where the models' layers or experts are not the same.
+        most: The places with the largest divergence, the largest first.
     """
 
     tokens: int
@@ -55,6 +77,7 @@ class Comparison:
     changed: float
     loss: tuple[float, float]
     layers: list[ExpertChange] | None
+    most: list[Difference]
 
     @property
     def lost(self) -> float | None:
@@ -74,7 +97,7 @@ class Comparison:
     def figures(self) -> dict[str, Any]:
         """Everything, for JSON."""
         means = {name: getattr(self, name) for name in ("lost", "gained", "lost_score")}
-        return {**asdict(self), **means}
+        return {**asdict(self), **means, "most": [place._asdict() for place in self.most]}
 
 
 class _ExpertSums:
@@ -146,14 +169,22 @@ def compare(
     experts = _ExpertSums(layers[0]) if alike else None
     losses = Loss(), Loss()
     divergences: list[np.ndarray] = []
+    most: list[Difference] = []
     changed = done = 0
     total = sum(len(document.ids) for document in documents)
     for document in documents:
         reads = [read(m, document.ids, document.window, document.stride) for m in (base, other)]
         for ours, theirs in zip(*reads, strict=True):
-            kl, flips = _divergence(ours, theirs)
+            kl, choices = _divergence(ours, theirs)
             divergences.append(kl)
-            changed += flips
+            changed += int((choices[0] != choices[1]).sum())
+            places = []
+            for i in np.argsort(-kl, kind="stable")[:MOST].tolist():
+                at = ours.start + i
+                before = list(document.ids[max(0, at - 5) : at + 1])
+                where = float(kl[i]), document.name, at, before
+                places.append(Difference(*where, *map(int, choices[:, i])))
+            most = sorted(most + places, reverse=True)[:MOST]
             if experts:
                 experts.add(ours.scores, theirs.scores)
             for loss, stretch in zip(losses, (ours, theirs), strict=True):
@@ -174,6 +205,7 @@ def compare(
         changed / done,
         (nats[0], nats[1]),
         experts.changes() if experts else None,
+        most,
     )
 
 
@@ -182,9 +214,8 @@ def routed_indices(model: Any) -> list[int]:
     return [i for i, layer in enumerate(model.layers) if has_router(layer)]
 
 
-def _divergence(ours: Stretch, theirs: Stretch) -> tuple[np.ndarray, int]:
-    """KL(ours from theirs) at each token, float32 [T], and how many greedy tokens differ."""
+def _divergence(ours: Stretch, theirs: Stretch) -> tuple[np.ndarray, np.ndarray]:
+    """KL(ours from theirs) at each token, float32 [T], and both greedy tokens [2, T]."""
     p, q = log_probabilities(ours.logits), log_probabilities(theirs.logits)
     kl = mx.maximum((mx.exp(p) * (p - q)).sum(axis=-1), 0)
-    flips = (p.argmax(axis=-1) != q.argmax(axis=-1)).sum()
-    return np.array(kl), int(flips)
+    return np.array(kl), np.array(mx.stack([p.argmax(axis=-1), q.argmax(axis=-1)]))

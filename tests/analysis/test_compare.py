@@ -44,6 +44,7 @@ def by_hand(base, other, texts: list[Document]) -> dict:
     ours, theirs = np.concatenate(ours, 1), np.concatenate(theirs, 1)
     lost = (ours != 0) & (theirs == 0)
     return {
+        "most": np.sort(np.concatenate(kl))[::-1][:10],
         "kl": np.concatenate(kl).mean(),
         "changed": np.concatenate(flips).mean(),
         "lost": lost.sum((1, 2)) / (ours != 0).sum((1, 2)),
@@ -64,6 +65,12 @@ def test_the_measures_by_hand(window):
         values = [getattr(layer, name) for layer in found.layers]
         assert values == pytest.approx(expected[name].tolist(), abs=1e-5), name
     assert found.layers[0].lost == 0 < found.layers[1].lost
+    assert [place.kl for place in found.most] == pytest.approx(expected["most"].tolist(), rel=1e-3)
+    place = found.most[0]
+    ids = mx.array([texts[int(place.document[-1])].ids])
+    assert place.before[-1] == ids[0, place.position]
+    assert model(ids)[0, place.position].argmax() == place.base
+    assert other(ids)[0, place.position].argmax() == place.other
     json.dumps(found.figures(), allow_nan=False)
 
 
@@ -129,5 +136,5 @@ def test_a_decos_experts_alone_get_fewer_bits():
 
 
 def test_other_experts_are_no_change_of_experts():
-    empty = Comparison(1, 0.0, 0.0, 0.0, 0.0, 0.0, (1.0, 1.0), None)
+    empty = Comparison(1, 0.0, 0.0, 0.0, 0.0, 0.0, (1.0, 1.0), None, [])
     assert empty.lost is None and empty.figures()["lost_score"] is None

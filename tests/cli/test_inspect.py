@@ -160,6 +160,7 @@ def test_against_itself_nothing_changes_and_few_bits_change_much(folder):
     assert few[0]["bits_per_weight"] > few[1]["bits_per_weight"]
     drawn = run("inspect", folder, *flags[:2], "--against-bits", "2")
     assert "bits/weight" in drawn.stdout and "experts of each layer" in drawn.stdout
+    assert "where it differs most" in drawn.stdout and len(few[1]["most"]) == 10
 
 
 def test_other_tokens_are_not_compared(folder, tmp_path):
