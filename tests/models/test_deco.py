@@ -72,6 +72,35 @@ def test_the_mean_of_all_experts_is_taken():
     assert not mx.allclose(layer(x), before, atol=1e-4)
 
 
+def test_an_experts_norm_takes_its_scale_away():
+    """Three times its rows, the mean held: the same output but for eps. One weight serves all."""
+    layer = routed_layers(tiny())[0].mlp
+    assert layer.expert_act.rms_norm.weight.shape == (8,)
+    hidden = mx.random.normal((5, 9, 8))
+    assert mx.allclose(layer.activate(3 * hidden), layer.activate(hidden), atol=1e-4)
+    assert not mx.array_equal(layer.activate(3e-3 * hidden), layer.activate(hidden))
+    reversed_weight = layer.expert_act.rms_norm.weight[::-1]
+    before = layer.activate(hidden)
+    layer.expert_act.rms_norm.weight = reversed_weight
+    changed = mx.abs(layer.activate(hidden) - before).max(axis=(0, 2))
+    assert (changed > 1e-3).all()  # in every expert
+
+
+def test_the_router_computes_in_float32():
+    """A logit of 1e-3 among terms of 1 is lost in bfloat16."""
+    layer = routed_layers(tiny(hidden_size=64, head_dim=16))[0].mlp
+    layer.set_dtype(mx.bfloat16)
+    x = mx.concatenate([mx.ones((1, 32)), -mx.ones((1, 32))], axis=1).astype(mx.bfloat16)
+    weight = mx.ones((9, 64)).astype(mx.bfloat16)
+    weight[:5, 0] = 1 + 2**-7  # exact in bfloat16; the sums of 32 are not
+    layer.moe_router.weight = weight
+    logits = layer.route(x)[0, :-1]
+    assert logits.dtype == mx.float32
+    assert mx.array_equal(logits, mx.array([2**-7] * 5 + [0.0] * 4))
+    scores = layer.finish(layer.route(x)[:, :-1], mx.bfloat16)
+    assert scores.dtype == mx.bfloat16 and (scores != 0).sum() == 5
+
+
 def test_a_token_without_experts_gets_the_shared_one():
     layer = routed_layers(tiny())[0].mlp
     layer.moe_router.weight = mx.zeros_like(layer.moe_router.weight)
