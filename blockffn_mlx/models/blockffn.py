@@ -290,15 +290,15 @@ class Model(nn.Module):
             layer.mlp.sharding_group = group
 
     def linear_maps(self) -> list[tuple[LinearMap, bool]]:
-        """The maps of a layer that short chunks take through the kernels; whether with a residual.
+        """The maps of the layers that kernels compute in short chunks; whether with a residual.
 
-        For who builds kernels before they are needed. None if its layers are not compiled.
+        For who builds kernels before they are needed. None if they are not compiled.
         """
-        halves = layer_halves(self.layers[0])
-        if halves is None:
-            return []
-        entry, leave = halves
-        return [(entry.projection, False), (leave.output, True), (leave.router, False)]
+        found: dict[tuple[LinearMap, bool], None] = {}
+        for entry, leave in filter(None, map(layer_halves, self.layers)):
+            maps = [(entry.projection, False), (leave.output, True), *leave.linear_maps()]
+            found |= dict.fromkeys(maps)
+        return list(found)
 
     @property
     def layers(self) -> list[DecoderLayer]:

@@ -19,6 +19,7 @@ from ..ffn import BlockFFN, Plan
 from ..kernels import Sizes
 from ..kernels.graph import is_tracing
 from ..quantisation import Format, Quantization
+from .activation import has_router
 from .attend import scaled_dot_product_attention
 from .pieces import Arrays, Entry, Exit, LinearMap, Shape, entry_piece, exit_piece
 
@@ -30,11 +31,11 @@ class LayerParts(NamedTuple):
     """The halves of a layer, and their arrays in the order in which they take them."""
 
     entry: Entry
-    exit: Exit
+    exit: Any  # an Exit, or of its kind
     entry_arrays: tuple[Any, ...]
     exit_arrays: tuple[Any, ...]
     attention_scale: float
-    mlp: BlockFFN
+    mlp: Any
 
 
 class CompiledPasses:
@@ -76,15 +77,15 @@ class CompiledPasses:
         batch_size, num_tokens, _ = h.shape
         if model.training or cache[0] is None:
             return None
-        asked = model.layers[0].mlp.backend
+        asked = next(layer.mlp.backend for layer in model.layers if has_router(layer))
         backend = asked if asked in ("metal", "cuda") else device.kernel_backend()
         if backend is None and device.compute_backend() == "cpu" and not is_tracing():
             return None
         parts = self.current_parts(model)
-        if parts is None or h.dtype != parts[0].exit.sizes.dtype:
+        if parts is None or h.dtype != parts[0].entry.projection.form.dtype:
             return None
         per_token = positions.per_token is not None
-        watched = tuple(part.mlp.observer is not None for part in parts)
+        watched = tuple(getattr(part.mlp, "observer", None) is not None for part in parts)
         counted = counts is not None
         shape = Shape(batch_size, num_tokens, per_token, watched, counted, asked, backend)
         pieces = self.pieces(shape, parts, model.norm.eps)
@@ -109,7 +110,7 @@ class CompiledPasses:
                 )
             else:
                 h, *seen = pieces[i + 1](h, attended, part.exit_arrays, model.norm.weight)
-            if counts is not None:
+            if counts is not None and seen:
                 counts.append(seen.pop(0))
             if seen and part.mlp.observer is not None:
                 part.mlp.observer(*seen)
@@ -131,7 +132,7 @@ class CompiledPasses:
                 slots += [(module, key) for module in layer.modules() for key in module]
             self.owners, self.keys = (list(column) for column in zip(*slots, strict=True))
             self.found = list(map(getitem, self.owners, self.keys))
-        mlps = [part.mlp for part in self.parts or ()]
+        mlps = [part.mlp for part in self.parts or () if hasattr(part.mlp, "observer")]
         if not mlps or any(
             mlp.training
             or mlp.sharding_group is not None
@@ -146,7 +147,7 @@ class CompiledPasses:
         self, shape: Shape, parts: list[LayerParts], final_eps: float
     ) -> list[Callable] | None:
         """The compiled functions of a pass, in order; None where kernels do not compute it."""
-        plan = parts[0].exit.plan(shape)  # tells whether plans were forgotten
+        plan = parts[-1].exit.plan(shape)  # tells whether plans were forgotten
         known = self.tables.get(shape)
         if known and known[0] is plan:
             return known[1]
@@ -173,33 +174,44 @@ def can_be_compiled(plan: Plan) -> bool:
     return plan.fused or plan.place is not None or plan.strategy == "dense"
 
 
-def layer_halves(layer: nn.Module) -> tuple[Entry, Exit] | None:
+def layer_halves(layer: nn.Module) -> tuple[Entry, Any] | None:
     """What a layer is compiled for, sizes of a pass aside; None if it is not a plain one."""
-    attention, mlp = layer.self_attn, layer.mlp
-    if not isinstance(mlp, BlockFFN) or mlp.norm_after_router != "rms":
-        return None
+    attention = layer.self_attn
     if not all(name in attention for name in JOINED):
         return None
-    linears = [attention[name] for name in (*JOINED, "o_proj")] + [mlp.router_proj]
+    linears = [attention[name] for name in (*JOINED, "o_proj")]
     if not all(map(is_plain, linears)):
         return None
     forms, rope = [form_of(module) for module in linears], attention.rope
     if len(set(forms[:3])) > 1 or rope.type == "dynamic":
         return None
     norm = layer.input_layernorm
-    sizes = Sizes.of(norm.weight[None], mlp.up_proj.weights, mlp.down_proj.weights)
-    hidden_size, heads = sizes.hidden_size, attention.num_heads + 2 * attention.num_kv_heads
+    hidden_size, heads = len(norm.weight), attention.num_heads + 2 * attention.num_kv_heads
     entry = Entry(
         norm.eps, LinearMap(heads * rope.dims, hidden_size, forms[0]), attention.num_heads,
         attention.num_kv_heads, rope.dims, rope.base,
         1 / rope.factor if rope.type == "linear" else 1.0,
     )  # fmt: skip
-    leave = Exit(
-        LinearMap(hidden_size, attention.num_heads * rope.dims, forms[3]), layer.residual_scale,
-        layer.post_attention_layernorm.eps, LinearMap(sizes.num_experts, hidden_size, forms[4]),
-        mlp.router_norm.eps, sizes, mlp.act,
-    )  # fmt: skip
-    return entry, leave
+    output = LinearMap(hidden_size, attention.num_heads * rope.dims, forms[3])
+    # Other architectures say themselves what stands behind their attention.
+    leave = layer.exit(output) if hasattr(layer, "exit") else blockffn_exit(layer, output)
+    return None if leave is None else (entry, leave)
+
+
+def blockffn_exit(layer: nn.Module, output: LinearMap) -> Exit | None:
+    """The half of a BlockFFN layer behind its attention."""
+    mlp, norm = layer.mlp, layer.post_attention_layernorm
+    if mlp.norm_after_router != "rms" or not is_plain(mlp.router_proj):
+        return None
+    sizes = Sizes.of(norm.weight[None], mlp.up_proj.weights, mlp.down_proj.weights)
+    router = LinearMap(sizes.num_experts, sizes.hidden_size, form_of(mlp.router_proj))
+    return Exit(output, layer.residual_scale, norm.eps, router, mlp.router_norm.eps, sizes, mlp.act)
+
+
+def blockffn_arrays(mlp: BlockFFN) -> tuple[Any, ...]:
+    """What an `Exit` takes behind the norm."""
+    experts = (tuple(weights.arrays) for weights in (mlp.up_proj.weights, mlp.down_proj.weights))
+    return with_transpose(arrays_of(mlp.router_proj)), mlp.router_norm.weight, *experts
 
 
 def layer_parts(layer: nn.Module) -> LayerParts | None:
@@ -208,18 +220,14 @@ def layer_parts(layer: nn.Module) -> LayerParts | None:
     if halves is None:
         return None
     weights = join([attention[name] for name in JOINED])
-    if weights is None:
+    rest = layer.exit_arrays() if hasattr(layer, "exit") else blockffn_arrays(mlp)
+    if weights is None or rest is None:
         return None
-    weights, output, router = (
-        with_transpose(arrays)
-        for arrays in (weights, arrays_of(attention.o_proj), arrays_of(mlp.router_proj))
-    )
-    experts = (tuple(weights.arrays) for weights in (mlp.up_proj.weights, mlp.down_proj.weights))
-    norm = layer.post_attention_layernorm.weight
+    output = with_transpose(arrays_of(attention.o_proj))
     return LayerParts(
         *halves,
-        (layer.input_layernorm.weight, weights),
-        (output, norm, router, mlp.router_norm.weight, *experts),
+        (layer.input_layernorm.weight, with_transpose(weights)),
+        (output, layer.post_attention_layernorm.weight, *rest),
         attention.scale,
         mlp,
     )

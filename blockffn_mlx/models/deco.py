@@ -24,6 +24,7 @@ from . import blockffn
 from .attend import Mask
 from .attention import Attention, Positions
 from .compiled import CompiledPasses
+from .deco_pieces import arrays_of_exit, exit_of
 
 # How a gated MLP is split by its width.
 SPLIT = {
@@ -319,6 +320,8 @@ def dense_mlp(hidden_size: int, intermediate_size: int) -> DenseFFN:
 
 class DecoderLayer(nn.Module):
     """A layer with experts, or a dense one."""
+
+    exit, exit_arrays = exit_of, arrays_of_exit  # for compiled passes
 
     def __init__(self, args: ModelArgs, has_experts: bool):
         super().__init__()

@@ -144,6 +144,10 @@ class Exit(NamedTuple):
         sizes = self.sizes._replace(num_tokens=shape.rows)
         return make_plan(sizes, self.act, shape.asked, fused=True)
 
+    def linear_maps(self) -> list[tuple[LinearMap, bool]]:
+        """Those behind the output projection, and whether with a residual."""
+        return [(self.router, False)]
+
     def launches(self, shape: Shape) -> ExitLaunches:
         """Everything that is launched, made once."""
         output = self.output.launch(shape.rows, shape.backend, residual=True)
@@ -170,9 +174,7 @@ class Exit(NamedTuple):
         the router's logits and scores [B, T, E].
         """
         batch_size, _, num_tokens, _ = attended.shape
-        x = attended if num_tokens == 1 else attended.swapaxes(1, 2)
-        x = x.reshape(*([1] if launches.output else []), len(h), -1)  # as the kernel takes it
-        h = self.output.add(launches.output, h, x, output, self.residual_scale)
+        h = add_attended(self.output, launches.output, h, attended, output, self.residual_scale)
         x = mx.fast.rms_norm(h, norm, self.eps)
         logits = self.router(launches.router, x, router)
         plan, scores = launches.experts, route.twin(logits, router_norm, eps=self.router_eps)
@@ -190,6 +192,20 @@ class Exit(NamedTuple):
         return h, *count, *(rows.reshape(batch_size, num_tokens, -1) for rows in seen)
 
 
+def add_attended(
+    output: LinearMap,
+    launch: Call | None,
+    h: mx.array,
+    attended: mx.array,
+    weights: Arrays,
+    factor: float,
+) -> mx.array:
+    """h [B * T, H] + factor * the output projection of attended [B, heads, T, D]."""
+    x = attended if attended.shape[2] == 1 else attended.swapaxes(1, 2)
+    x = x.reshape(*([1] if launch else []), len(h), -1)  # as the kernel takes it
+    return output.add(launch, h, x, weights, factor)
+
+
 @one_launch
 def add_scaled(h: mx.array, x: mx.array, factor: float) -> mx.array:
     """The residual where the product before it cannot add."""
@@ -203,9 +219,9 @@ def entry_piece(entry: Entry, shape: Shape) -> Callable[..., Any]:
 
 
 def exit_piece(
-    leave: Exit, entry: Entry | None, watched: bool, shape: Shape, final_eps: float
+    leave: Any, entry: Entry | None, watched: bool, shape: Shape, final_eps: float
 ) -> Callable[..., Any]:
-    """From one attention to the next, or to the final norm.
+    """From one attention to the next, or to the final norm; `leave` is an `Exit` or of its kind.
 
     Returns:
         (h, attended, positions, exit_arrays, entry_arrays) -> h, queries, keys, values; without an

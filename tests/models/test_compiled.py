@@ -18,6 +18,7 @@ from blockffn_mlx.kernels.kernel import Call
 from blockffn_mlx.models.activation import intervene, record_router_scores
 from blockffn_mlx.models.compiled import CompiledPasses
 from blockffn_mlx.quantisation import Packed, Plain
+from helpers.deco_models import tiny as tiny_deco
 from helpers.models import tiny_model
 
 SIZES = dict(hidden_size=64, expert_size=32)
@@ -281,3 +282,42 @@ def test_prompts_that_are_grouped_on_the_host_take_the_layers(compiled):
         layer.mlp.backend = "grouped"
     steps(model, model.make_cache(), lengths=(130,))
     assert not compiled[-1]
+
+
+DECO = dict(hidden_size=64, head_dim=16, num_experts=9, expert_size=32, shared_expert_size=32)
+DECO |= dict(intermediate_size=96)
+
+
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("name", ["plain", "rotating"])
+def test_deco(monkeypatch, compiled, name, bits):
+    """A dense first layer, experts with a shared one; the mean row of the packed rows."""
+    model = tiny_deco(**DECO)
+    if bits:
+        nn.quantize(model, 32, bits, class_predicate=lambda p, m: p.endswith("_proj"))
+    agree(monkeypatch, compiled, model, caches(CACHES[name], layers=3))
+
+
+def test_deco_watched_counted_and_changed(monkeypatch, compiled):
+    model = tiny_deco(**DECO)
+    ids = mx.array([[5, 6, 7, 8]])
+    with record_router_scores(model) as recorded:
+        hidden, share = model.hidden_and_union(ids, model.make_cache())
+    assert compiled == [True] and [len(passes) for passes in recorded] == [1, 1]
+    used = [(passes[0] != 0).any(axis=(0, 1)).sum().item() for passes in recorded]
+    assert share.item() == pytest.approx(sum(used) / 18)
+    layer = model.layers[1].mlp
+    layer.moe_router.weight = -layer.moe_router.weight
+    changed = model.model(ids, model.make_cache())
+    monkeypatch.setattr(CompiledPasses, "run", lambda *arguments: None)
+    expected = model.model(ids, model.make_cache())
+    assert mx.allclose(changed, expected, atol=1e-5) and not mx.allclose(changed, hidden, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "change", [{"router_norm_type": "rms"}, {"shared_expert_size": 0}], ids=str
+)
+def test_decos_of_other_kinds_go_through_the_layers(compiled, change):
+    model = tiny_deco(**DECO | change)
+    model.model(mx.array([[5, 6]]), model.make_cache())
+    assert compiled == [False]

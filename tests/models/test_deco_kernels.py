@@ -77,7 +77,7 @@ def test_golden(golden, name):
         cache = model.make_cache()
         found = mx.concatenate([model(ids[:, :half], cache), model(ids[:, half:], cache)], axis=1)
         mx.eval(found)
-    assert ON_GPU or names(runs)[:2] == ["norm_up", "residual_down"]
+    assert ON_GPU or names(runs).count("norm_up") == 2 * len(scores)
     found = float64(found)
     if low:
         assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
@@ -134,7 +134,7 @@ def test_the_model_takes_them_in_every_routed_layer():
     with running() as runs:
         found = model(ids)
         mx.eval(found)
-    assert ON_GPU or names(runs) == ["norm_up", "residual_down"] * 2
+    assert ON_GPU or names(runs).count("norm_up") == 2
     for layer in model.layers:
         layer.mlp.backend = "dense"
     assert mx.allclose(found, model(ids), atol=1e-4)

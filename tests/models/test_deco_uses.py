@@ -129,8 +129,7 @@ def test_its_passes_are_predicted_from_a_config(bits):
         passes = trace_passes(model_from_config(config, bits, 32), 8, 20)
         for graph in (passes.decode, passes.chunk):
             names = [launch.name for launch in graph.launches]
-            for kernel in ("norm_up", "residual_down"):
-                assert sum(kernel in name for name in names) == routed, names
+            assert sum("norm_up" in name for name in names) == routed, names
             assert 0 < graph.bytes(0.2) < graph.bytes(1.0)
 
 
