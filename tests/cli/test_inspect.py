@@ -66,6 +66,15 @@ def test_the_three_formats_tell_the_same(folder, tmp_path):
         assert dense["token"][at] == row["token"]
 
 
+def test_conversations_are_read_as_the_chat_lays_them_out(tmp_path):
+    lines, target = tmp_path / "chats.jsonl", tmp_path / "scores.npz"
+    turns = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hi there."}]
+    lines.write_text(json.dumps({"messages": turns}) + "\n")
+    assert run("inspect", "demo", "--text", lines, "--out", target, "--json").returncode == 0
+    tokens = np.load(target)["token"].tolist()
+    assert "".join(tokens).count("Hi there.") == 1 and "<|assistant|>" in tokens
+
+
 def test_a_page_is_whole_and_holds_every_text(folder, tmp_path):
     page, text = tmp_path / "page.html", tmp_path / "text.txt"
     text.write_text("some words <b>that</b> come again")
