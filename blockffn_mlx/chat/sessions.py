@@ -42,11 +42,17 @@ class Sessions:
         folder: Where they lie; made when the first one is written.
 
     Attributes:
+        problem: Why nothing can be kept, or None.
         path: File of the present chat, or None before it has one.
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = expand(folder)
+        self.folder = Path(folder)
+        self.problem: str | None = None
+        try:
+            self.folder = expand(folder)
+        except ValueError as error:  # no home folder is known
+            self.problem = str(error)
         self.path: Path | None = None
         self._written: str | None = None
 
@@ -72,6 +78,8 @@ class Sessions:
                 self.path.unlink(missing_ok=True)
             self.begin()
             return
+        if self.problem is not None:
+            raise OSError(self.problem)
         text = json.dumps({"model": model, "messages": said}, ensure_ascii=False) + "\n"
         if text == self._written:
             return
@@ -83,6 +91,8 @@ class Sessions:
 
     def list(self) -> list[KeptChat]:
         """All kept chats, the latest first."""
+        if self.problem is not None:
+            return []
         try:
             entries = [e for e in os.scandir(self.folder) if e.name.endswith(SUFFIX)]
             files = [(e.stat().st_mtime, Path(e.path)) for e in entries if e.is_file()]

@@ -161,3 +161,11 @@ def test_files_to_ask_about(tmp_path):
             read_attachment(path)
     with pytest.raises(OSError):
         read_attachment(tmp_path / "gone")
+
+
+def test_without_a_home_folder_nothing_is_kept():
+    sessions = Sessions("~nosuchuser/chats")
+    assert sessions.list() == [] and "home" in sessions.problem
+    sessions.keep([], [], "toy")
+    with pytest.raises(OSError, match="home"):
+        sessions.keep([("user", "hi")], [], "toy")
