@@ -1,8 +1,8 @@
 """The live strip: which experts each layer reads for the token that is being made.
 
 A group of cells is a layer, a dot in a braille cell is an expert that the latest pass read. Where
-the terminal has no room for each, a dot is a few neighbours, a third of which were read. Cells that
-are read again and again glow.
+the terminal has no room for each, a dot is a few neighbours, a third of which were read. What is
+read again and again glows.
 """
 
 import math
@@ -22,9 +22,9 @@ DOT_BITS = np.array([0x01, 0x02, 0x04, 0x40, 0x08, 0x10, 0x20, 0x80])
 EMPTY = 0x2800
 ASCII_DENSITIES = " .:-=#"
 MOST_ROWS = 2
-# How much of a cell's glow is left after a drawing, and what counts as full glow.
+# How much of an expert's glow is left after a drawing that it was not read in.
 FADE = 0.8
-GLOW = 0.5
+GLOWS = SHADES[2:]  # the darker ones hide single dots
 
 
 class ExpertStrip:
@@ -65,7 +65,7 @@ class ExpertStrip:
             yield Segment(label, Style(dim=True))
             for index in range(first, last):
                 layers = slice(index * layout.merged, (index + 1) * layout.merged)
-                used, glow = self.used[layers].max(axis=0), self.glow[layers].mean(axis=0)
+                used, glow = self.used[layers].max(axis=0), self.glow[layers].max(axis=0)
                 for dots, level in layout.cells(used, glow):
                     yield Segment(glyph(dots, in_ascii), Style.parse(shade(level)))
                 yield Segment(" " * layout.gap)
@@ -108,15 +108,14 @@ class Layout:
         return [(start, min(start + self.per_row, self.groups)) for start in starts]
 
     def cells(self, used: np.ndarray, glow: np.ndarray) -> list[tuple[np.ndarray, float]]:
-        """A layer's cells from left to right: which dots are on [8], and how much it glows."""
+        """A layer's cells from left to right: which dots are on [8], and how much they glow."""
         dots = self.width * DOTS
         group = np.arange(self.num_experts)
         if self.num_experts > dots:
             group = group * dots // self.num_experts
-        cell = group // DOTS
         on = np.bincount(group, used, dots) * 3 >= np.maximum(1, np.bincount(group, None, dots))
-        sizes = np.maximum(1, np.bincount(cell, None, self.width))
-        glows = np.bincount(cell, glow, self.width) / sizes
+        lit = np.maximum(1, np.bincount(group // DOTS, used, self.width))
+        glows = np.bincount(group // DOTS, glow * used, self.width) / lit
         return list(zip(on.reshape(-1, DOTS), glows.tolist(), strict=True))
 
 
@@ -128,6 +127,5 @@ def glyph(dots: np.ndarray, in_ascii: bool) -> str:
 
 
 def shade(glow: float) -> str:
-    """The colour of a cell."""
-    level = math.ceil(min(1.0, glow / GLOW) * (len(SHADES) - 1))
-    return SHADES[max(1, level)]  # the darkest would hide the dots
+    """The colours of a cell."""
+    return f"{GLOWS[min(int(glow * len(GLOWS)), len(GLOWS) - 1)]} on {SHADES[0]}"

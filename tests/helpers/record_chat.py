@@ -2,12 +2,15 @@
 
     PYTHONPATH=tests python -m helpers.record_chat docs/chat.svg [FLAGS ...]
 
-The command runs in a pseudo-terminal; what its screen shows at the end is exported by rich.
+The command runs in a pseudo-terminal; what its screen shows in the middle of the last answer, with
+the strip of experts below, is exported by rich.
 """
 
 import io
 import itertools
+import re
 import sys
+from functools import partial
 
 import pyte
 from rich.console import Console
@@ -20,9 +23,11 @@ LINES = (
     "Hello! What is your name?",
     "Tell me a story about a brave mouse.",
     "/sparsity",
-    "Who was the story about?",
+    "Tell me a story about a kind fox.",
 )
 COLUMNS, ROWS = 84, 60
+STRIP = re.compile("0 [\u2800-\u28ff ]+$", re.MULTILINE)
+SENTENCES = 3  # of the last answer before the picture is taken
 # pyte's names of colours that rich calls otherwise.
 NAMES = {"default": None, "brown": "yellow", "brightbrown": "bright_yellow"}
 
@@ -63,20 +68,27 @@ def styled(line: dict[int, pyte.screens.Char], columns: int) -> Text:
     return text
 
 
+def answer_to(terminal: Terminal, line: str) -> str:
+    """What stands below a message."""
+    return terminal.text.rpartition(line)[2]
+
+
 def record(path: str, flags: list[str]):
     """Holds the chat and saves its picture."""
     terminal = Terminal([*CHAT, "--history", "/dev/null", "--no-save", *flags], COLUMNS, ROWS)
     terminal.screen = DimScreen(COLUMNS, ROWS, history=2000, ratio=0.5)
     terminal.stream = pyte.ByteStream(terminal.screen)
     terminal.wait_for_prompt()
-    for line in LINES:
+    for line in LINES[:-1]:
         terminal.enter(line)
+    terminal.send(f"{LINES[-1]}\r")
+    said = partial(answer_to, terminal, LINES[-1])
+    terminal.wait(lambda: said().count(". ") >= SENTENCES and STRIP.search(said()))
     rows = [*terminal.screen.history.top, *(terminal.screen.buffer[y] for y in range(ROWS))]
     drawn = [styled(row, COLUMNS) for row in rows]
     while drawn and not drawn[-1].plain.strip(" >"):
         drawn.pop()
-    terminal.send("/exit\r")
-    terminal.end()
+    terminal.process.close(force=True)
     console = Console(record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True)
     for row in [Text("$ " + " ".join(["blockffn-chat", *flags])), *drawn]:
         console.print(row, no_wrap=True, crop=True)
