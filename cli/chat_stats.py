@@ -52,8 +52,12 @@ class TurnStats:
 
         return progress
 
-    def parts(self) -> list[str]:
-        """What the line under an answer says, most telling first."""
+    def parts(self, at_end: bool = True) -> list[str]:
+        """What the line under an answer says, most telling first.
+
+        Args:
+            at_end: Whether the latest passes count; until then nothing may wait for them.
+        """
         if self.last is None:
             return ["reading"]
         parts = [
@@ -62,7 +66,7 @@ class TurnStats:
             f"first after {self.first_token:.2f} s",
         ]
         parts += self.drafting()[:1]
-        ratio = self.record.share
+        ratio = self.record.share if at_end else self.record.share_so_far
         if ratio is not None:
             parts.append(f"{ratio:.0%} of experts")
         parts.append(f"context {self.used / self.conversation.max_context:.0%}")
@@ -98,7 +102,7 @@ class TurnStats:
 
     def panel(self) -> Panel:
         """All of it in a frame, for the screen while an answer comes."""
-        rows = [*self.parts(), *self.details()]
+        rows = [*self.parts(at_end=False), *self.details()]
         return Panel(Text("\n".join(rows)), title="answer", expand=False, style="dim")
 
 

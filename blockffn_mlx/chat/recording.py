@@ -26,15 +26,20 @@ class Recording:
 
     def __init__(self, scores: Sequence[list[mx.array]]):
         self.scores = scores
+        self._last: list[mx.array] = []  # the latest pass, if its scores were let go
+        self._forget()
+
+    def _forget(self):
         self.widths: list[int] = []
         self._bits: list[np.ndarray] = []  # [L, tokens, E / 8] each
         self._read = 0.0
+        self._coming: tuple[mx.array, list[int]] | None = None
 
     def restart(self, keep: int = 0):
         """Leaves out what was recorded so far but the last `keep` passes: the prompt."""
         for passes in self.scores:
             del passes[: len(passes) - keep]
-        self.widths, self._bits, self._read = [], [], 0.0
+        self._forget()
 
     @property
     def share(self) -> float | None:
@@ -43,23 +48,47 @@ class Recording:
         None before the first pass.
         """
         self.fold()
+        return self._share()
+
+    @property
+    def share_so_far(self) -> float | None:
+        """The same without the latest passes: nothing waits for the device."""
+        self._advance()
+        return self._share()
+
+    def _share(self) -> float | None:
         return self._read / len(self.widths) if self.widths else None
 
     def count(self):
         """A pass was recorded."""
         if self.scores and len(self.scores[0]) >= FOLD_INTERVAL:
-            self.fold()
+            self._advance()
 
     def fold(self):
-        """Brings what is waiting from the device, which costs one wait for it."""
+        """Brings all that is waiting from the device."""
+        self._advance()
+        self._receive()
+
+    def _advance(self):
+        """Takes in what was sent for, and sends for what was recorded since."""
+        self._receive()
         if not self.scores or not self.scores[0]:
             return
         widths = [scores.shape[1] for scores in self.scores[0]]
         with mx.stream(generation_stream):
             layers = [mx.concatenate(passes, axis=1)[0] for passes in self.scores]
-            used = np.array(mx.stack(layers) != 0)  # [L, tokens, E]
+            used = mx.stack(layers) != 0  # [L, tokens, E]
+            mx.async_eval(used)
+        self._coming = used, widths
+        self._last = [passes[-1] for passes in self.scores]
         for passes in self.scores:
             passes.clear()
+
+    def _receive(self):
+        if self._coming is None:
+            return
+        (arrays, widths), self._coming = self._coming, None
+        used = np.array(arrays)
         starts = np.cumsum([0, *widths[:-1]])
         unions = np.logical_or.reduceat(used, starts, axis=1)  # [L, passes, E]
         self._read += float(unions.mean(axis=(0, 2)).sum())
@@ -78,10 +107,11 @@ class Recording:
 
         Nothing waits: the device may not even have begun that pass.
         """
-        if not self.scores or not self.scores[0]:
+        latest = [passes[-1] for passes in self.scores if passes] or self._last
+        if not latest:
             return None
         with mx.stream(generation_stream):
-            used = (mx.concatenate([passes[-1] for passes in self.scores]) != 0).any(axis=1)
+            used = (mx.concatenate(latest) != 0).any(axis=1)
             mx.async_eval(used)
         return used
 

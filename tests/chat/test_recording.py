@@ -50,6 +50,7 @@ def test_what_was_recorded_is_what_reading_the_answer_again_gives(max_tokens, mo
 
 def test_passes_with_a_draft_are_no_rows_and_nobody_has_to_watch():
     record = Recording([[mx.ones((1, 3, 4))], [mx.zeros((1, 3, 4))]])
+    assert record.share_so_far is None and record.share_so_far == 0.5
     assert record.latest().tolist() == [[True] * 4, [False] * 4]
     assert record.share == 0.5 and rows_of_answer(record, 1) is None
     with recording(toy_model(), wanted=False) as nothing:
