@@ -380,6 +380,8 @@ def test_words_are_not_glued_together_where_an_answer_was_cut(model, tokenizer):
     chat.resume()
     list(chat.answer(12, sampler=script(*words[2:])))
     assert chat.last_answer == "Once upon a time" and len(chat.messages) == 2
+    chat._lengthen(" there", "there", 0)  # of a detokenizer that drops the first space
+    assert chat.last_answer == "Once upon a time there"
 
 
 def test_plain_text_goes_on_too(model, tokenizer):

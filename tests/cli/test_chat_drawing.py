@@ -217,6 +217,7 @@ def test_each_dot_of_the_strip_is_an_expert_where_there_is_room():
     some = experts(4, 256, *((0, i) for i in (0, 1, 8, 9, 10)))
     assert drawn(some, 10) == ["⠂⠀⠀⠀ ⠀⠀⠀⠀ ", "⠀⠀⠀⠀ ⠀⠀⠀⠀ "]
     assert drawn(experts(1, 3, (0, 2)), 80) == ["0 ⠄ "]
+    assert list(map(len, drawn(experts(36, 128), 20))) == [18, 18]
 
 
 @pytest.mark.parametrize("shape", [(10, 48), (36, 128), (60, 16), (1, 9)])
