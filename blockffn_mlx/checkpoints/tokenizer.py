@@ -31,7 +31,8 @@ CHAT_TEMPLATE = (
     "{% else %}{{ message['content'].strip() }}{% endif %}{% endfor %}"
 )
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-COPIED_SETTINGS = ("clean_up_tokenization_spaces", "model_max_length")
+# Not the length of the context: it makes tokenizers warn of "indexing errors" that there are not.
+COPIED_SETTINGS = ("clean_up_tokenization_spaces",)
 UNIGRAM, BPE = 1, 2  # model types of sentencepiece
 CONTROL, USER_DEFINED = 3, 4  # piece types of sentencepiece
 MAX_MODEL_BYTES = 32 << 20  # of tokenizer.model; 250,000 pieces have 5 MB

@@ -6,6 +6,7 @@ from typing import Any
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.utils import load_tokenizer
 from transformers import PreTrainedConfig
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from ..paths import expand
 from .hub import download, is_local
@@ -41,13 +42,13 @@ def open_tokenizer(
         folder = download(str(path_or_repo), patterns=TOKENIZER_FILES)
     refuse_links(folder)
     check_tokenizer_folder(folder, vocab_size)
+    # A text may be longer than the context, which is told where it matters.
+    settings = {"model_max_length": VERY_LARGE_INTEGER, **(settings or {})}
     # Given a config, transformers reads only the tokenizer's own files.
     safe = {"trust_remote_code": False, "config": PreTrainedConfig()}
     with without_marks(folder) as place:
         loaded = run_safely(
-            lambda: load_tokenizer(
-                place, {**(settings or {}), **safe}, eos_token_ids=eos_token_ids
-            ),
+            lambda: load_tokenizer(place, {**settings, **safe}, eos_token_ids=eos_token_ids),
             f"{folder} holds no tokenizer that can be used",
         )
     check_ids(loaded, vocab_size, folder)

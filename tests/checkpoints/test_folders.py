@@ -1,5 +1,7 @@
 """Folders that are no models are named for what they are; the demo as a folder; base models."""
 
+import json
+import logging
 import shutil
 
 import mlx.core as mx
@@ -67,3 +69,19 @@ def test_a_base_models_folder_does_not_chat(tmp_path):
     chat = run(*flags, "--use-default-chat-template", "--json")
     assert chat.returncode == 0 and not chat.stderr
     assert run("chat", "--model", tmp_path / "base", "-p", "hi", "-m", 2).returncode == 0
+
+
+def test_a_long_text_is_no_error(tmp_path, monkeypatch, caplog):
+    """transformers warns of "indexing errors" beyond a length that folders used to name."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    folder = tmp_path / "demo"
+    bf.convert("demo", folder)
+    text = "hello there " * 1000
+    assert len(mlx_lm.load(str(folder), trust_remote_code=True)[1].encode(text)) > 2000
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_max_length"] = 1024
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    bf.load(folder)[1].encode(text)
+    assert "indexing errors" not in caplog.text
+    mlx_lm.load(str(folder), trust_remote_code=True)[1].encode(text)
+    assert "indexing errors" in caplog.text  # so it would have been seen
