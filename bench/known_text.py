@@ -20,6 +20,9 @@ from blockffn_mlx.models.eagle import EagleHead
 from blockffn_mlx.speculative import Policy, SpeculationStats, Tree, stream
 from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
 
+# How often the right token of a level is its first one, if it is there at all.
+RIGHT_FIRST = 0.75
+
 
 class KnownText:
     """A text, the sampler that says it, and what a tree needs to know of it."""
@@ -55,10 +58,12 @@ class SetDraft(EagleDrafter):
         tokens, parents, depths = [root], [-1], [0]
         above, holds = 0, True
         for level in range(1, levels + 1):
-            # Nodes are dealt out evenly; the right one is any of the first three of its level.
+            # Nodes are dealt out evenly over the levels.
             count = (num_nodes - 1) * level // levels - (num_nodes - 1) * (level - 1) // levels
             holds = holds and self.random.random() < self.chance
-            right = self.random.randrange(min(count, 3)) if count else 0
+            # As a rule the likeliest one is right, if any is.
+            first = self.random.random() < RIGHT_FIRST
+            right = 0 if first or count < 2 else self.random.randrange(1, min(count, 3))
             true = self.text.tokens[self.length + level]
             for place in range(count):
                 wrong = self.text.tokens[self.random.randrange(len(self.text.tokens))]

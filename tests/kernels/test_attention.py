@@ -149,3 +149,10 @@ def test_nan_makes_nan(place):
     (expected,) = ATTENTION.run(sample)
     assert mx.isnan(expected).any() and not mx.isnan(expected).all()
     assert mx.array_equal(mx.isnan(attend(sample)), mx.isnan(expected))
+
+
+def test_what_may_not_be_looked_at_may_be_anything():
+    queries, keys, values, mask = attention_sample(*CASES[3]).operands
+    keys[:, :, 3], values[:, :, 3], mask[:, :, 3] = mx.nan, mx.nan, False
+    found = attend(Sample((queries, keys, values, mask), {"length": 40, "scale": 0.1}))
+    assert mx.isfinite(found).all()
