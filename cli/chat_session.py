@@ -15,6 +15,8 @@ from ..chat.attachments import Attachment, with_attachments
 from ..chat.conversation import Conversation
 from ..chat.recording import rows_of_answer
 from ..chat.sessions import Sessions
+from ..checkpoints.demo import model_folder
+from ..checkpoints.load import is_converted
 from ..checkpoints.prompt_cache import read_prompt_cache
 from ..checkpoints.tokenizer import use_default_template
 from ..ffn.warm import Warmup
@@ -342,6 +344,8 @@ class Chat:
         """Changes the model; the messages stay, the cache is computed anew."""
         changed = dict.fromkeys(("revision", "adapter_path", "prompt_cache_file"))
         changed |= {"model": name, "draft": "none"}
+        if is_converted(model_folder(name)):  # then there is nothing to quantise
+            changed |= dict.fromkeys(("quantize", "q_bits", "q_group_size", "dtype"))
         before = self.conversation
         self._take_model(argparse.Namespace(**{**vars(self.settings), **changed}))
         self.conversation.replace([(m.role, m.content) for m in before.messages])

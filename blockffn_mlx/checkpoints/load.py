@@ -166,7 +166,7 @@ def _find(
         return Origin(cached, checkpoint, name)
     if not is_local(path_or_repo):
         checkpoint = download(source, revision, on_progress)
-    if _is_converted(checkpoint):
+    if is_converted(checkpoint):
         return Origin(checkpoint, checkpoint, name)
     cached = writable_path(cached)
     while True:
@@ -183,7 +183,8 @@ def _find(
             return Origin(cached, checkpoint, name)
 
 
-def _is_converted(folder: Path) -> bool:
+def is_converted(folder: Path) -> bool:
+    """Whether a folder is an MLX folder of this package's."""
     config = folder / "config.json"
     return config.is_file() and read_json(config).get("model_file") == MODEL_FILE
 

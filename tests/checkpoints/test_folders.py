@@ -85,3 +85,10 @@ def test_a_long_text_is_no_error(tmp_path, monkeypatch, caplog):
     assert "indexing errors" not in caplog.text
     mlx_lm.load(str(folder), trust_remote_code=True)[1].encode(text)
     assert "indexing errors" in caplog.text  # so it would have been seen
+
+
+def test_a_chat_that_quantises_opens_what_is_converted(tmp_path):
+    flags = ["--model", GOLDEN / "gqa_block", "-q", "--q-bits", 8, "-m", 3]
+    told = run("chat", *flags, input="/model demo\nHi\n")
+    assert told.returncode == 0 and "converted already" not in told.stderr
+    assert "BlockFFN demo" in told.stderr
