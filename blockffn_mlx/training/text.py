@@ -30,7 +30,8 @@ def read_documents(path: str | Path) -> list[str | Conversation]:
     """The documents of a file: text as one, JSON Lines as one a line.
 
     A line is an object with `text`, with `messages` (and perhaps `tools`) in OpenAI's form, or with
-    `prompt` and `completion`, which is a conversation of two messages.
+    `prompt` and `completion`, which is a conversation of two messages. Lines that are messages
+    themselves are one conversation, as the chat's /save writes it.
 
     Raises:
         ValueError: It holds no document, or a line is none of these.
@@ -42,14 +43,24 @@ def read_documents(path: str | Path) -> list[str | Conversation]:
         return [clean(read_text(path))]
     _check_is_file(path)
     documents: list[str | Conversation] = []
+    messages: list[dict] = []
+    begun = ""
     # Only "\n" ends a line: JSON text may hold the other separators that Python knows.
     with path.open(encoding="utf-8-sig", newline="\n") as lines:
         try:
             for number, line in enumerate(lines, 1):
                 if line.strip():
-                    documents.append(_document(line, f"{path}, line {number}"))
+                    where = f"{path}, line {number}"
+                    record = _parsed(line)
+                    if isinstance(record, dict) and "role" in record and "messages" not in record:
+                        messages.append(record)
+                        begun = begun or where
+                    else:
+                        documents.append(_document(record, where))
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text (byte {error.start}).") from None
+    if messages:
+        documents.append(_document({"messages": messages}, begun))
     if not documents:
         raise ValueError(f"{path} has no documents in it.")
     return documents
@@ -73,11 +84,14 @@ def source_names(paths: list[Path]) -> Iterator[str]:
         yield "/".join(place.parts[-depth:]) if others else stem
 
 
-def _document(line: str, where: str) -> str | Conversation:
+def _parsed(line: str) -> Any:
     try:
-        record: Any = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
-        record = None
+        return None
+
+
+def _document(record: Any, where: str) -> str | Conversation:
     try:
         if isinstance(record, dict):
             if "messages" in record:

@@ -106,6 +106,13 @@ def test_a_chat_for_people_and_one_for_training(tmp_path):
     assert load_transcript(line) == [("system", "s"), *dropped, *TURNS]
     (conversation,) = read_documents(line)
     assert [m["content"] for m in conversation.messages][-2:] == [text for _, text in TURNS]
+    saved = tmp_path / "saved.jsonl"
+    save_transcript(saved, [("system", "s"), *TURNS], dropped)
+    (again,) = read_documents(saved)
+    assert [m["content"] for m in again.messages] == [m["content"] for m in conversation.messages]
+    saved.write_text('{"role": "user", "content": "x"}\n{"role": "robot", "content": "x"}\n')
+    with pytest.raises(ValueError, match="line 1: message 2 has no role"):
+        read_documents(saved)
     assert page.stat().st_mode & 0o777 == 0o600
     with pytest.raises(ValueError, match=r"FILE\.md"):
         export_chat(tmp_path / "chat.txt", TURNS)
