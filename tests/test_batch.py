@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from mlx_lm.generate import batch_generate as mlx_lm_batch_generate
@@ -55,6 +57,19 @@ def test_each_prompt_gets_its_own_greedy_tokens(generate, count):
     expected = [alone(model, prompt, limit) for prompt, limit in zip(ids, limits, strict=True)]
     assert response.token_ids == expected
     assert response.texts == [" ".join(map(str, tokens)) for tokens in expected]
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "mla"])
+def test_mlx_lm_batches_over_a_converted_folder(tmp_path, kind):
+    model, tokenizer = mlx_lm.load(
+        str(toy_folder(tmp_path / "toy", attention_type=kind)), trust_remote_code=True
+    )
+    ids = prompts(16, 8192)
+    response = mlx_lm_batch_generate(model, tokenizer, ids, max_tokens=5, return_token_ids=True)
+    ends = tokenizer.eos_token_ids
+    for prompt, found in zip(ids, response.token_ids, strict=True):
+        answer = [r.token for r in bf.stream_generate(model, None, prompt, 5)]
+        assert found == list(takewhile(lambda token: token not in ends, answer))
 
 
 def test_prompts_are_read_without_padding_and_in_steps(monkeypatch):
