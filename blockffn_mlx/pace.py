@@ -12,7 +12,9 @@ MOST_GROWTH = 4
 
 
 class PrefillPace:
-    """Passes that take about half a second each, by how long those before them took.
+    """Passes that take up to half a second each, by how long those before them took.
+
+    Their lengths are powers of 2: what is compiled for a length serves again.
 
     Keep one for a conversation: what a prompt has taught holds for the next one.
 
@@ -45,7 +47,8 @@ class PrefillPace:
         now = self.clock()
         if self.started is not None:
             fitting = int(self.taken * self.seconds / max(now - self.started, 1e-9))
-            self.size = min(max(fitting, LEAST_PASS), self.taken * MOST_GROWTH, self.most)
+            power = 1 << max(fitting, LEAST_PASS).bit_length() - 1
+            self.size = min(power, self.size * MOST_GROWTH, self.most)
         self.started, self.taken = now, min(self.size, left)
         return self.taken
 

@@ -309,7 +309,7 @@ class Chat:
         elif stats.last and stats.last.finish_reason == "length" and not self._context_is_full():
             self.view.note(
                 f"cut off at {stats.last.generation_tokens} tokens: /continue goes on, "
-                "/max-tokens (or --max-tokens) allows more"
+                "/max-tokens or --max-tokens allow more"
             )
         if stats.last and (self.view.is_live or self.settings.stats):
             self.view.note(stats.line(full=self.settings.stats))

@@ -26,7 +26,7 @@ class KeptChat:
         path: Its file: one line, {"messages": [...]} as trainers take it, with what model it was.
         modified: When it was last written, in seconds since 1970.
         model: Name of the model that answered last, "" if unknown.
-        title: The beginning of the first question.
+        title: The beginning of the first question, without the files before it.
     """
 
     path: Path
@@ -129,7 +129,7 @@ def _describe(path: Path, modified: float) -> KeptChat:
             head = file.read(HEAD_BYTES).decode("utf-8", "replace")
     except OSError:
         head = ""
-    title = _after(head, '"role": "user", "content": ')
+    title = _after(head, '"role": "user", "content": ').rpartition("```\n\n")[2]
     return KeptChat(path, modified, _after(head, '{"model": '), " ".join(title.split())[:200])
 
 

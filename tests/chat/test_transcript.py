@@ -146,6 +146,10 @@ def test_kept_chats_are_private_and_what_trainers_take(tmp_path):
         with pytest.raises(ValueError, match="/sessions"):
             sessions.find(name)
     sessions.delete(long)
+    asked = with_attachments("Why?", [Attachment("a.py", "x")])
+    sessions.keep([("user", asked)], [], "toy")
+    assert sessions.list()[0].title == "Why?"
+    sessions.delete(sessions.list()[0])
     assert sessions.path is None and len(sessions.list()) == 1
     sessions.begin(short.path)
     sessions.keep([], [], "toy")  # all of it was taken back
