@@ -12,6 +12,7 @@ name their headers by path: MLX_PTX_CACHE_DIR=FOLDER python SCRIPT.
 
 import argparse
 import runpy
+import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -129,6 +130,7 @@ def main():
     parser.add_argument("folder", type=Path)
     parser.add_argument("--nvrtc", required=True)
     parser.add_argument("--include", required=True)
+    parser.add_argument("--seconds", type=int, default=0, help="end the script after so many")
     parser.add_argument("script", type=Path)
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     args = parser.parse_args()
@@ -136,10 +138,13 @@ def main():
     record(texts)
     sys.path.insert(0, str(args.script.resolve().parent))
     sys.argv = [str(args.script), *args.arguments]
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.alarm(args.seconds)
     try:
         runpy.run_path(str(args.script), run_name="__main__")
     except (Exception, SystemExit, KeyboardInterrupt) as error:  # what it launched counts
         print(f"{args.script} ended: {error!r}", file=sys.stderr)
+    signal.alarm(0)
     args.folder.mkdir(parents=True, exist_ok=True)
     missing = [e for e in texts.items() if not (args.folder / f"{e[0]}.ptx").exists()]
     print(f"{len(texts)} kernels recorded, {len(missing)} to compile", file=sys.stderr)

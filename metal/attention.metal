@@ -31,7 +31,7 @@ inline void load_row(thread float* row, const device T* source) {
 //   behind these it may look at if their bit in `window` is set
 //   mask: nothing if MASK is 0, causal; [1 or batch, tokens, rows] if it is 1; if it is 2, bit j of
 //   words [2, tokens] for row j behind the window
-//   scale: [1]   y: [batch, tokens, heads, DIMS]
+//   scale: [4], all the same   y: [batch, tokens, heads, DIMS]
 //   parts: [SIMDGROUPS * ROWS * DIMS], weights: [SIMDGROUPS * ROWS * 2], scratch
 template <
     typename T, int DIMS, int ROTARY, int ROWS, int SIMDGROUPS, int MASK, typename Mask,

@@ -23,7 +23,7 @@ struct ScaledScores {
 // experts of the union; `group` of `groups` may find none.
 //   x: [tokens, HIDDEN]   up: [EXPERTS, EXPERT_SIZE, HIDDEN]   scale: [EXPERTS]
 //   logits: [tokens, EXPERTS + 1]; the last is the mean over all experts' outputs
-//   norm: [EXPERT_SIZE]   eps: [1]   active, h: as up_projection leaves them
+//   norm: [EXPERT_SIZE]   eps: [4], all the same   active, h: as up_projection leaves them
 template <
     typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD,
     int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights, typename Logits, typename Scale,

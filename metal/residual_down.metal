@@ -4,7 +4,7 @@
 using namespace metal;
 
 // residual + factor * sum, rounded once.
-//   residual: [tokens, HIDDEN]   factor: [1]
+//   residual: [tokens, HIDDEN]   factor: [4], all the same
 template <typename Residual, typename Factor>
 struct AddedToResidual {
   Residual residual;

@@ -32,7 +32,7 @@ inline float finish_score(float logit, float factor, float weight) {
 }
 
 // One simdgroup a token.
-//   logits: [tokens, EXPERTS]   weight: [EXPERTS]   eps: [1]   scores: [tokens, EXPERTS]
+//   logits: [tokens, EXPERTS]   weight: [EXPERTS]   eps: [4], all the same   scores: [tokens, EXPERTS]
 template <typename T, int EXPERTS, typename Logits, typename Weight, typename Eps>
 void route_token(
     Logits logits, Weight weight, Eps eps, device T* scores, uint token, uint lane) {

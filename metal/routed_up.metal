@@ -17,7 +17,7 @@ struct RoutedScores {
 };
 
 // As up_projection, from the router's logits; every threadgroup norms the chunk for itself.
-//   logits: [tokens, EXPERTS]   norm: [EXPERTS]   eps: [1]   factors: [TOKENS], scratch
+//   logits: [tokens, EXPERTS]   norm: [EXPERTS]   eps: [4], all the same   factors: [TOKENS], scratch
 template <
     typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD,
     int EXPERTS, int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights, typename Logits,

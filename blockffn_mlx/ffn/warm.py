@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..kernels import MAX_TOKENS, Sizes, linear, residual_down
+from ..kernels import MAX_TOKENS, Sizes, linear, residual_down, route
 from ..kernels.tiles import tile_table
 from .layer import BlockFFN
 from .plan import make_plan
@@ -85,7 +85,7 @@ def run_once(layer: BlockFFN, sizes: Sizes):
     scores = mx.zeros((sizes.num_tokens, sizes.num_experts), sizes.dtype)
     if plan.fused:
         norm = mx.ones((sizes.num_experts,), sizes.dtype)
-        eps, factor = mx.array([1e-5]), residual_down.factor_array(1.0)
+        eps, factor = route.epsilon(1e-5), residual_down.factor_array(1.0)
         h, active = plan.up(x, scores, norm, eps, *up.arrays)
         out = plan.down(h, active, x, factor, *down.arrays)
     else:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from .kernel import Call, Kernel, Sample, prepare
+from .kernel import Call, Kernel, Sample, on_device, prepare
 from .samples import RandomLayer
 
 SIMDGROUPS = 8
@@ -65,15 +65,21 @@ def arguments(sizes: AttentionSizes, *, mask: int, backend: str) -> Call:
 
 
 @lru_cache(maxsize=64)
-def numbers(*values: float, dtype: mx.Dtype) -> mx.array:
-    """Numbers as the kernel takes them: an array."""
-    return mx.array(values, dtype)
+def span(length: int, in_order: int, width: int) -> mx.array:
+    """Which rows of the cache count, as the kernel takes it."""
+    return mx.array([length, in_order, width], mx.uint32)
+
+
+@cache
+def scale_array(value: float) -> mx.array:
+    """The scale as the kernel takes it, made once."""
+    return on_device(value)
 
 
 @cache
 def no_mask() -> mx.array:
     """What stands for the mask of a causal chunk."""
-    return mx.array([[[True]]])
+    return mx.ones((1, 1, 16), mx.bool_)
 
 
 @cache
@@ -126,8 +132,8 @@ def launch(
     in_order, width, window = tree or (0, 0, no_window())
     (y,) = arguments(sizes, mask=kind, backend=backend)(
         queries, queries if rotary is None else rotary, keys, values,
-        no_mask() if mask is None else mask, numbers(length, in_order, width, dtype=mx.uint32),
-        window, numbers(scale, dtype=mx.float32),
+        no_mask() if mask is None else mask, span(length, in_order, width),
+        window, scale_array(scale),
     )  # fmt: skip
     return y
 

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..quantisation import ExpertWeights
 from . import down, projection
-from .kernel import Call, Kernel, Sample
+from .kernel import Call, Kernel, Sample, on_device
 from .samples import RandomLayer
 from .tiles import Sizes, Tile
 
@@ -26,8 +26,8 @@ def arguments(sizes: Sizes, *, backend: str, tile: Tile | None = None) -> Call:
 
 @cache
 def factor_array(value: float) -> mx.array:
-    """The factor as the kernel takes it: an array of one, made once."""
-    return mx.array([value], mx.float32)
+    """The factor as the kernel takes it, made once."""
+    return on_device(value)
 
 
 def launch(

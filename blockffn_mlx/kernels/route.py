@@ -4,7 +4,7 @@ from functools import cache
 
 import mlx.core as mx
 
-from .kernel import Call, Kernel, Sample, prepare
+from .kernel import Call, Kernel, Sample, on_device, prepare
 from .samples import RandomLayer
 
 
@@ -24,8 +24,8 @@ def arguments(num_tokens: int, num_experts: int, dtype: mx.Dtype, *, backend: st
 
 @cache
 def epsilon(value: float) -> mx.array:
-    """A constant as the kernel takes it: an array of one, made once."""
-    return mx.array([value], mx.float32)
+    """A constant as the kernel takes it, made once."""
+    return on_device(value)
 
 
 def launch(logits: mx.array, weight: mx.array, *, eps: float, backend: str) -> mx.array:

@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
-from blockffn_mlx.kernels import KERNELS
+import mlx.core as mx
+import pytest
+
+from blockffn_mlx.kernels import KERNELS, random_layer
 from blockffn_mlx.kernels.text import filed, kernel_text, read_source, without_comments
 
 
@@ -35,3 +38,23 @@ def test_what_metal_compiles_has_no_comments():
     assert "//" not in short
     assert len(short) < 0.8 * len(source)
     assert re.sub(r"\s*//.*|\s", "", source) == re.sub(r"\s", "", short)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_kernel_reads_an_array_that_lies_with_the_host(name, monkeypatch):
+    """MLX's CUDA build keeps 8 bytes and less there (`on_device`)."""
+    taken = {}
+
+    def build(kernel, backend, packed, memory=0):
+        def launch(*, inputs, output_shapes, output_dtypes, **_):
+            names = kernel_text(kernel, backend, packed).input_names
+            taken.update((n, array.nbytes) for n, array in zip(names, inputs, strict=True))
+            return [mx.zeros(*out) for out in zip(output_shapes, output_dtypes, strict=True)]
+
+        return launch
+
+    monkeypatch.setattr("blockffn_mlx.kernels.kernel.build_kernel", build)
+    kernel = KERNELS[name]
+    kernel.run(kernel.sample(random_layer(8, 12, 64, 64, 4, mx.float32)), "cuda")
+    assert taken
+    assert [n for n, size in taken.items() if size <= 8] == []
