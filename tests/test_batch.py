@@ -205,5 +205,6 @@ def test_mlx_lm_server_answers_eight_at_once_as_one_by_one(tmp_path):
             server.kill()
             server.wait()
     assert together == singly and len(set(together)) == 8
+    assert "can yield errors" not in (tmp_path / "log").read_text()
     model, tokenizer = bf.load(folder)
     assert together == [bf.generate(model, tokenizer, prompt, max_tokens=12) for prompt in prompts]

@@ -11,6 +11,7 @@ from mlx_lm.models.base import BaseModelArgs, create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 from ..ffn import ACTIVATIONS, MAX_CHUNK, BlockFFN
+from . import known_type  # noqa: F401
 from .activation import count_experts, counted_share, record_router_scores
 from .attend import Mask
 from .attention import Attention, MLAttention, Positions
