@@ -41,6 +41,11 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=DTYPES, help="type of the unquantised weights")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="accepted as in mlx-lm; code of a checkpoint is never run",
+    )
     parser.add_argument("--upload-repo", help="Hub id to upload the result to")
     parser.add_argument(
         "--draft-for", metavar="MODEL", help="convert an EAGLE draft head, for this model"
@@ -49,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--fuse", metavar="ADAPTER", help="merge this LoRA adapter into the model at --hf-path"
     )
     parser.add_argument(
-        "--dequantize", action="store_true", help="with --fuse: save a packed model unpacked"
+        "--dequantize", "-d", action="store_true", help="with --fuse: save a packed model unpacked"
     )
     parser.add_argument(
         "--cache",
