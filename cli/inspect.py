@@ -127,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         console.print(heat_map_for(console, found.share, found.layers))
         console.print(layer_table(found.report, found.share, found.usage.tokens, found.layers))
+        for layer in found.others:
+            console.print(f"Layer {layer} has no router; it is not counted.")
         if args.tokens:
             for prompt in found.prompts:
                 console.print(token_table(prompt, found.layers))
@@ -166,10 +168,12 @@ class Findings:
         loss: Of what stands in files.
         prompts: The tokens of each prompt.
         layers: Indices of the layers that have a router.
+        others: Those of the layers that have none, as a DECO's first; they are not counted.
     """
 
-    def __init__(self, chunk: int, layers: list[int]):
+    def __init__(self, chunk: int, layers: list[int], others: list[int]):
         self.usage, self.loss, self.layers = Usage(chunk), Loss(), layers
+        self.others = others
         self.prompts: list[Tokens] = []
 
     def take(self, tokens: Tokens, document: Document):
@@ -211,6 +215,8 @@ class Findings:
             "tokens": [{"id": i, "text": text} for i, text in tokens],
             "experts": used,
         }
+        if self.others:
+            document["layers_without_router"] = self.others
         if self.loss.tokens:
             document["loss"] = self.loss.figures()
         return document
@@ -226,7 +232,8 @@ def look(
     """Runs the model over all texts once, and writes the files that were asked for."""
     layers = routed_indices(model)
     shape = Shape(sum(len(d.ids) for d in documents), layers, model.args.num_experts)
-    found = Findings(args.chunk, layers)
+    others = [i for i in range(len(model.layers)) if i not in layers]
+    found = Findings(args.chunk, layers, others)
     page = Page(str(args.model), shape, args.chunk) if "html" in targets else None
     with ExitStack() as stack:
         progress = stack.enter_context(loading_progress(MofNCompleteColumn(), not args.json))

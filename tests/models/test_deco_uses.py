@@ -116,6 +116,9 @@ def test_commands_complete_and_inspect(converted, monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out)
     routed = sum(json.loads((folder / "config.json").read_text())["moe_layer_freq"])
     assert len(report["layers"]) == routed and 0 < report["tls"] < 1
+    assert report["layers_without_router"] == [0]
+    assert run(monkeypatch, inspect_command, *flags[:-1]) == 0
+    assert "Layer 0 has no router; it is not counted." in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", open("/dev/null"))
     assert run(monkeypatch, chat, "--model", folder) == 0
 
