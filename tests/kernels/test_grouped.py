@@ -7,7 +7,7 @@ from mlx_lm.models.cache import BatchKVCache
 
 from blockffn_mlx import device, ffn, kernels
 from blockffn_mlx.ffn import plan
-from blockffn_mlx.kernels import KERNELS, grouped_tiles, place, probe, random_layer
+from blockffn_mlx.kernels import KERNELS, grouped_tiles, grouped_up, place, probe, random_layer
 from blockffn_mlx.quantisation import quantized
 from helpers.ffn_cases import TOLERANCE, Case, float64, relative_error
 from helpers.kernel_runs import BACKEND, ON_GPU, needs_gpu_or_compiler, running
@@ -77,6 +77,14 @@ def test_kernels_match_the_oracle_everywhere(tokens, experts, size, hidden, dtyp
     check(case, loads)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+def test_few_threadgroups_go_round_all_tiles(monkeypatch, groups):
+    monkeypatch.setattr(grouped_up, "up_groups", lambda *_: groups)
+    plan.forget()
+    check(Case(200, 5, 96, 64, DTYPES[-1], union="full"), "half", "check")
+    plan.forget()
+
+
 def test_an_overflow_beside_a_token_stays_there():
     """Weights that make every activation infinite, of an expert that one token alone uses."""
     case = Case(70, 8, 32, 64, DTYPES[-1], union="overflow")
@@ -85,7 +93,9 @@ def test_an_overflow_beside_a_token_stays_there():
 
 @pytest.mark.parametrize("order", ["forward", "backward", "shuffled"])
 def test_lists_do_not_depend_on_the_order_of_threads(order):
-    scores = KERNELS["place"].sample(random_layer(200, 40, 32, 32, 23, mx.float16)).operands[0]
+    layer = random_layer(1100, 9, 32, 32, 7, mx.float16)  # several runs of 32 for a simdgroup
+    scores = KERNELS["place"].sample(layer).operands[0]
+    scores[:, 4] = 1
     with running("check", order=order) if not ON_GPU else running():
         found = place.launch(scores, block=64, backend=BACKEND)
         mx.eval(found)
