@@ -68,6 +68,9 @@ DOWNS = [
     GroupedTile(32, 2, 8, 6, 2, 256),
     GroupedTile(64, 2, 16, 4, 2, 128),
     GroupedTile(64, 2, 4, 4, 2, 256),
+    GroupedTile(64, 2, 8, 3, 2, 256, 2),
+    GroupedTile(64, 4, 4, 3, 2, 256, 2),
+    GroupedTile(32, 2, 8, 4, 2, 256, 2),
     GroupedTile(32, 2, 8, 4, 2, 128),
     GroupedTile(32, 4, 4, 4, 2, 128),
 ]

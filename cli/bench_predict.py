@@ -9,6 +9,7 @@ from rich.console import JustifyMethod
 from rich.table import Table
 
 from ..analysis.passes import model_from_config, read_config, trace_passes
+from ..kernels import MAX_TOKENS
 from ..kernels.predict import CHIPS, find_chip, predict_pass, union_share
 from ..quantisation import BITS, GROUP_SIZES
 from .bench_kernels import digits
@@ -90,7 +91,9 @@ def predictions(name: str, chips: list[str], args: argparse.Namespace) -> dict[s
     for chip in chips:
         for kind, tokens in (("decode", 1), ("chunk", args.tokens), ("prefill", args.context)):
             graph = getattr(passes, kind)
-            active = 1.0 if kind == "prefill" else union_share(tokens, args.tls, args.cls)
+            active = union_share(tokens, args.tls, args.cls)
+            if tokens > MAX_TOKENS:
+                active = 1 - args.tls
             cost = predict_pass(CHIPS[chip], graph, active, overlapped=kind == "decode")
             rows.append(
                 {

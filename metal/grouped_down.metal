@@ -4,7 +4,7 @@
 using namespace metal;
 
 // Where a threadgroup is on its way through the experts: rows [first, end) of an expert's list,
-// TOKENS of them at a time, and a window of its weights.
+// TOKENS of them at a time, and a step along its weights.
 template <int EXPERTS, int TOKENS, int STEPS>
 struct Walk {
   const threadgroup uint* ranges;  // [EXPERTS, 2]
@@ -34,6 +34,17 @@ struct Walk {
   uint count() const thread { return min(end - first, uint(TOKENS)); }
 };
 
+// The weight rows of a simdgroup in the windows of a step.
+template <int OCTETS, int WINDOWS, typename Weights>
+inline void load_step(
+    thread typename Weights::Span (*spans)[OCTETS], Weights weights, ulong row, uint k,
+    uint columns) {
+#pragma unroll
+  for (int i = 0; i < WINDOWS; ++i) {
+    load_window<OCTETS>(spans[i], weights, row, k + i * 4 * Weights::span, columns);
+  }
+}
+
 // One threadgroup: 8 * OCTETS * SIMDGROUPS outputs of BLOCK tokens, which stay in threadgroup memory
 // while the experts pass. A sum of a simdgroup's is nobody else's, so the experts' order is kept.
 //   h: as grouped_up_projection leaves it   lists, blocks: as place_tokens leaves them, for BLOCK
@@ -42,14 +53,15 @@ struct Walk {
 //   ranges: [2 * EXPERTS]   listed: [STAGES * TOKENS]
 template <
     typename T, int TOKENS, int OCTETS, int SIMDGROUPS, int STAGES, int BATCH, int BLOCK,
-    int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights, typename Blocks>
+    int WINDOWS, int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights, typename Blocks>
 void grouped_down_projection(
     const device T* h, const device uint* lists, Blocks blocks, Weights down, device T* y,
     uint tokens, threadgroup uint4* memory, threadgroup uint* ranges,
     threadgroup uint* listed, uint group, uint simdgroup, uint lane) {
-  const int WINDOW = 4 * Weights::span, STEPS = (EXPERT_SIZE + WINDOW - 1) / WINDOW;
+  const int WINDOW = 4 * Weights::span, WIDTH = WINDOWS * WINDOW;
+  const int STEPS = (EXPERT_SIZE + WIDTH - 1) / WIDTH;
   const int ROWS = 8 * OCTETS * SIMDGROUPS;
-  typedef Stage<T, TOKENS, WINDOW> StageType;
+  typedef Stage<T, TOKENS, WIDTH> StageType;
   typedef Walk<EXPERTS, TOKENS, STEPS> WalkType;
   threadgroup float* const sums =
       (threadgroup float*)(memory + STAGES * TOKENS * StageType::STRIDE);
@@ -66,15 +78,15 @@ void grouped_down_projection(
 
   const uint mine = simdgroup * 8 * OCTETS, row = first_row + mine + lane_row(lane);
   const bool has_rows = first_row + mine < uint(HIDDEN);
-  typename Weights::Span spans[OCTETS], next[OCTETS];
+  typename Weights::Span spans[WINDOWS][OCTETS], next[WINDOWS][OCTETS];
   Tile<true, T, Weights, OCTETS, TOKENS> tile;
   tile.clear();
   WalkType now = {ranges, 0, 0, 0, 0};
   now.find();
   WalkType ahead = now, coming = now;  // where copies, and where loads of weights have got to
   if (has_rows && !now.ended()) {
-    load_window<OCTETS>(next, down, ulong(now.expert) * HIDDEN + row, quarter * Weights::span,
-                        EXPERT_SIZE);
+    load_step<OCTETS, WINDOWS>(
+        next, down, ulong(now.expert) * HIDDEN + row, quarter * Weights::span, EXPERT_SIZE);
   }
   coming.advance();
 
@@ -92,7 +104,7 @@ void grouped_down_projection(
       const ulong place = ulong(ahead.expert) * tokens + ahead.first;
       for (uint j = thread_index; j < filled * StageType::PIECES; j += SIMDGROUPS * 32) {
         const uint piece = j % StageType::PIECES, at = min(j / StageType::PIECES, count - 1);
-        const uint k = ahead.step * WINDOW + piece * StageType::PIECE;
+        const uint k = ahead.step * WIDTH + piece * StageType::PIECE;
         const bool real = k < uint(EXPERT_SIZE);
         const device T* source = h + ((place + at) * EXPERT_SIZE + (real ? k : 0));
         stage.fill(j / StageType::PIECES, piece, (const device uint4*)source, real);
@@ -110,14 +122,19 @@ void grouped_down_projection(
     const uint multiplied = filling;  // the stage that will be filled next is the oldest
     if (has_rows) {
 #pragma unroll
-      for (int octet = 0; octet < OCTETS; ++octet) {
-        spans[octet] = next[octet];
+      for (int i = 0; i < WINDOWS * OCTETS; ++i) {
+        spans[i / OCTETS][i % OCTETS] = next[i / OCTETS][i % OCTETS];
       }
       if (!coming.ended()) {
-        const uint k = coming.step * WINDOW + quarter * Weights::span;
-        load_window<OCTETS>(next, down, ulong(coming.expert) * HIDDEN + row, k, EXPERT_SIZE);
+        const uint k = coming.step * WIDTH + quarter * Weights::span;
+        load_step<OCTETS, WINDOWS>(
+            next, down, ulong(coming.expert) * HIDDEN + row, k, EXPERT_SIZE);
       }
-      add_window<BATCH>(tile, spans, StageType::at(memory, multiplied), now.count(), lane);
+#pragma unroll
+      for (int i = 0; i < WINDOWS; ++i) {
+        const StageType stage = StageType::at(memory, multiplied);
+        add_window<BATCH>(tile, spans[i], stage, i * WINDOW, now.count(), lane);
+      }
       if (now.step == STEPS - 1) {
 #pragma unroll
         for (int n = 0; n < TOKENS / 8; ++n) {

@@ -103,7 +103,7 @@ void grouped_up_projection(
           const uint k = (step + 1) * WINDOW + quarter * Weights::span;
           load_window<OCTETS>(next, up, weight_row, k, HIDDEN);
         }
-        add_window<BATCH>(tile, spans, StageType::at(memory, step % STAGES), count, lane);
+        add_window<BATCH>(tile, spans, StageType::at(memory, step % STAGES), 0, count, lane);
       }
     }
 

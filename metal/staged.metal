@@ -2,7 +2,7 @@
 //
 // Each simdgroup streams its own 8 * OCTETS weight rows, as in tile.metal, so that a threadgroup
 // reads every weight once. The tokens that all of its simdgroups multiply them by wait in
-// threadgroup memory, a window of weights wide, in STAGES stages: one is multiplied while the
+// threadgroup memory, a window of weights wide or several, in STAGES stages: one is multiplied while the
 // others are on their way.
 #pragma once
 #include <metal_stdlib>
@@ -61,11 +61,13 @@ inline void load_window(
   }
 }
 
-// Adds a window to the sums of the first `tokens` tokens, rounded up to 8 * BATCH: whoever knows
+// Adds the window at `start` of a stage to the sums of the first `tokens` tokens, rounded up to
+// 8 * BATCH: whoever knows
 // that these come together can load the next eight while eight are multiplied.
 template <int BATCH, typename TileType, typename Span, typename StageType>
 inline void add_window(
-    thread TileType& tile, const thread Span* spans, StageType stage, uint tokens, uint lane) {
+    thread TileType& tile, const thread Span* spans, StageType stage, uint start, uint tokens,
+    uint lane) {
   const uint row = lane_row(lane), quarter = lane_quarter(lane);
 #pragma unroll
   for (int part = 0; part < TileType::parts; ++part) {
@@ -76,7 +78,7 @@ inline void add_window(
         typename TileType::Column columns[BATCH];
 #pragma unroll
         for (int n = 0; n < BATCH; ++n) {
-          TileType::load(columns[n], first + n, part, stage, 0, row, quarter);
+          TileType::load(columns[n], first + n, part, stage, start, row, quarter);
         }
 #pragma unroll
         for (int n = 0; n < BATCH; ++n) {

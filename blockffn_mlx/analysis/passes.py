@@ -15,6 +15,7 @@ from ..checkpoints.demo import DEMO, model_folder
 from ..checkpoints.hub import download_config, is_local
 from ..checkpoints.reader import read_json
 from ..ffn import MAX_CHUNK, BlockFFN, chunk_union_ffn
+from ..ffn.plan import MIN_GROUPED_TOKENS
 from ..kernels.graph import Graph, trace
 from ..models import find_architecture
 from ..models.blockffn import Model, ModelArgs
@@ -146,8 +147,10 @@ def trace_pass(
         for layer_cache in cache:
             layer_cache.trim(tokens)
     pairs = _cache_arrays(cache)
+    rows = tokens * batch_size
     for layer in _sparse_layers(model):
-        layer.backend = "metal" if tokens * batch_size <= MAX_CHUNK else "dense"
+        grouped = isinstance(layer, BlockFFN) and rows >= MIN_GROUPED_TOKENS["metal"]
+        layer.backend = "metal" if rows <= MAX_CHUNK or grouped else "dense"
 
     def run(ids, *arrays):
         for (owner, name), array in zip(pairs, arrays, strict=True):

@@ -30,7 +30,9 @@ class Launch:
     Attributes:
         name: The primitive's, or the custom kernel's.
         kind: "matmul", "packed" (MLX's products with packed weights), "experts" (this package's
-            kernels), "linear" (a linear map through them), "attention" or "small".
+            kernels), "grouped" (those of long chunks, where a share of the experts is one of the
+            pairs of token and expert), "linear" (a linear map through them), "attention" or
+            "small".
         rows: Tokens that share the weights, for products.
         weights: Weights that a product multiplies with, expert weights aside.
         bits: Bits of a weight as it is stored.
@@ -369,17 +371,19 @@ class _Walk:
         if not of_experts:
             self.add(name, kernel, "small", inputs, outputs)
             return
-        rest = sum(x.bytes for x in (*inputs, *outputs) if x not in of_experts)
+        grouped = "grouped" in kernel  # reads every weight, and of h only what it needs
         is_up = len(outputs[0].shape) == 3
         h = outputs[0] if is_up else inputs[0]  # [E, T, d]
         num_experts, rows, expert_size = h.shape
         hidden_size = (inputs[0] if is_up else outputs[0]).shape[-1]
         matrix = next(x for x in inputs if len(x.shape) == 3 and x is not h)
         bits = 8 * matrix.itemsize * matrix.shape[-1] // (hidden_size if is_up else expert_size)
+        shared = [h] if grouped else of_experts
         self.add(
-            name, kernel, "experts", inputs, outputs, bytes=rest, rows=rows, bits=bits,
+            name, kernel, "grouped" if grouped else "experts", inputs, outputs, rows=rows,
+            bytes=sum(x.bytes for x in (*inputs, *outputs) if x not in shared), bits=bits,
             expert_weights=num_experts * expert_size * hidden_size,
-            expert_bytes=sum(x.bytes for x in of_experts),
+            expert_bytes=sum(x.bytes for x in shared),
         )  # fmt: skip
 
 

@@ -88,8 +88,8 @@ GROUPED_DOWN = Kernel(
     threadgroup uint4 memory[MEMORY];
     threadgroup uint ranges[2 * EXPERTS];
     threadgroup uint listed[STAGES * TOKENS];
-    grouped_down_projection<T, TOKENS, OCTETS, SIMDGROUPS, STAGES, BATCH, BLOCK, EXPERTS, HIDDEN,
-                            EXPERT_SIZE>(
+    grouped_down_projection<T, TOKENS, OCTETS, SIMDGROUPS, STAGES, BATCH, BLOCK, WINDOWS, EXPERTS,
+                            HIDDEN, EXPERT_SIZE>(
         h, lists, blocks, WEIGHTS, y, h_shape[1], memory, ranges, listed,
         threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,

@@ -18,6 +18,7 @@ class GroupedTile(NamedTuple):
         stages: Windows of tokens in threadgroup memory, at least two.
         batch: Eights of tokens whose loads come together.
         block: Tokens whose outputs a threadgroup of the down kernel holds, a multiple of 32.
+        windows: Of a stage of the down kernel.
     """
 
     tokens: int
@@ -26,6 +27,7 @@ class GroupedTile(NamedTuple):
     stages: int
     batch: int
     block: int = 0
+    windows: int = 1
 
     @property
     def rows(self) -> int:
@@ -34,7 +36,7 @@ class GroupedTile(NamedTuple):
 
     def memory(self, dtype: mx.Dtype, packing: Quantization | None) -> int:
         """Pieces of 16 bytes of threadgroup memory: the stages, and the outputs held."""
-        stage = self.tokens * (window(dtype, packing) * dtype.size // 16 + 1)
+        stage = self.tokens * (self.windows * window(dtype, packing) * dtype.size // 16 + 1)
         return self.stages * stage + self.block * self.rows // 4
 
 

@@ -22,6 +22,9 @@ PACKED_MATRIX_ROWS = 12
 # Issue slots to bring a stored weight into a register, in this package's kernels.
 UNPACK_SLOTS = {4: 2.1, 8: 2.1}
 
+# Share of what large products reach that the grouped ones do.
+GROUPED_REACH = 0.6
+
 COMMAND_BUFFER = 20e-6  # seconds between two command buffers on Metal
 
 
@@ -122,7 +125,8 @@ def launch_seconds(chip: Chip, launch: Launch, active: float = 1.0) -> float:
     Args:
         chip: Where.
         launch: What.
-        active: Share of the experts that this package's kernels read.
+        active: Share of the experts that this package's kernels read; in a chunk of more than 64
+            tokens, of the pairs of token and expert.
     """
     moved, bandwidth = launch.bytes + active * launch.expert_bytes, chip.bandwidth
     shader = chip.teraflops * ARITHMETIC_REACH * 1e12
@@ -131,6 +135,9 @@ def launch_seconds(chip: Chip, launch: Launch, active: float = 1.0) -> float:
     if launch.kind == "experts":
         slots = launch.rows + UNPACK_SLOTS.get(launch.bits, 0)
         computed = 2 * slots * active * launch.expert_weights / shader
+    elif launch.kind == "grouped":
+        work = 2 * launch.rows * active * launch.expert_weights
+        computed = work / (GROUPED_REACH * matrix)
     elif launch.kind == "linear":
         computed = 2 * (launch.rows + UNPACK_SLOTS.get(launch.bits, 0)) * launch.weights / shader
     elif launch.kind == "packed":
@@ -185,7 +192,8 @@ def predict_pass(
     Args:
         chip: Where.
         graph: The pass, from `trace`.
-        active: Share of the experts that its tokens use between them.
+        active: Share of the experts that its tokens use between them; beyond 64 tokens, the share
+            that a token uses.
         overlapped: See `Prediction`.
         limits: See `Chip`, if not the chip's own.
     """
@@ -206,7 +214,7 @@ def predict_pass(
 def _encode(chip: Chip, launch: Launch) -> float:
     if launch.kind == "matmul":
         return chip.encode_product[launch.rows > 1]
-    if launch.kind in ("experts", "linear"):
+    if launch.kind in ("experts", "grouped", "linear"):
         return chip.encode_custom
     return chip.encode
 

@@ -179,7 +179,7 @@ def measured_on_the_h100():
         if rows <= 64:
             trace_pass(ours, cache, 64, batch_size, logits=False)
         graph = trace_pass(ours, cache, tokens, batch_size, again=rows <= 64)
-        active = union_share(rows, 0.875, 0.768) if rows <= 64 else 1.0
+        active = union_share(rows, 0.875, 0.768) if rows <= 64 else 0.125
         cost = predict_pass(chip, graph, active, overlapped=what == "decode")
         yield f"ours, {what}", cost.seconds, milliseconds / 1e3
     for experts, *times in ((16, 12.1, 12.3), (40, 20.5, 21.1), (128, 50.7, 51.9)):

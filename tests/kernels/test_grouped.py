@@ -6,11 +6,13 @@ import pytest
 from mlx_lm.models.cache import BatchKVCache
 
 from blockffn_mlx import device, ffn, kernels
+from blockffn_mlx.analysis import doctor
 from blockffn_mlx.ffn import plan
 from blockffn_mlx.kernels import KERNELS, grouped_tiles, grouped_up, place, probe, random_layer
+from blockffn_mlx.kernels.grouped_tiles import GroupedTile
 from blockffn_mlx.quantisation import quantized
 from helpers.ffn_cases import TOLERANCE, Case, float64, relative_error
-from helpers.kernel_runs import BACKEND, ON_GPU, needs_gpu_or_compiler, running
+from helpers.kernel_runs import BACKEND, ON_GPU, in_harness, needs_gpu_or_compiler, running
 from helpers.models import tiny_model
 
 pytestmark = needs_gpu_or_compiler
@@ -75,6 +77,30 @@ def test_kernels_match_the_oracle(case, loads):
 def test_kernels_match_the_oracle_everywhere(tokens, experts, size, hidden, dtype, bits, loads):
     case = Case(tokens, experts, size, hidden, dtype, "full", bits=bits, group_size=32)
     check(case, loads)
+
+
+@in_harness
+@pytest.mark.parametrize("name, tile", [
+    ("grouped_up", GroupedTile(32, 4, 2, 3, 2)),
+    ("grouped_up", GroupedTile(32, 2, 4, 4, 1)),
+    ("grouped_down", GroupedTile(16, 2, 4, 3, 1, 64)),
+    ("grouped_down", GroupedTile(16, 4, 2, 3, 2, 64, 2)),
+])  # fmt: skip
+def test_tiles_of_other_machines(name, tile):
+    """More stages and octets, and rows that no tile divides: 96 by 64."""
+    kernel = KERNELS[name]
+    layer = random_layer(70, 7, 96, 96, 5, mx.bfloat16)
+    sample = kernel.sample(layer)
+    if name == "grouped_down":
+        h, lists, _, weights = sample.operands
+        scores = KERNELS["place"].sample(layer).operands[0]
+        blocks = place.twin(scores, block=tile.block)[2]
+        sample = sample._replace(operands=(h, lists, blocks, weights))
+    here = sample._replace(settings={**sample.settings, "tile": tile})
+    with running("check"):
+        found = kernel.run(here, BACKEND)
+        mx.eval(found)
+    assert doctor.relative_error(found, kernel.run(sample.widened())) < TOLERANCE[mx.bfloat16]
 
 
 @pytest.mark.parametrize("groups", [1, 3])
