@@ -55,24 +55,24 @@ SHAPES = [
 
 # Tiles that compete, at the first two shapes: (tokens, octets, simdgroups, stages, batch, block).
 UPS = [
-    GroupedTile(128, 4, 4, 3, 4),
     GroupedTile(128, 4, 4, 3, 2),
-    GroupedTile(128, 2, 8, 3, 4),
-    GroupedTile(64, 4, 4, 4, 4),
-    GroupedTile(128, 4, 4, 2, 4),
+    GroupedTile(128, 4, 4, 3, 1),
+    GroupedTile(128, 2, 8, 3, 2),
+    GroupedTile(64, 4, 4, 4, 2),
 ]
-DOWNS = [
-    GroupedTile(64, 2, 8, 4, 2, 256),
-    GroupedTile(64, 4, 4, 4, 2, 256),
-    GroupedTile(64, 2, 8, 4, 4, 256),
-    GroupedTile(32, 2, 8, 6, 2, 256),
-    GroupedTile(64, 2, 16, 4, 2, 128),
-    GroupedTile(64, 2, 4, 4, 2, 256),
+LONG_DOWNS = [
     GroupedTile(64, 2, 8, 3, 2, 256, 2),
+    GroupedTile(64, 2, 4, 2, 2, 256, 2),
+    GroupedTile(64, 2, 8, 3, 4, 256, 2),
+    GroupedTile(32, 2, 8, 3, 2, 128, 2),
+    GroupedTile(64, 2, 16, 3, 2, 128, 2),
     GroupedTile(64, 4, 4, 3, 2, 256, 2),
-    GroupedTile(32, 2, 8, 4, 2, 256, 2),
-    GroupedTile(32, 2, 8, 4, 2, 128),
-    GroupedTile(32, 4, 4, 4, 2, 128),
+]
+SHORT_DOWNS = [
+    GroupedTile(32, 2, 8, 4, 2, 64, 2),
+    GroupedTile(32, 2, 4, 3, 2, 64, 2),
+    GroupedTile(32, 2, 4, 3, 2, 128, 2),
+    GroupedTile(32, 2, 8, 3, 2, 128, 2),
 ]
 
 
@@ -191,9 +191,9 @@ def measure_layers(note: Callable[..., None], shapes: list[Shape]) -> None:
 
 def measure_tiles(note: Callable[..., None]) -> None:
     work = [
-        (SHAPES[0], 2048, UPS + DOWNS),
-        (SHAPES[0], 512, DOWNS),
-        (SHAPES[1], 2048, UPS[:3] + DOWNS[:3]),
+        (SHAPES[0], 2048, UPS + LONG_DOWNS),
+        (SHAPES[0], 512, UPS[:2] + SHORT_DOWNS),
+        (SHAPES[1], 2048, UPS[:3] + LONG_DOWNS[:3]),
     ]
     for shape, tokens, tiles in work:
         layers = [make_layer(shape, tokens, seed) for seed in range(shape.layers // 2)]

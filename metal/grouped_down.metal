@@ -3,35 +3,64 @@
 #include "staged.metal"
 using namespace metal;
 
-// Where a threadgroup is on its way through the experts: rows [first, end) of an expert's list,
-// TOKENS of them at a time, and a step along its weights.
-template <int EXPERTS, int TOKENS, int STEPS>
-struct Walk {
-  const threadgroup uint* ranges;  // [EXPERTS, 2]
-  uint expert, first, end, step;
+// A threadgroup's way through the experts: rows [first, first + count) of an expert's list, at most
+// TOKENS at a time, and a step along its weights. A count of 0 is the end.
+struct Step {
+  uint expert, first, count, step;
+};
 
-  // From the first expert with rows on.
-  void find() thread {
-    while (expert < EXPERTS && ranges[2 * expert] == ranges[2 * expert + 1]) {
-      ++expert;
+// The experts that a block of tokens uses, in ascending order: a row of each one's list to begin
+// with, and expert << 16 | number of rows. Returns how many there are.
+template <int EXPERTS, typename Blocks>
+inline uint list_ranges(
+    Blocks blocks, uint num_blocks, uint block, threadgroup uint* ranges, threadgroup uint* total,
+    uint simdgroup, uint lane) {
+  if (simdgroup == 0) {
+    uint before = 0;
+#pragma unroll
+    for (int i = 0; i < (EXPERTS + 31) / 32; ++i) {
+      const uint expert = i * 32 + lane, at = min(expert, uint(EXPERTS - 1)) * (num_blocks + 1);
+      const uint first = blocks[at + block], end = blocks[at + block + 1];
+      const bool used = expert < EXPERTS && first < end;
+      const uint mask = uint(simd_vote::vote_t(simd_ballot(used)));
+      if (used) {
+        const uint place = 2 * (before + popcount(mask & ((1u << lane) - 1)));
+        ranges[place] = first;
+        ranges[place + 1] = expert << 16 | (end - first);
+      }
+      before += popcount(mask);
     }
-    if (expert < EXPERTS) {
-      first = ranges[2 * expert];
-      end = ranges[2 * expert + 1];
+    if (lane == 0) {
+      total[0] = before;
     }
   }
-  void advance() thread {
-    if (!ended() && ++step == STEPS) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return total[0];
+}
+
+template <int TOKENS, int STEPS>
+struct Walk {
+  const threadgroup uint* ranges;  // as list_ranges leaves them
+  uint total, at, offset, step;
+
+  // The step that it has come to; it goes on to the next.
+  Step next() thread {
+    if (at == total) {
+      return {0, 0, 0, 0};
+    }
+    const uint word = ranges[2 * at + 1], rows = word & 0xffffu;
+    const Step found = {
+        word >> 16, ranges[2 * at] + offset, min(rows - offset, uint(TOKENS)), step};
+    if (++step == STEPS) {
       step = 0;
-      first += TOKENS;
-      if (first >= end) {
-        ++expert;
-        find();
+      offset += TOKENS;
+      if (offset >= rows) {
+        offset = 0;
+        ++at;
       }
     }
+    return found;
   }
-  bool ended() const thread { return expert == EXPERTS; }
-  uint count() const thread { return min(end - first, uint(TOKENS)); }
 };
 
 // The weight rows of a simdgroup in the windows of a step.
@@ -45,128 +74,156 @@ inline void load_step(
   }
 }
 
+// Where a token's sum for a column lies. Tokens lie in different banks, as far as four go.
+template <int ROWS>
+inline uint sum_place(uint token, uint column) {
+  return token * ROWS + (column ^ (token % 4 * 8));
+}
+
+// Adds a tile to the sums of its tokens, and clears it. What is added to has been read before
+// anything is written, since a compiler cannot know that all places are different.
+//   listed: [count] tokens, of which a block has BLOCK
+template <int OCTETS, int BATCH, int BLOCK, int ROWS, typename TileType>
+inline void add_tile(
+    thread TileType& tile, threadgroup float* sums, const threadgroup uint* listed, uint count,
+    uint column, uint lane) {
+#pragma unroll
+  for (int first = 0; first < TileType::columns; first += BATCH) {
+    if (8 * uint(first) < count) {
+      uint places[2 * BATCH];
+      bool real[2 * BATCH];
+      float before[2 * BATCH][OCTETS];
+#pragma unroll
+      for (int i = 0; i < 2 * BATCH; ++i) {
+        const uint at = 8 * (first + i / 2) + 2 * lane_quarter(lane) + i % 2;
+        real[i] = at < count;
+        places[i] = sum_place<ROWS>(listed[real[i] ? at : 0] % BLOCK, column + lane_row(lane));
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * BATCH; ++i) {
+#pragma unroll
+        for (int octet = 0; octet < OCTETS; ++octet) {
+          before[i][octet] = real[i] ? sums[places[i] ^ (8 * octet)] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < 2 * BATCH; ++i) {
+        if (real[i]) {
+#pragma unroll
+          for (int octet = 0; octet < OCTETS; ++octet) {
+            sums[places[i] ^ (8 * octet)] =
+                before[i][octet] + tile.sums[octet][first + i / 2][i % 2];
+          }
+        }
+      }
+    }
+  }
+  tile.clear();
+}
+
 // One threadgroup: 8 * OCTETS * SIMDGROUPS outputs of BLOCK tokens, which stay in threadgroup memory
 // while the experts pass. A sum of a simdgroup's is nobody else's, so the experts' order is kept.
 //   h: as grouped_up_projection leaves it   lists, blocks: as place_tokens leaves them, for BLOCK
 //   down: [EXPERTS, HIDDEN, EXPERT_SIZE]   y: [tokens, HIDDEN]
 //   memory: [STAGES * TOKENS * Stage::STRIDE], and BLOCK * ROWS sums; ROWS is a multiple of 32
-//   ranges: [2 * EXPERTS]   listed: [STAGES * TOKENS]
+//   ranges: [2 * EXPERTS]   listed: [STAGES * TOKENS]   total: [1]
 template <
     typename T, int TOKENS, int OCTETS, int SIMDGROUPS, int STAGES, int BATCH, int BLOCK,
     int WINDOWS, int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights, typename Blocks>
 void grouped_down_projection(
     const device T* h, const device uint* lists, Blocks blocks, Weights down, device T* y,
-    uint tokens, threadgroup uint4* memory, threadgroup uint* ranges,
-    threadgroup uint* listed, uint group, uint simdgroup, uint lane) {
+    uint tokens, threadgroup uint4* memory, threadgroup uint* ranges, threadgroup uint* listed,
+    threadgroup uint* total, uint group, uint simdgroup, uint lane) {
   const int WINDOW = 4 * Weights::span, WIDTH = WINDOWS * WINDOW;
   const int STEPS = (EXPERT_SIZE + WIDTH - 1) / WIDTH;
-  const int ROWS = 8 * OCTETS * SIMDGROUPS;
+  const int ROWS = 8 * OCTETS * SIMDGROUPS, THREADS = 32 * SIMDGROUPS;
   typedef Stage<T, TOKENS, WIDTH> StageType;
-  typedef Walk<EXPERTS, TOKENS, STEPS> WalkType;
   threadgroup float* const sums =
       (threadgroup float*)(memory + STAGES * TOKENS * StageType::STRIDE);
   const uint thread_index = simdgroup * 32 + lane, quarter = lane_quarter(lane);
   const uint num_blocks = (tokens + BLOCK - 1) / BLOCK, block = group % num_blocks;
   const uint first_row = group / num_blocks * ROWS;
-  for (uint i = thread_index; i < 2 * EXPERTS; i += SIMDGROUPS * 32) {
-    ranges[i] = blocks[i / 2 * (num_blocks + 1) + block + i % 2];
-  }
-  for (uint i = thread_index; i < BLOCK * ROWS; i += SIMDGROUPS * 32) {
+  for (uint i = thread_index; i < BLOCK * ROWS; i += THREADS) {
     sums[i] = 0.0f;
   }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  Walk<TOKENS, STEPS> walk = {ranges, 0, 0, 0, 0};
+  walk.total = list_ranges<EXPERTS>(blocks, num_blocks, block, ranges, total, simdgroup, lane);
 
   const uint mine = simdgroup * 8 * OCTETS, row = first_row + mine + lane_row(lane);
   const bool has_rows = first_row + mine < uint(HIDDEN);
   typename Weights::Span spans[WINDOWS][OCTETS], next[WINDOWS][OCTETS];
   Tile<true, T, Weights, OCTETS, TOKENS> tile;
   tile.clear();
-  WalkType now = {ranges, 0, 0, 0, 0};
-  now.find();
-  WalkType ahead = now, coming = now;  // where copies, and where loads of weights have got to
-  if (has_rows && !now.ended()) {
-    load_step<OCTETS, WINDOWS>(
-        next, down, ulong(now.expert) * HIDDEN + row, quarter * Weights::span, EXPERT_SIZE);
+  Step steps[STAGES];  // the one that is multiplied, and those on their way
+#pragma unroll
+  for (int i = 0; i < STAGES; ++i) {
+    steps[i] = {0, 0, 0, 0};
   }
-  coming.advance();
 
   uint filling = 0;
 #pragma unroll 1
-  for (int i = 1 - STAGES; !now.ended(); ++i) {
+  for (int i = 1 - STAGES; i < 0 || steps[1].count; ++i) {
     if (i >= 0) {
       await_copies<STAGES - 2>();
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    if (!ahead.ended()) {
+#pragma unroll
+    for (int j = 0; j + 1 < STAGES; ++j) {
+      steps[j] = steps[j + 1];
+    }
+    const Step ahead = steps[STAGES - 1] = walk.next();
+    if (ahead.count) {
       const StageType stage = StageType::at(memory, filling);
-      const uint count = ahead.count();
-      const uint filled = round_up<8 * BATCH>(count);
+      const uint filled = round_up<8 * BATCH>(ahead.count);
       const ulong place = ulong(ahead.expert) * tokens + ahead.first;
-      for (uint j = thread_index; j < filled * StageType::PIECES; j += SIMDGROUPS * 32) {
-        const uint piece = j % StageType::PIECES, at = min(j / StageType::PIECES, count - 1);
-        const uint k = ahead.step * WIDTH + piece * StageType::PIECE;
-        const bool real = k < uint(EXPERT_SIZE);
-        const device T* source = h + ((place + at) * EXPERT_SIZE + (real ? k : 0));
-        stage.fill(j / StageType::PIECES, piece, (const device uint4*)source, real);
+      const device T* const rows = h + place * EXPERT_SIZE;
+#pragma unroll
+      for (int j = 0; j < (TOKENS * StageType::PIECES + THREADS - 1) / THREADS; ++j) {
+        const uint at = j * THREADS + thread_index, to = at / StageType::PIECES;
+        const uint piece = at % StageType::PIECES, k = ahead.step * WIDTH + piece * StageType::PIECE;
+        if (to < filled) {
+          const bool real = k < uint(EXPERT_SIZE);
+          const device T* source = rows + (min(to, ahead.count - 1) * EXPERT_SIZE + (real ? k : 0));
+          stage.fill(to, piece, (const device uint4*)source, real);
+        }
       }
-      for (uint j = thread_index; j < count; j += SIMDGROUPS * 32) {
+      for (uint j = thread_index; j < ahead.count; j += THREADS) {
         copy_word(listed + filling * TOKENS + j, lists + (place + j));
       }
-      ahead.advance();
     }
     end_copies();
     filling = filling + 1 == STAGES ? 0 : filling + 1;
-    if (i < 0) {
-      continue;
-    }
-    const uint multiplied = filling;  // the stage that will be filled next is the oldest
-    if (has_rows) {
+    if (has_rows && i >= 0) {
 #pragma unroll
-      for (int i = 0; i < WINDOWS * OCTETS; ++i) {
-        spans[i / OCTETS][i % OCTETS] = next[i / OCTETS][i % OCTETS];
-      }
-      if (!coming.ended()) {
-        const uint k = coming.step * WIDTH + quarter * Weights::span;
-        load_step<OCTETS, WINDOWS>(
-            next, down, ulong(coming.expert) * HIDDEN + row, k, EXPERT_SIZE);
-      }
-#pragma unroll
-      for (int i = 0; i < WINDOWS; ++i) {
-        const StageType stage = StageType::at(memory, multiplied);
-        add_window<BATCH>(tile, spans[i], stage, i * WINDOW, now.count(), lane);
-      }
-      if (now.step == STEPS - 1) {
-#pragma unroll
-        for (int n = 0; n < TOKENS / 8; ++n) {
-          if (8 * uint(n) < now.count()) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) {
-              const uint place = 8 * n + 2 * quarter + j;
-              if (place < now.count()) {
-                const uint token = listed[multiplied * TOKENS + place] % BLOCK;
-                // Tokens lie in different banks, as far as four go.
-                const uint at = token * ROWS + ((mine + lane_row(lane)) ^ (token % 4 * 8));
-#pragma unroll
-                for (int octet = 0; octet < OCTETS; ++octet) {
-                  sums[at ^ (8 * octet)] += tile.sums[octet][n][j];
-                }
-              }
-            }
-          }
-        }
-        tile.clear();
+      for (int j = 0; j < WINDOWS * OCTETS; ++j) {
+        spans[j / OCTETS][j % OCTETS] = next[j / OCTETS][j % OCTETS];
       }
     }
-    coming.advance();
-    now.advance();
+    const Step coming = steps[1];
+    if (has_rows && i >= -1 && coming.count) {
+      const uint k = coming.step * WIDTH + quarter * Weights::span;
+      load_step<OCTETS, WINDOWS>(next, down, ulong(coming.expert) * HIDDEN + row, k, EXPERT_SIZE);
+    }
+    if (has_rows && i >= 0) {
+      // the stage that will be filled next is the oldest
+#pragma unroll
+      for (int j = 0; j < WINDOWS; ++j) {
+        const StageType stage = StageType::at(memory, filling);
+        add_window<BATCH>(tile, spans[j], stage, j * WINDOW, steps[0].count, lane);
+      }
+      if (steps[0].step == STEPS - 1) {
+        add_tile<OCTETS, BATCH, BLOCK, ROWS>(
+            tile, sums, listed + filling * TOKENS, steps[0].count, mine, lane);
+      }
+    }
   }
 
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint i = thread_index; i < BLOCK * ROWS; i += SIMDGROUPS * 32) {
+  for (uint i = thread_index; i < BLOCK * ROWS; i += THREADS) {
     const uint token = i / ROWS, column = i % ROWS;
     if (block * BLOCK + token < tokens && first_row + column < uint(HIDDEN)) {
       y[ulong(block * BLOCK + token) * HIDDEN + first_row + column] =
-          T(sums[token * ROWS + (column ^ (token % 4 * 8))]);
+          T(sums[sum_place<ROWS>(token, column)]);
     }
   }
 }

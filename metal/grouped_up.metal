@@ -43,8 +43,11 @@ void grouped_up_projection(
     uint lane) {
   const int WINDOW = 4 * Weights::span, STEPS = (HIDDEN + WINDOW - 1) / WINDOW;
   const int ROWS = 8 * OCTETS * SIMDGROUPS, TILES = (EXPERT_SIZE + ROWS - 1) / ROWS;
+  const int THREADS = 32 * SIMDGROUPS;
   typedef Stage<T, TOKENS, WINDOW> StageType;
   typedef Tile<true, T, Weights, OCTETS, TOKENS> TileType;
+  // pieces of a stage that a thread copies
+  const int PIECES = StageType::PIECES, EACH = (TOKENS * PIECES + THREADS - 1) / THREADS;
   const uint thread_index = simdgroup * 32 + lane, quarter = lane_quarter(lane);
   list_tiles<EXPERTS, TOKENS>(counts, starts, simdgroup, lane);
 
@@ -60,12 +63,19 @@ void grouped_up_projection(
     const uint filled = round_up<8 * BATCH>(count);
     const ulong place = ulong(expert) * tokens + first;
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile has been multiplied
-    for (uint j = thread_index; j < TOKENS; j += SIMDGROUPS * 32) {
+    for (uint j = thread_index; j < TOKENS; j += THREADS) {
       const uint token = lists[place + min(j, count - 1)];
       listed[j] = token;
       weights[j] = float(scores[ulong(token) * EXPERTS + expert]);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+
+    uint sources[EACH];  // in pieces
+#pragma unroll
+    for (int j = 0; j < EACH; ++j) {
+      const uint to = min((j * THREADS + thread_index) / PIECES, uint(TOKENS - 1));
+      sources[j] = listed[to] * (HIDDEN / StageType::PIECE);
+    }
 
     const uint row = i % TILES * ROWS + simdgroup * 8 * OCTETS + lane_row(lane);
     const bool has_rows = i % TILES * ROWS + simdgroup * 8 * OCTETS < uint(EXPERT_SIZE);
@@ -85,12 +95,14 @@ void grouped_up_projection(
       const int ahead = step + STAGES - 1;
       if (ahead < STEPS) {
         const StageType stage = StageType::at(memory, ahead % STAGES);
-        for (uint j = thread_index; j < filled * StageType::PIECES; j += SIMDGROUPS * 32) {
-          const uint piece = j % StageType::PIECES, k = ahead * WINDOW + piece * StageType::PIECE;
-          const device T* source = x + ulong(listed[j / StageType::PIECES]) * HIDDEN;
-          const bool real = k < uint(HIDDEN);
-          stage.fill(
-              j / StageType::PIECES, piece, (const device uint4*)(source + (real ? k : 0)), real);
+#pragma unroll
+        for (int j = 0; j < EACH; ++j) {
+          const uint at = j * THREADS + thread_index, to = at / PIECES, piece = at % PIECES;
+          const uint k = ahead * PIECES + piece;
+          if (to < filled) {
+            const bool real = k < uint(HIDDEN / StageType::PIECE);
+            stage.fill(to, piece, (const device uint4*)x + (sources[j] + (real ? k : 0)), real);
+          }
         }
       }
       end_copies();
