@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+import blockffn_mlx as bf
 from blockffn_mlx import device
 from blockffn_mlx.kernels import probe
 from blockffn_mlx.models import deco
@@ -69,8 +70,8 @@ def test_packed_layers(bits, dtype):
 
 @pytest.mark.parametrize("name", ["deco_simple", "deco_bf16_sharded"])
 def test_golden(golden, name):
-    """Logits, router scores and their zeros, and a chunk behind a cache."""
-    model, _, data = golden(name)
+    """Logits, router scores and their zeros, a chunk behind a cache, and 32 greedy tokens."""
+    model, tokenizer, data = golden(name)
     low, ids = "bf16" in name, mx.array(data["input_ids"])
     half, expected, scores = ids.shape[1] // 2, data["logits"], data["router_scores"]
     with running() as runs, record_router_scores(model) as recorded:
@@ -83,6 +84,9 @@ def test_golden(golden, name):
         assert np.linalg.norm(found - expected) < 0.03 * np.linalg.norm(expected)
     else:
         assert np.abs(found - expected).max() < 1e-4
+        with running():
+            tokens = bf.stream_generate(model, tokenizer, ids[0].tolist(), max_tokens=32)
+            assert [r.token for r in tokens] == data["greedy"].tolist()
     seen = np.stack([float64(mx.concatenate(passes, axis=1)) for passes in recorded])
     assert np.abs(seen - scores).max() < (0.05 if low else 1e-4) * np.abs(scores).max()
     clear = np.abs(scores) > (0.05 if low else 1e-5)
