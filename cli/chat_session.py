@@ -18,7 +18,6 @@ from ..chat.sessions import Sessions
 from ..checkpoints.demo import model_folder
 from ..checkpoints.load import is_converted
 from ..checkpoints.prompt_cache import read_prompt_cache
-from ..checkpoints.tokenizer import use_default_template
 from ..ffn.warm import Warmup
 from ..pace import PrefillPace
 from .chat_commands import COMMANDS, Leave, is_command, run_command
@@ -62,8 +61,6 @@ class Chat:
     def _take_model(self, settings: argparse.Namespace):
         """Loads the model that the settings name; on an error nothing has changed."""
         model, tokenizer = load_for_text(settings, lazy=True)
-        if not settings.raw:
-            use_default_template(tokenizer)
         context = settings.max_kv_size or model.args.max_position_embeddings
         need = memory_need(model, context)
         check_memory(self.view, settings.model, need, context)

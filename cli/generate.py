@@ -7,7 +7,6 @@ from typing import Any
 from mlx_lm.generate import GenerationResponse
 
 from ..checkpoints.prompt_cache import read_prompt_cache
-from ..checkpoints.tokenizer import use_default_template
 from ..generate import KEPT_POSITIONS, RULE, figures, stream_generate
 from ..pace import PrefillPace
 from ..prompt import Prompt, choose_format, is_chat_model
@@ -130,8 +129,6 @@ def run(args: argparse.Namespace) -> int:
 
 def build_prompt(args: argparse.Namespace, model: Any, tokenizer: Any, message: str) -> Prompt:
     """The message in the chat format, or as plain text for base models and `--raw`."""
-    if args.use_default_chat_template:
-        use_default_template(tokenizer)
     chat = not args.raw
     if chat and not is_chat_model(model, tokenizer) and not args.use_default_chat_template:
         left_out = "without a system prompt " if args.system_prompt or args.prefill_response else ""

@@ -90,7 +90,7 @@ class ChatFormat(Format):
     and special tokens in it are broken up, so that they forge no turn.
 
     Args:
-        tokenizer: mlx-lm's TokenizerWrapper with a chat template.
+        tokenizer: mlx-lm's TokenizerWrapper; without a chat template the models' own format counts.
         options: More arguments of the template.
 
     Attributes:
@@ -98,15 +98,13 @@ class ChatFormat(Format):
             system prompt goes in front of the first message.
 
     Raises:
-        ValueError: If there is no template, or it does not work.
+        ValueError: If the template does not work.
     """
 
     is_chat = True
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any] | None = None):
         super().__init__(tokenizer)
-        if not tokenizer.has_chat_template:
-            raise ValueError("this model has no chat template: it can only complete plain text")
         self.options = dict(options or {})
         system, question, answer = ("system", _mark(0)), ("user", _mark(1)), _mark(2)
         layout = self._apply([question, ("assistant", answer), ("user", _mark(3))])

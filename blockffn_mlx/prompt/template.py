@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from ..checkpoints.tokenizer import CHAT_TEMPLATE
+
 SECONDS = 5.0
 CHECK_INTERVAL = 0.05  # seconds
 MEMORY = 512 << 20  # bytes beyond what the process holds
@@ -28,7 +30,7 @@ def apply_template(
     """The text that a tokenizer's chat template makes of messages.
 
     Args:
-        tokenizer: mlx-lm's TokenizerWrapper with a chat template.
+        tokenizer: mlx-lm's TokenizerWrapper; without a chat template the models' own format counts.
         messages: The conversation, each with a role, a content, and what else a template reads.
         options: More arguments of the template.
         for_answer: Whether the text ends where the next answer begins.
@@ -37,6 +39,8 @@ def apply_template(
         ValueError: If the template refuses the messages, fails, or goes beyond the limits.
     """
     conversation = [dict(message) for message in messages]
+    if not tokenizer.has_chat_template:
+        options = {"chat_template": CHAT_TEMPLATE, **options}
     try:
         with limits():
             text = tokenizer.apply_chat_template(

@@ -84,6 +84,8 @@ class ConversationEncoder:
     """
 
     def __init__(self, tokenizer: Any):
+        if not tokenizer.has_chat_template:
+            raise ValueError("messages need a tokenizer with a chat template")
         self.tokenizer, self.format = tokenizer, ChatFormat(tokenizer)
         # What may end a turn: the end tokens, and every special token.
         self.closing = sorted({*tokenizer.eos_token_ids, *tokenizer.all_special_ids} - {None})

@@ -12,7 +12,7 @@ import pytest
 
 import blockffn_mlx as bf
 from blockffn_mlx.chat.conversation import Conversation
-from blockffn_mlx.checkpoints.tokenizer import CHAT_TEMPLATE, read_tokenizer, use_default_template
+from blockffn_mlx.checkpoints.tokenizer import CHAT_TEMPLATE, read_tokenizer
 from blockffn_mlx.checkpoints.tokenizer_files import open_tokenizer
 from blockffn_mlx.generate import respond
 from blockffn_mlx.prompt import BREAK, ChatFormat, Prompt, RawFormat, as_prompt, clean, encode_text
@@ -35,9 +35,7 @@ def tokenizer():
 @pytest.fixture
 def published(golden):
     """A tokenizer of bytes whose role markers are plain text, as the published models' are."""
-    tokenizer = golden("gqa_block")[1]
-    use_default_template(tokenizer)
-    return tokenizer
+    return golden("gqa_block")[1]
 
 
 def generated(folder, *flags) -> dict:

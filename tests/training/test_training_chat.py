@@ -237,7 +237,7 @@ def test_mlx_lms_completions_are_conversations(tmp_path):
             "leaves out the words",
         ),
         ("{{ bos_token }}", "leaves messages out"),
-        (None, "no chat template"),
+        (None, "with a chat template"),
     ],
 )
 def test_a_template_that_fails_is_named_with_the_line(tmp_path, template, reason):
