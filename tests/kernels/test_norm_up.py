@@ -119,3 +119,21 @@ def test_threadgroups_that_take_several_experts(monkeypatch):
     norm_up.arguments.cache_clear()
     assert runs[-1].counters.threads <= 2 * 256
     assert probe.agree(found, norm_up.NORM_UP.run(sample), mx.float32)
+
+
+@in_harness
+@pytest.mark.parametrize("tokens, bits", [(1, 0), (4, 4), (8, 0), (32, 8)])
+def test_weights_are_loaded_once(tokens, bits):
+    """Of the active experts alone, whatever the tokens; what the norm needs never leaves."""
+    layer = random_layer(tokens, 24, 64, 128, 8, mx.bfloat16, (bits, 64))
+    inputs = operands(layer, 8)
+    inputs[1][:, 8:-1] = -1
+    with running("check", count=True) as runs:
+        _, listed = norm_up.launch(*inputs, eps=1e-5, backend=BACKEND)
+        mx.eval(listed)
+    buffers = runs[-1].counters.buffers
+    parts = [buffers[name] for name in ("weight", "scales", "biases") if name in buffers]
+    active = sum(array.nbytes for array in layer.up.arrays) * listed[0].item() // 24
+    assert sum(part.distinct for part in parts) == active
+    assert sum(part.bytes for part in parts) <= 1.05 * active
+    assert "h" not in buffers or buffers["h"].bytes == 0
