@@ -184,5 +184,3 @@ def test_a_pipe_brings_the_file_and_the_flag_the_question(folder, tmp_path):
     asked = [content for role, content in load_transcript(file) if role == "user"]
     cat = "notes.txt:\n```\na cat\n```\n\n"
     assert asked == [cat + "```\na dog\n```\n\nwhy?", cat + "why?"]
-    binary = subprocess.run(command, input=b"\xff\0", capture_output=True)
-    assert binary.returncode == 1 and b"standard input is not text" in binary.stderr
