@@ -61,18 +61,17 @@ UPS = [
     GroupedTile(64, 4, 4, 4, 2),
 ]
 LONG_DOWNS = [
-    GroupedTile(64, 2, 8, 3, 2, 256, 2),
-    GroupedTile(64, 2, 4, 2, 2, 256, 2),
     GroupedTile(64, 2, 8, 3, 4, 256, 2),
-    GroupedTile(32, 2, 8, 3, 2, 128, 2),
-    GroupedTile(64, 2, 16, 3, 2, 128, 2),
+    GroupedTile(64, 2, 8, 3, 2, 256, 2),
+    GroupedTile(64, 2, 4, 2, 4, 256, 2),
+    GroupedTile(32, 2, 8, 3, 4, 128, 2),
     GroupedTile(64, 4, 4, 3, 2, 256, 2),
+    GroupedTile(64, 2, 8, 3, 4, 256, 1),
 ]
 SHORT_DOWNS = [
     GroupedTile(32, 2, 8, 4, 2, 64, 2),
     GroupedTile(32, 2, 4, 3, 2, 64, 2),
-    GroupedTile(32, 2, 4, 3, 2, 128, 2),
-    GroupedTile(32, 2, 8, 3, 2, 128, 2),
+    GroupedTile(32, 2, 4, 3, 4, 128, 2),
 ]
 
 

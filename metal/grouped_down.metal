@@ -82,11 +82,12 @@ inline uint sum_place(uint token, uint column) {
 
 // Adds a tile to the sums of its tokens, and clears it. What is added to has been read before
 // anything is written, since a compiler cannot know that all places are different.
-//   listed: [count] tokens, of which a block has BLOCK
+//   listed: [count, and to the next multiple of 8 * BATCH] tokens, of which a block has BLOCK
 template <int OCTETS, int BATCH, int BLOCK, int ROWS, typename TileType>
 inline void add_tile(
     thread TileType& tile, threadgroup float* sums, const threadgroup uint* listed, uint count,
     uint column, uint lane) {
+  const uint pair = 2 * lane_quarter(lane), mine = column + lane_row(lane);
 #pragma unroll
   for (int first = 0; first < TileType::columns; first += BATCH) {
     if (8 * uint(first) < count) {
@@ -95,9 +96,9 @@ inline void add_tile(
       float before[2 * BATCH][OCTETS];
 #pragma unroll
       for (int i = 0; i < 2 * BATCH; ++i) {
-        const uint at = 8 * (first + i / 2) + 2 * lane_quarter(lane) + i % 2;
-        real[i] = at < count;
-        places[i] = sum_place<ROWS>(listed[real[i] ? at : 0] % BLOCK, column + lane_row(lane));
+        const uint at = 8 * (first + i / 2) + i % 2;
+        real[i] = pair + at < count;
+        places[i] = sum_place<ROWS>(listed[pair + at] % BLOCK, mine);
       }
 #pragma unroll
       for (int i = 0; i < 2 * BATCH; ++i) {
@@ -181,14 +182,18 @@ void grouped_down_projection(
       for (int j = 0; j < (TOKENS * StageType::PIECES + THREADS - 1) / THREADS; ++j) {
         const uint at = j * THREADS + thread_index, to = at / StageType::PIECES;
         const uint piece = at % StageType::PIECES, k = ahead.step * WIDTH + piece * StageType::PIECE;
-        if (to < filled) {
-          const bool real = k < uint(EXPERT_SIZE);
-          const device T* source = rows + (min(to, ahead.count - 1) * EXPERT_SIZE + (real ? k : 0));
+        if (to < filled) {  // rows of nobody are zeros
+          const bool real = to < ahead.count && (EXPERT_SIZE % WIDTH == 0 || k < uint(EXPERT_SIZE));
+          const device T* source = rows + (to * EXPERT_SIZE + k);
           stage.fill(to, piece, (const device uint4*)source, real);
         }
       }
-      for (uint j = thread_index; j < ahead.count; j += THREADS) {
-        copy_word(listed + filling * TOKENS + j, lists + (place + j));
+#pragma unroll
+      for (int j = 0; j < (TOKENS + THREADS - 1) / THREADS; ++j) {
+        const uint to = j * THREADS + thread_index;
+        if (to < filled) {
+          copy_word(listed + filling * TOKENS + to, lists + (place + min(to, ahead.count - 1)));
+        }
       }
     }
     end_copies();
