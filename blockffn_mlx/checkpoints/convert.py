@@ -66,6 +66,7 @@ def convert(
     upload_repo: str | None = None,
     on_progress: Progress | None = None,
     quant_predicate: QuantPredicate | None = None,
+    trust_remote_code: bool = False,
 ) -> ConversionReport:
     """Converts a PyTorch BlockFFN checkpoint to a folder that this package and mlx-lm load.
 
@@ -85,6 +86,8 @@ def convert(
         on_progress: Called with a stage ("download", "convert"), bytes done and bytes in all.
         quant_predicate: mlx-lm's: (path, module) -> whether to quantise it, or a dict of settings
             of its own ("bits", "group_size"), as `bits_by_use` gives.
+        trust_remote_code: Taken for mlx-lm's sake: a checkpoint's code is never needed and never
+            runs.
 
     Returns:
         What was found and written, warnings included.
