@@ -145,7 +145,9 @@ def add_model_flags(parser: argparse.ArgumentParser, positional: bool = False):
         "demo: the small model that comes with the package",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--adapter-path", metavar="DIR", help="LoRA adapters trained by mlx-lm")
+    parser.add_argument(
+        "--adapter-path", metavar="DIR", help="LoRA adapters of blockffn-train or mlx_lm.lora"
+    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
