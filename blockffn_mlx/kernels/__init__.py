@@ -9,10 +9,12 @@ lists them all.
 from .. import device
 from . import (
     attention,
+    best_tree,
     down,
     grouped_down,
     grouped_tiles,
     grouped_up,
+    grow_beams,
     linear,
     norm_up,
     place,
@@ -20,6 +22,7 @@ from . import (
     residual_down,
     route,
     routed_up,
+    top_tokens,
     up,
 )
 from .kernel import Call, Kernel, Sample, build_kernel
@@ -43,12 +46,14 @@ __all__ = [
     "Tile",
     "attention",
     "available_backend",
+    "best_tree",
     "build_kernel",
     "covers",
     "down",
     "grouped_down",
     "grouped_tiles",
     "grouped_up",
+    "grow_beams",
     "kernel_text",
     "linear",
     "norm_up",
@@ -58,6 +63,7 @@ __all__ = [
     "residual_down",
     "route",
     "routed_up",
+    "top_tokens",
     "up",
 ]
 

@@ -5,10 +5,13 @@ from bisect import bisect_left
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from .. import device
 from ..arrays import ints
+from ..kernels import best_tree, grow_beams, probe, top_tokens
+from ..models.attend import AncestorMask
 from ..models.eagle import EagleHead
 from .target import Target
-from .tree import Tree, best_first, check_size
+from .tree import Tree, check_size
 
 TOP_K, DEPTH = 10, 5
 # A level is drafted if a round is expected to reach it this often: its pass costs about a tenth of
@@ -38,7 +41,9 @@ class EagleDrafter:
         depth: int = DEPTH,
         max_waiting: int = 512,
     ):
-        self.head, self.target, self.frequent = head, target, frequent
+        self.head, self.target = head, target
+        self.frequent = None if frequent is None else frequent.astype(mx.uint32)
+        self.vocab_size = target.args.vocab_size if frequent is None else frequent.size
         self.network = head
         self.top_k, self.depth, self.max_waiting = top_k, depth, max_waiting
         self.head_logits = target.logits if frequent is None else target.logits_for(frequent)
@@ -167,33 +172,42 @@ class EagleDrafter:
         """
         out = self.catch_up(root)[:, -1:]
         num_rows = self.cache[0].offset
-        top_k = min(top_k, self.target.args.vocab_size)
-        if self.frequent is not None:
-            top_k = min(top_k, self.frequent.size)
-        beam_tokens, scores = self.top_tokens(out, top_k)
-        beam_tokens, scores = beam_tokens[0], scores[0]
-        levels = [(beam_tokens, scores, mx.full(top_k, -1, mx.int32))]
-        beams = mx.arange(top_k)
-        hidden = mx.repeat(out, top_k, axis=1)
-        # Of each beam: all rows of the sequence, its ancestors, itself.
-        mask, itself = mx.ones((top_k, num_rows), mx.bool_), mx.eye(top_k, dtype=mx.bool_)
+        top_k = min(top_k, self.vocab_size)
+        levels, backend = depth + 1, self.backend()
+        # Room for all levels, however many it will be: kernels are compiled for it.
+        room = max(levels, self.depth + 1)
+        nodes, scores, beams, beam_scores = grow_beams.start(top_k, room)
+        # A level's positions: mx.fast.rope takes one a row.
         positions = mx.repeat(mx.arange(self.length, self.length + depth), top_k)
-        for level in range(depth):
-            mask = mx.concatenate([mask, itself], axis=1)
+        for level in range(levels):
+            tree = (*self.top_tokens(out, top_k, backend), nodes, scores, beams, beam_scores)
+            if backend:
+                grown = grow_beams.launch(*tree, level=level, backend=backend)
+            else:
+                grown = grow_beams.twin(*tree, level=level)
+            nodes, scores, beams, beam_scores = grown
+            if level == depth:
+                break
+            hidden = out[:, beams[grow_beams.ROW]] if level else mx.repeat(out, top_k, axis=1)
+            columns = (level + 1) * top_k
+            mask = AncestorMask(num_rows, columns, words=beams[grow_beams.WORDS :])
             at = positions[level * top_k : (level + 1) * top_k]
-            out = self.head(self.embed(beam_tokens), hidden, self.cache, at, mask)
-            children, logprobs = self.top_tokens(out, top_k)
-            children, child_scores = children.flatten(), (scores[:, None] + logprobs).flatten()
-            levels.append((children, child_scores, mx.repeat(beams, top_k)))
-            best = best_first(child_scores)[:top_k]
-            parent = best // top_k
-            beams = top_k + level * top_k**2 + best.astype(mx.int32)
-            beam_tokens, scores = children[best], child_scores[best]
-            hidden, mask = out[:, parent], mask[parent]
+            tokens = self.embed(beams[grow_beams.TOKEN])
+            out = self.head(tokens, hidden, self.cache, at, mask)
         self.drop_scratch_rows()
-        columns = zip(*levels, strict=True)
-        tokens, scores, parents = (mx.concatenate(list(column)) for column in columns)
-        return Tree.best(mx.array([root]), tokens, scores, parents, total_tokens, depth + 1)
+        filled = grow_beams.num_candidates(top_k, levels)
+        size = min(total_tokens, filled + 1)
+        first = mx.array([root], mx.uint32)
+        return Tree.grown(first, nodes, scores, size, filled, levels, backend)
+
+    def backend(self) -> str | None:
+        """Whose kernels grow the tree; None for plain operations."""
+        backend = device.kernel_backend()
+        dtype = self.head.fc.weight.dtype if "scales" not in self.head.fc else mx.bfloat16
+        kernels = (top_tokens.TOP_TOKENS, grow_beams.GROW_BEAMS, best_tree.BEST_TREE)
+        if backend and all(probe.works(k, 1, dtype, backend=backend) for k in kernels):
+            return backend
+        return None
 
     def embed(self, tokens: mx.array) -> mx.array:
         """The target's scaled embeddings of tokens [T], as [1, T, H]."""
@@ -205,15 +219,11 @@ class EagleDrafter:
         # Rounding may leave a sure token just above 0, and then above its parent.
         return mx.minimum(logits - mx.logsumexp(logits, axis=-1, keepdims=True), 0)
 
-    def top_tokens(self, out: mx.array, top_k: int) -> tuple[mx.array, mx.array]:
+    def top_tokens(
+        self, out: mx.array, top_k: int, backend: str | None = None
+    ) -> tuple[mx.array, mx.array]:
         """The likeliest tokens after each row of out [1, T, H], and their logprobs, [T, K]."""
-        logits = self.head_logits(out[0]).astype(mx.float32)
-        best = mx.argpartition(logits, kth=-top_k, axis=-1)[:, -top_k:]
-        values = mx.take_along_axis(logits, best, axis=-1)
-        order = mx.argsort(-values, axis=-1)
-        best = mx.take_along_axis(best, order, axis=-1)
-        values = mx.take_along_axis(values, order, axis=-1)
-        tokens = best if self.frequent is None else self.frequent[best]
-        # Rounding may leave a sure token just above 0, and then above its parent.
-        logprobs = mx.minimum(values - mx.logsumexp(logits, axis=-1, keepdims=True), 0)
-        return tokens.astype(mx.int32), logprobs
+        logits = self.head_logits(out[0])
+        if backend:
+            return top_tokens.launch(logits, self.frequent, top=top_k, backend=backend)
+        return top_tokens.twin(logits, self.frequent, top=top_k)

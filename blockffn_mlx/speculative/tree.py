@@ -6,6 +6,8 @@ from functools import cached_property
 import mlx.core as mx
 
 from ..arrays import ints
+from ..kernels import best_tree
+from ..kernels.attention import unpacked_bits
 
 # Nodes of a tree, root included: the longest chunk that the kernels take.
 MAX_NODES = 64
@@ -25,6 +27,7 @@ class Tree:
         is_chain: Whether every node's parent is the node before it; causal attention serves then.
         levels: The depth that no node exceeds; unknown if None.
         words: uint32 [2, n], the mask in bits, for who has them.
+        depths: int32 [n], each node's depth, likewise.
     """
 
     tokens: mx.array
@@ -33,6 +36,7 @@ class Tree:
     is_chain: bool = False
     levels: int | None = None
     words: mx.array | None = None
+    depths: mx.array | None = None
 
     def __post_init__(self):
         check_size(len(self))
@@ -84,39 +88,48 @@ class Tree:
             total_tokens: Most nodes to keep, root included.
             levels: The depth that no candidate exceeds, if known.
         """
+        nodes = mx.stack([tokens.astype(mx.uint32), parents.astype(mx.int32).view(mx.uint32)])
+        size = min(total_tokens, len(scores) + 1)
+        return cls.grown(root, nodes, scores, size, len(scores), levels)
+
+    @classmethod
+    def grown(
+        cls,
+        root: mx.array,
+        nodes: mx.array,
+        scores: mx.array,
+        total_tokens: int,
+        filled: int,
+        levels: int | None = None,
+        backend: str | None = None,
+    ) -> "Tree":
+        """`best`, as kernels take candidates (`kernels.best_tree`); plain operations if None."""
         check_size(total_tokens)
-        chosen = best_first(scores)[: total_tokens - 1]
-        by_index = mx.argsort(chosen)
-        nodes = chosen[by_index]
-        # Counting the chosen up to the parent gives its place behind the root, and 0 for the root.
-        above = (nodes[None] <= parents[nodes][:, None]).sum(axis=1)
-        first = mx.zeros(1, mx.int32)
-        return cls(
-            mx.concatenate([root.astype(mx.int32), tokens[nodes].astype(mx.int32)]),
-            mx.concatenate([first - 1, above.astype(mx.int32)]),
-            mx.concatenate([first, by_index.astype(mx.int32) + 1]),
-            levels=levels,
-        )
+        counts = {"size": total_tokens, "filled": filled}
+        if backend:
+            rows = best_tree.launch(root, nodes, scores, **counts, backend=backend)
+        else:
+            rows = best_tree.twin(root, nodes, scores, **counts)
+        tokens, parents, ranks, depths = (rows[i].view(mx.int32) for i in range(4))
+        return cls(tokens, parents, ranks, levels=levels, words=rows[4:], depths=depths)
 
     @cached_property
     def mask(self) -> mx.array:
         """bool [n, n]: row i is True at node i and its ancestors."""
-        index = mx.arange(len(self))
+        if self.words is not None:
+            return unpacked_bits(self.words, len(self))
         if self.is_chain:
+            index = mx.arange(len(self))
             return index <= index[:, None]
-        reach = (self.parents[:, None] == index) | (index[:, None] == index)
-        sees = reach.astype(mx.float32)
-        # Each product doubles the number of generations that a row sees, one at first.
-        generations, wanted = 1, len(self) - 1 if self.levels is None else self.levels
-        while generations < wanted:
-            sees, generations = mx.minimum(sees @ sees, 1), 2 * generations
-        return sees > 0
+        return best_tree.ancestors(self.parents, len(self) if not self.levels else self.levels + 1)
 
     @cached_property
     def positions(self) -> mx.array:
         """int32 [n]: each node's depth, 0 for the root."""
         if self.is_chain:
             return self.ranks
+        if self.depths is not None:
+            return self.depths
         return self.mask.sum(axis=1).astype(mx.int32) - 1
 
     @property
@@ -140,15 +153,3 @@ def path_to(parents: list[int], node: int) -> list[int]:
         path.append(node)
         node = parents[node]
     return path[::-1]
-
-
-def best_first(scores: mx.array) -> mx.array:
-    """Indices of log-probabilities [N], none above 0, best first; ties go to the smaller index.
-
-    MLX promises no order among equals, so the index enters the key: a parent that scores like
-    its child has to come first.
-    """
-    # The bits of floats that are not negative order like the floats.
-    bits = mx.abs(mx.minimum(scores.astype(mx.float32), 0)).view(mx.uint32).astype(mx.uint64)
-    index = mx.arange(scores.size, dtype=mx.uint64)
-    return mx.argsort(mx.left_shift(bits, mx.array(32, mx.uint64)) | index)

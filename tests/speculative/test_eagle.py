@@ -13,7 +13,10 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
+import metal_host
+from blockffn_mlx import device
 from blockffn_mlx.checkpoints.convert_head import convert_head
+from blockffn_mlx.kernels.kernel import build_kernel
 from blockffn_mlx.models.eagle import EagleHead, HeadArgs
 from blockffn_mlx.speculative import load_draft
 from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
@@ -62,6 +65,18 @@ def test_golden_trees_of_both_rounds(target, data):
     assert_golden_trees(draft, data)
     draft.reset()
     assert_golden_trees(draft, data)
+
+
+@pytest.mark.skipif(device.gpu_backend() is not None, reason="watched in the harness")
+@pytest.mark.skipif(metal_host.compiler() is None, reason=metal_host.NO_COMPILER)
+def test_golden_trees_through_the_kernels(target, data, monkeypatch):
+    monkeypatch.setattr(EagleDrafter, "backend", lambda self: "metal")
+    build_kernel.cache_clear()
+    with metal_host.harness() as runs:
+        assert_golden_trees(load_draft(HEAD, target), data)
+    build_kernel.cache_clear()
+    names = {run.name.removeprefix("blockffn_") for run in runs}
+    assert names == {"top_tokens", "grow_beams", "best_tree"}
 
 
 def test_a_smaller_tree_is_the_better_part_of_a_larger_one(target, data):

@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from blockffn_mlx.speculative.tree import MAX_NODES, Tree, best_first, path_to
+from blockffn_mlx.kernels.grow_beams import best_first
+from blockffn_mlx.speculative.tree import MAX_NODES, Tree, path_to
 
 
 def random_parents(rng: random.Random, size: int) -> list[int]:
