@@ -55,7 +55,8 @@ def rounded(
 def round_trip(weight: mx.array, settings: Quantization) -> mx.array:
     """What is left of a weight."""
     group_size, bits, mode = settings
-    packed = mx.quantize(weight, group_size, bits, mode=mode)
+    rows = mx.contiguous(weight)  # MLX 0.32 on CUDA takes no notice of strides
+    packed = mx.quantize(rows, group_size, bits, mode=mode)
     return mx.dequantize(*packed, group_size=group_size, bits=bits, mode=mode).astype(weight.dtype)
 
 
