@@ -357,6 +357,7 @@ def main():
     parser.add_argument("--limit", type=int, help="questions per group")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--targets", nargs="+", default=["gqa_block", "mla_linear"])
     args = parser.parse_args()
     if args.toy:
         args.layers, args.prefixes, args.tokens = 2, [64, 128], 48

@@ -135,6 +135,33 @@ def test_never_slower_than_plain_by_more_than_5_percent(name, acceptance, tokens
         assert machine.seconds < 1.05 * machine.tokens * CURVES[name](1)
 
 
+GROWTH = {
+    "none": lambda width: 0.0,
+    # Recorded: MLX's attention takes 2.3 to 2.8 times as long beyond 8 rows (mlx #3826).
+    "a jump at 9": lambda width: 4e-5 * (2.5 if width > 8 else 1),
+    "with the width": lambda width: 2e-6 * width,
+}
+
+
+@pytest.mark.parametrize("growth", GROWTH)
+@pytest.mark.parametrize("draft_seconds", [0.05, 0.5, 3.0])
+@pytest.mark.parametrize("name", CURVES)
+def test_a_hopeless_draft_costs_less_than_5_percent(name, draft_seconds, growth):
+    """Whatever the machine, the depth of context and the head: random ones included."""
+    curve, grows = CURVES[name], GROWTH[growth]
+    for context, acceptance in ((64, 0.0), (8_000, 0.0), (8_000, 0.1)):
+        draft = {2: draft_seconds, 64: draft_seconds}
+        policy = AdaptiveWidth(deep_table(curve, grows), draft=draft)
+        machine = Machine(
+            curve, acceptance, policy, draft_seconds, growth=grows, first=2.0, context=context
+        )
+        machine.run(200)
+        steps = range(int(machine.tokens))
+        plain = sum(curve(1) + grows(1) * (context + step) for step in steps)
+        compiled = sum(width > 1 for width in set(machine.widths))  # once a machine, not a draft
+        assert machine.seconds - 2.0 * compiled < plain / 0.95
+
+
 @pytest.mark.parametrize("context", [2_000, 32_000])
 def test_a_deep_context_takes_other_widths(context):
     """Masked attention over a long prefix: wide passes pay at 2,000 tokens and lose at 32,000."""
