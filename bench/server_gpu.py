@@ -1,19 +1,21 @@
 """Stock mlx_lm.server on a GPU: eight requests at once against the same ones singly.
 
-The demo in float32, in a folder as the converter writes it. The server runs in a process of its
-own, where nothing is changed but that each plan of a layer is written down when it is made.
+The demo in float32, in a folder as the converter writes it. The server's own main runs in a thread
+of this process, so that `bench/cuda_cache.py` can compile its kernels beforehand; nothing of it is
+changed but that each plan of a layer is noted when it is made.
 
-usage: python bench/server_gpu.py [--out bench/server_gpu.json] [--max-tokens 48]
-About a minute on an H100, most of it compiling.
+usage: python bench/server_gpu.py [--out bench/server_gpu.json] [--max-tokens 16]
+Seconds where the kernels are compiled beforehand, two minutes on an H100 where they are not.
 """
 
 import argparse
+import atexit
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,10 +23,11 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
+from mlx_lm import server
+
 import blockffn_mlx as bf
 from blockffn_mlx.ffn import plan
 
-PLANS = "BLOCKFFN_SERVER_PLANS"  # in the server's environment: the file that takes its plans
 QUESTIONS = (
     "Hi!",
     "Tell me a story.",
@@ -37,102 +40,98 @@ QUESTIONS = (
 )
 
 
-def serve():
-    """mlx_lm's own main, with the plans of this package's layers written down."""
-    from mlx_lm.server import main
-
+def note_plans() -> set[tuple[int, str, str | None, bool]]:
+    """Notes (tokens of a pass, strategy, backend, fused) of every plan that is made from now on."""
     make, seen = plan._make_plan, set()
 
-    def recorded(sizes: Any, *settings: Any):
+    def noted(sizes: Any, *settings: Any):
         made = make(sizes, *settings)
-        row = (sizes.num_tokens, made.strategy, made.backend, made.fused)
-        if row not in seen:
-            seen.add(row)
-            with open(os.environ[PLANS], "a") as file:
-                file.write(json.dumps(row) + "\n")
+        seen.add((sizes.num_tokens, made.strategy, made.backend, made.fused))
         return made
 
-    recorded.cache_clear = make.cache_clear
-    plan._make_plan = recorded
-    main()
+    noted.cache_clear = make.cache_clear
+    plan._make_plan = noted
+    return seen
 
 
-def ask(port: int, question: str | None, max_tokens: int) -> dict[str, Any]:
-    """One greedy answer; without a question, whether the server is there."""
-    url = f"http://127.0.0.1:{port}/{'v1/chat/completions' if question else 'health'}"
+def start(folder: Path) -> int:
+    """Starts the server; returns its port when it answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--log-level", "WARNING", "--prompt-cache-size", "1"]  # prompts are read each time
+    sys.argv = [
+        "server",
+        "--model",
+        str(folder),
+        "--port",
+        str(port),
+        "--trust-remote-code",
+        *flags,
+    ]
+    threading.Thread(target=server.main, daemon=True).start()
+    for _ in range(300):
+        try:
+            urlopen(f"http://127.0.0.1:{port}/health", timeout=10).close()
+            return port
+        except (URLError, ConnectionError):
+            time.sleep(0.2)
+    raise RuntimeError("the server does not answer")
+
+
+def ask(port: int, question: str, max_tokens: int) -> str:
+    """One greedy answer."""
     messages = [{"role": "user", "content": question}]
-    body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0}
-    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urlopen(request if question else url, timeout=300) as answer:
-        return json.load(answer)
+    body = json.dumps({"messages": messages, "max_tokens": max_tokens, "temperature": 0}).encode()
+    url = f"http://127.0.0.1:{port}/v1/chat/completions"
+    with urlopen(Request(url, body, {"Content-Type": "application/json"}), timeout=600) as answer:
+        return json.load(answer)["choices"][0]["message"]["content"]
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--max-tokens", type=int, default=48)
+    parser.add_argument("--max-tokens", type=int, default=16)
     args = parser.parse_args()
+    plans = note_plans()
+    # Answers of different lengths, so that the batch shrinks one by one.
+    limits = [args.max_tokens + i for i in range(len(QUESTIONS))]
+    document: dict[str, Any] = {"seconds": {}, "answers": []}
+
+    def keep():
+        document["plans"] = sorted(plans, key=str)
+        if args.out:
+            args.out.write_text(json.dumps(document, indent=1) + "\n")
+
     with tempfile.TemporaryDirectory() as place:
-        folder, plans, log = Path(place) / "demo", Path(place) / "plans", Path(place) / "log"
-        plans.touch()
-        bf.convert("demo", folder, dtype="float32")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, __file__, "--model", folder, "--port", port]
-        with open(log, "w") as output:
-            server = subprocess.Popen(
-                [*map(str, command), "--trust-remote-code"],
-                env={**os.environ, PLANS: str(plans)},
-                stdout=output,
-                stderr=output,
-            )
-        try:
-            document = measure(port, args.max_tokens, server, plans)
-        except BaseException:
-            print(log.read_text()[-3000:], file=sys.stderr)
-            raise
-        finally:
-            server.kill()
-            server.wait()
-    if args.out:
-        args.out.write_text(json.dumps(document, indent=1) + "\n")
+        bf.convert("demo", Path(place) / "demo", dtype="float32")
+        port = start(Path(place) / "demo")
+        for way in ("first", "together"):
+            begin = time.perf_counter()
+            with ThreadPoolExecutor(len(QUESTIONS)) as pool:
+                texts = list(pool.map(lambda q, limit: ask(port, q, limit), QUESTIONS, limits))
+            document["seconds"][way] = time.perf_counter() - begin
+            print(f"{way}: {document['seconds'][way]:.2f} s", flush=True)
+        for tokens, strategy, backend, fused in sorted(plans, key=str):
+            kind = f"{backend or 'plain operations'}{' fused' if fused else ''}"
+            print(f"{tokens} tokens: {strategy}, {kind}", flush=True)
+        keep()
+        begin = time.perf_counter()
+        for question, limit, text in zip(QUESTIONS, limits, texts, strict=True):
+            alone = ask(port, question, limit)
+            row = {"question": question, "same": alone == text, "together": text, "alone": alone}
+            document["answers"].append(row)
+            print(f"{'same' if row['same'] else 'DIFFERENT'}: {question} -> {alone!r}", flush=True)
+            keep()
+        document["seconds"]["singly"] = time.perf_counter() - begin
+        keep()
     same = sum(row["same"] for row in document["answers"])
-    print(f"{same} of {len(QUESTIONS)} answers are those of single requests")
+    print(f"{same} of {len(QUESTIONS)} answers are those of single requests", flush=True)
     return 0 if same == len(QUESTIONS) else 1
 
 
-def measure(port: int, max_tokens: int, server: subprocess.Popen, plans: Path) -> dict[str, Any]:
-    """All requests at once, then one by one, then at once again when everything is compiled."""
-    while True:
-        try:
-            ask(port, None, 1)
-            break
-        except (URLError, ConnectionError):
-            if server.poll() is not None:
-                raise RuntimeError("the server ended") from None
-            time.sleep(0.2)
-    seconds, texts = {}, {}
-    for way in ("first", "together", "singly"):
-        start = time.perf_counter()
-        with ThreadPoolExecutor(1 if way == "singly" else len(QUESTIONS)) as pool:
-            answers = pool.map(lambda question: ask(port, question, max_tokens), QUESTIONS)
-            texts[way] = [answer["choices"][0]["message"]["content"] for answer in answers]
-        seconds[way] = time.perf_counter() - start
-        print(f"{way}: {seconds[way]:.2f} s", flush=True)
-    made = [json.loads(line) for line in plans.read_text().splitlines()]
-    for tokens, strategy, backend, fused in sorted(made, key=lambda row: row[0]):
-        kind = " fused" if fused else ""
-        print(f"{tokens} tokens: {strategy}, {backend or 'plain operations'}{kind}")
-    answers = []
-    for question, *each in zip(QUESTIONS, *texts.values(), strict=True):
-        answers.append({"question": question, "same": len(set(each)) == 1, "texts": each})
-        print(f"{'same' if answers[-1]['same'] else 'DIFFERENT'}: {question} -> {each[-1][:60]!r}")
-    return {"seconds": seconds, "plans": made, "answers": answers}
-
-
 if __name__ == "__main__":
-    if PLANS in os.environ:
-        serve()
-    else:
-        sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    atexit.register(os._exit, status)  # the server's threads go on
+    sys.exit(status)
