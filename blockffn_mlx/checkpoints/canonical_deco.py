@@ -31,6 +31,7 @@ BUILT: dict[str, tuple[Any, ...]] = {
     "use_mup": (False, None),
     "expert_not_gated": (True, None),
     "moe_router_enable_expert_bias": (False, None),
+    "moe_expert_bias_apply_method": ("base", "rms", None),  # of a bias that is off
     "router_act_func": ("relu", None),
     "expert_act_norm_type": ("normal", None),
     "rope_scaling": (None,),

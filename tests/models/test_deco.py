@@ -177,6 +177,7 @@ def test_other_forms_are_refused(value):
         ("use_mup", True),
         ("expert_not_gated", False),
         ("moe_router_enable_expert_bias", True),
+        ("moe_expert_bias_apply_method", "sum"),
         ("router_act_func", "gelu"),
         ("expert_act_norm_type", "layer"),
         ("router_norm_type", "normal"),
