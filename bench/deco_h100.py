@@ -22,7 +22,7 @@ from kernels_h100 import BANDWIDTH, Kernel, Layers, replay_time
 from blockffn_mlx.kernels import TILES
 
 EXPERTS, WIDTH, HIDDEN, LAYERS = 102, 64, 1792, 31
-TOKENS, SHARES = (1, 8, 32), (0.2, 0.5, 1.0)
+TOKENS, SHARES = (8, 32, 1), (0.2, 0.5, 1.0)
 WIDE = ("logits", "scale", "norm", "eps", "factor")
 
 

@@ -3,6 +3,7 @@
 usage: deco_train.py keep FOLDER               keep what FOLDER has of the text
        deco_train.py run SETTING OUT [--set TABLE.KEY=VALUE ...] [--max-seconds N]
        deco_train.py table OUT                 the table of all finished runs
+       deco_train.py small OUT [--jobs 2]      every setting at SMALL's size, for a CPU
 
 SETTING is one of SETTINGS; its record is OUT/SETTING.json, written as soon as the run ends. One run
 takes one GPU (CUDA_VISIBLE_DEVICES). Text and compiled kernels are kept in DECO_WORK (~/deco): the
@@ -16,8 +17,10 @@ import lzma
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,11 +38,37 @@ from blockffn_mlx.training.config import load_config  # noqa: E402
 from blockffn_mlx.training.trainer import Trainer  # noqa: E402
 
 SETTINGS = {
-    "entropy": ["entropy"],
-    "al_cs": ["al", "cs"],
-    "both": ["al", "cs", "entropy"],
-    "none": [],
+    "both": ("deco", ["al", "cs", "entropy"]),
+    "entropy": ("deco", ["entropy"]),
+    "al_cs": ("deco", ["al", "cs"]),
+    "none": ("deco", []),
+    "blockffn_al_cs": ("blockffn", ["al", "cs"]),
+    "blockffn_none": ("blockffn", []),
 }
+# What a DECO has and a BlockFFN of the same size has not.
+DECO_FIELDS = ("ffn_type", "head_dim", "intermediate_size", "shared_expert_size")
+# A model and a run that a core of a CPU trains in some minutes.
+SMALL = [
+    "model.hidden_size=128",
+    "model.num_hidden_layers=4",
+    "model.num_attention_heads=4",
+    "model.head_dim=32",
+    "model.intermediate_size=320",
+    "model.num_experts=24",
+    "model.shared_expert_size=32",
+    "optimizer.dtype='float32'",
+    "data.validation_tokens=1025",
+    "stage.0.accumulate=1",
+    "stage.1.accumulate=1",
+    "stage.0.batch_size=16",
+    "stage.1.batch_size=16",
+    "stage.0.context=128",
+    "stage.1.context=128",
+    "stage.0.steps=300",
+    "stage.1.steps=100",
+    "stage.1.decay=100",
+    "sparsity.entropy_multiplier=1.078",
+]
 TABLE_HEAD = "| objectives | loss, real text | loss, all | TLS | CLS_8 | reuse |"
 
 
@@ -84,7 +113,9 @@ def run(setting: str, out: Path, overrides: list[str], max_seconds: float):
     begin = time.perf_counter()
     data, missing = present_sources()
     config = load_config(ROOT / "examples" / "demo_deco.toml", overrides)
-    config.sparsity.objective = SETTINGS[setting]
+    family, config.sparsity.objective = SETTINGS[setting]
+    if family == "blockffn":
+        config.model = blockffn_model(config.model)
     config.output = str(WORK / "runs" / setting)
     config.data.path, config.data.tokenizer = [str(data)], None
     for stage in config.stage:
@@ -119,6 +150,28 @@ def run(setting: str, out: Path, overrides: list[str], max_seconds: float):
     print(table(out), flush=True)
 
 
+def blockffn_model(model: dict) -> dict:
+    """The fields of a BlockFFN in the sizes of a DECO; its scalings are 1 as the demo's."""
+    own = {name: value for name, value in model.items() if name not in DECO_FIELDS}
+    scalings = {
+        "dim_model_base": own["hidden_size"],
+        "scale_depth": own["num_hidden_layers"] ** 0.5,
+    }
+    return {**own, "norm_after_router": "rms", "rms_norm_eps": 1e-5, **scalings}
+
+
+def run_small(out: Path, jobs: int, overrides: list[str]):
+    """All settings at SMALL's size, some at a time."""
+    flags = [flag for override in [*SMALL, *overrides] for flag in ("--set", override)]
+
+    def one(setting: str):
+        command = [sys.executable, __file__, "run", setting, str(out), *flags]
+        subprocess.run(command, check=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(one, SETTINGS))
+
+
 def table(out: Path) -> str:
     """Markdown of the finished runs in a folder."""
     lines = [TABLE_HEAD, "| --- " * 6 + "|"]
@@ -137,6 +190,10 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("keep").add_argument("folder", type=Path)
     commands.add_parser("table").add_argument("out", type=Path)
+    small = commands.add_parser("small")
+    small.add_argument("out", type=Path)
+    small.add_argument("--jobs", type=int, default=2)
+    small.add_argument("--set", action="append", default=[])
     runner = commands.add_parser("run")
     runner.add_argument("setting", choices=SETTINGS)
     runner.add_argument("out", type=Path)
@@ -147,6 +204,8 @@ def main():
         keep(args.folder)
     elif args.command == "table":
         print(table(args.out))
+    elif args.command == "small":
+        run_small(args.out, args.jobs, args.set)
     else:
         run(args.setting, args.out, args.set, args.max_seconds)
 
