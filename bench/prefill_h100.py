@@ -1,6 +1,7 @@
 """The feed-forward layer of long chunks on a GPU: grouped kernels beside the dense layer.
 
 usage: python bench/prefill_h100.py [check] [layers] [tiles] [--out FILE.json] [--seconds 60]
+       python bench/prefill_h100.py compile   (what bench/cuda_cache.py compiles beforehand)
 
 check: fresh random cases against float64. layers: microseconds a layer over different layers, whose
 weights no cache holds, in one graph each; the kernels alone, and what the dense layer takes, in
@@ -25,7 +26,7 @@ from blockffn_mlx import device
 from blockffn_mlx.ffn import chunk_union_ffn
 from blockffn_mlx.kernels import grouped_down, grouped_up, place, random_layer
 from blockffn_mlx.kernels.grouped_tiles import GroupedTile, choose_tiles
-from blockffn_mlx.quantisation import ExpertWeights
+from blockffn_mlx.quantisation import ExpertWeights, Plain, quantized
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from helpers.ffn_cases import float64, relative_error  # noqa: E402
@@ -62,16 +63,21 @@ UPS = [
 ]
 LONG_DOWNS = [
     GroupedTile(64, 2, 8, 3, 4, 256, 2),
-    GroupedTile(64, 2, 8, 3, 2, 256, 2),
-    GroupedTile(64, 2, 4, 2, 4, 256, 2),
-    GroupedTile(32, 2, 8, 3, 4, 128, 2),
     GroupedTile(64, 4, 4, 3, 2, 256, 2),
-    GroupedTile(64, 2, 8, 3, 4, 256, 1),
+    GroupedTile(32, 4, 8, 3, 4, 128, 2),
+    GroupedTile(64, 2, 4, 2, 4, 256, 2),
+    GroupedTile(64, 2, 8, 3, 2, 256, 2),
 ]
 SHORT_DOWNS = [
     GroupedTile(32, 2, 8, 4, 2, 64, 2),
     GroupedTile(32, 2, 4, 3, 2, 64, 2),
-    GroupedTile(32, 2, 4, 3, 4, 128, 2),
+    GroupedTile(32, 4, 4, 3, 4, 128, 2),
+]
+# What `tiles` measures: a shape of SHAPES, tokens, and the tiles.
+COMPETING = [
+    (0, 2048, LONG_DOWNS + UPS),
+    (0, 512, SHORT_DOWNS + UPS[:2]),
+    (1, 2048, LONG_DOWNS[:3] + UPS[:2]),
 ]
 
 
@@ -189,12 +195,8 @@ def measure_layers(note: Callable[..., None], shapes: list[Shape]) -> None:
 
 
 def measure_tiles(note: Callable[..., None]) -> None:
-    work = [
-        (SHAPES[0], 2048, UPS + LONG_DOWNS),
-        (SHAPES[0], 512, UPS[:2] + SHORT_DOWNS),
-        (SHAPES[1], 2048, UPS[:3] + LONG_DOWNS[:3]),
-    ]
-    for shape, tokens, tiles in work:
+    for index, tokens, tiles in COMPETING:
+        shape = SHAPES[index]
         layers = [make_layer(shape, tokens, seed) for seed in range(shape.layers // 2)]
         exact = exact_rows(layers[0], [0, tokens - 1])
         parts: dict[int, Parts] = {}
@@ -220,6 +222,25 @@ def measure_tiles(note: Callable[..., None]) -> None:
         del layers, parts
 
 
+def compile_all(note: Callable[..., None], shapes: list[Shape]) -> None:
+    """Launches every kernel of the other parts once, on zeros: for bench/cuda_cache.py."""
+    for index, shape in enumerate(shapes):
+        sizes = (shape.num_experts, shape.expert_size, shape.hidden_size)
+        up, down = (Plain(mx.zeros(s, mx.bfloat16)) for s in (sizes, (*sizes[::2], sizes[1])))
+        if shape.bits:
+            up, down = (quantized(w.weight, 64, shape.bits) for w in (up, down))
+        for tokens in shape.tokens:
+            x = mx.zeros((tokens, shape.hidden_size), mx.bfloat16)
+            layer = Layer(x, mx.zeros((tokens, shape.num_experts), mx.bfloat16), up, down)
+            mx.eval(run_layer(layer, BACKEND))
+            for competing, length, tiles in COMPETING:
+                if (competing, length) == (index, tokens):
+                    for tile in tiles:
+                        parts = Parts([layer], tile.block or 256)
+                        mx.eval((parts.down if tile.block else parts.up)(layer, tile))
+            note(compiled=str(shape), tokens=tokens)
+
+
 def check(note: Callable[..., None], seconds: float) -> None:
     """Random sizes, loads, dtypes and packings."""
     note(**kernels_check.check_cases(400, 14, int(time.time()), seconds, kernels_check.LONG_TOKENS))
@@ -243,7 +264,9 @@ def main() -> None:
     note(device=device.name(), mlx=mx.__version__, script="bench/prefill_h100.py")
     for part in args.parts:
         try:
-            if part == "check":
+            if part == "compile":
+                compile_all(note, [SHAPES[i] for i in args.shapes])
+            elif part == "check":
                 check(note, args.seconds)
             elif part == "layers":
                 measure_layers(note, [SHAPES[i] for i in args.shapes])

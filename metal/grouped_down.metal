@@ -74,10 +74,29 @@ inline void load_step(
   }
 }
 
-// Where a token's sum for a column lies. Tokens lie in different banks, as far as four go.
-template <int ROWS>
+// Where a token's sum for a column lies. The quarters of a simdgroup add for four tokens at once,
+// each a different one of its octets, so these lie in different banks; with fewer than four octets
+// tokens take turns for the rest.
+template <int OCTETS, int ROWS>
 inline uint sum_place(uint token, uint column) {
-  return token * ROWS + (column ^ (token % 4 * 8));
+  return token * ROWS + (column ^ (token % (4 / OCTETS) * (8 * OCTETS)));
+}
+
+// values[i] becomes values[i ^ quarter % OCTETS], without an address that is known late.
+template <int OCTETS>
+inline void turn_octets(thread float* values, uint quarter) {
+#pragma unroll
+  for (int bit = 1; bit < OCTETS; bit *= 2) {
+    const bool turned = quarter & bit;
+#pragma unroll
+    for (int i = 0; i < OCTETS; ++i) {
+      if ((i & bit) == 0) {
+        const float first = values[i], second = values[i + bit];
+        values[i] = turned ? second : first;
+        values[i + bit] = turned ? first : second;
+      }
+    }
+  }
 }
 
 // Adds a tile to the sums of its tokens, and clears it. What is added to has been read before
@@ -87,7 +106,7 @@ template <int OCTETS, int BATCH, int BLOCK, int ROWS, typename TileType>
 inline void add_tile(
     thread TileType& tile, threadgroup float* sums, const threadgroup uint* listed, uint count,
     uint column, uint lane) {
-  const uint pair = 2 * lane_quarter(lane), mine = column + lane_row(lane);
+  const uint quarter = lane_quarter(lane), mine = column + lane_row(lane);
 #pragma unroll
   for (int first = 0; first < TileType::columns; first += BATCH) {
     if (8 * uint(first) < count) {
@@ -97,8 +116,9 @@ inline void add_tile(
 #pragma unroll
       for (int i = 0; i < 2 * BATCH; ++i) {
         const uint at = 8 * (first + i / 2) + i % 2;
-        real[i] = pair + at < count;
-        places[i] = sum_place<ROWS>(listed[pair + at] % BLOCK, mine);
+        real[i] = 2 * quarter + at < count;
+        places[i] = sum_place<OCTETS, ROWS>(listed[2 * quarter + at] % BLOCK, mine) ^
+            (8 * (quarter % OCTETS));
       }
 #pragma unroll
       for (int i = 0; i < 2 * BATCH; ++i) {
@@ -109,11 +129,16 @@ inline void add_tile(
       }
 #pragma unroll
       for (int i = 0; i < 2 * BATCH; ++i) {
+        float added[OCTETS];
+#pragma unroll
+        for (int octet = 0; octet < OCTETS; ++octet) {
+          added[octet] = tile.sums[octet][first + i / 2][i % 2];
+        }
+        turn_octets<OCTETS>(added, quarter);
         if (real[i]) {
 #pragma unroll
           for (int octet = 0; octet < OCTETS; ++octet) {
-            sums[places[i] ^ (8 * octet)] =
-                before[i][octet] + tile.sums[octet][first + i / 2][i % 2];
+            sums[places[i] ^ (8 * octet)] = before[i][octet] + added[octet];
           }
         }
       }
@@ -228,7 +253,7 @@ void grouped_down_projection(
     const uint token = i / ROWS, column = i % ROWS;
     if (block * BLOCK + token < tokens && first_row + column < uint(HIDDEN)) {
       y[ulong(block * BLOCK + token) * HIDDEN + first_row + column] =
-          T(sums[sum_place<ROWS>(token, column)]);
+          T(sums[sum_place<OCTETS, ROWS>(token, column)]);
     }
   }
 }

@@ -60,6 +60,8 @@ GROUPED_TILES = {
 # Pieces of 16 bytes of threadgroup memory that a kernel may take, beside its lists.
 MEMORY = {"metal": (28 << 10) // 16, "cuda": (220 << 10) // 16}
 
+STAGE_WIDTH = 128  # inputs of an expert that a stage of the down kernel holds at most
+
 CUDA_GROUPS = 264  # two on each of an H100's multiprocessors
 
 
@@ -102,7 +104,9 @@ def choose_tiles(
 def fitting(
     tile: GroupedTile, backend: str, dtype: mx.Dtype, packing: Quantization | None
 ) -> GroupedTile:
-    """The tile with fewer tokens at a time, or fewer outputs held, if it is too large."""
+    """The tile with a narrower stage, fewer tokens at a time or fewer outputs held, where needed."""
+    windows = min(tile.windows, max(1, STAGE_WIDTH // window(dtype, packing)))
+    tile = tile._replace(windows=windows)
     while tile.memory(dtype, packing) > MEMORY[backend]:
         if tile.block > 2 * tile.tokens:
             tile = tile._replace(block=tile.block // 2)
