@@ -104,7 +104,7 @@ def choose_tiles(
 def fitting(
     tile: GroupedTile, backend: str, dtype: mx.Dtype, packing: Quantization | None
 ) -> GroupedTile:
-    """The tile with a narrower stage, fewer tokens at a time or fewer outputs held, where needed."""
+    """The tile with narrower stages, fewer tokens at a time or fewer outputs, where needed."""
     windows = min(tile.windows, max(1, STAGE_WIDTH // window(dtype, packing)))
     tile = tile._replace(windows=windows)
     while tile.memory(dtype, packing) > MEMORY[backend]:
