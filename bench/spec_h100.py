@@ -78,6 +78,7 @@ def draft_head(model: Any) -> EagleHead:
         )
     )
     head.set_dtype(mx.bfloat16)
+    head.eval()
     mx.eval(head.parameters())
     return head
 

@@ -11,6 +11,11 @@ def ints(array: mx.array) -> list[int]:
     return cast(list[int], array.tolist())
 
 
+def one_row(array: mx.array, index: int) -> mx.array:
+    """array[index], as a view: MLX's own indexing with an integer gathers, which is a launch."""
+    return array[index : index + 1].squeeze(0)
+
+
 def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
     """The arrays of a tree such as `module.parameters()`, each with its dotted name."""
     return cast(list[tuple[str, mx.array]], tree_flatten(tree))

@@ -163,7 +163,7 @@ def counted_share(counts: Sequence[mx.array], num_experts: int) -> mx.array:
     Returns:
         A scalar that nothing has computed yet, so that it can come with a caller's next sync.
     """
-    return total(counts)[0] / (num_experts * len(counts))
+    return total(counts).squeeze(0) / (num_experts * len(counts))
 
 
 def union_share(scores: Sequence[mx.array]) -> mx.array:

@@ -11,6 +11,7 @@ from mlx_lm.models.llama import MLP
 
 from .attend import Mask
 from .attention import Attention, Positions
+from .eagle_pieces import HeadPasses
 
 
 @dataclass
@@ -72,6 +73,7 @@ class EagleHead(nn.Module):
         for name in args.input_norms:
             self[name] = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.layers = [EagleLayer(args, i) for i in range(args.num_hidden_layers)]
+        self.compiled = HeadPasses()
 
     def quant_predicate(self, path: str, module: nn.Module) -> bool:
         """Whether a module is quantised by a conversion: every projection."""
@@ -97,13 +99,16 @@ class EagleHead(nn.Module):
         Returns:
             [1, T, H], in place of the target's hidden states one position on.
         """
+        if mask is None:
+            mask = create_attention_mask(hidden, cache[0])
+        compiled = self.compiled.run(self, embeddings, hidden, cache, positions, mask)
+        if compiled is not None:
+            return compiled
         if "input_norm1" in self:
             embeddings = self.input_norm1(embeddings)
         if "input_norm2" in self:
             hidden = self.input_norm2(hidden)
         x = self.fc(mx.concatenate([embeddings, hidden], axis=-1))
-        if mask is None:
-            mask = create_attention_mask(x, cache[0])
         where = Positions(cache[0].offset, positions, x.shape[1])
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, mask, layer_cache, where)

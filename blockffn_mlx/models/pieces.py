@@ -96,13 +96,14 @@ class Entry(NamedTuple):
         launch: Call | None,
         h: mx.array,
         positions: mx.array,
-        norm: mx.array,
+        norm: mx.array | None,
         weights: Arrays,
     ) -> tuple[mx.array, mx.array, mx.array]:
-        """h [B * T, H] -> queries, keys and values [B, heads, T, D], rotated."""
+        """h [B * T, H] -> queries, keys and values [B, heads, T, D], rotated; no norm if None."""
         batch_size, num_tokens, *_ = shape
         turned, dims = self.num_heads + self.num_kv_heads, self.head_dim
-        x = self.projection(launch, mx.fast.rms_norm(h, norm, self.eps), weights)
+        normed = h if norm is None else mx.fast.rms_norm(h, norm, self.eps)
+        x = self.projection(launch, normed, weights)
         # [B * T, heads, 1, D] for single tokens, and for positions of their own: mx.fast.rope takes
         # an offset per row, not per token
         by_row = num_tokens == 1 or shape.per_token

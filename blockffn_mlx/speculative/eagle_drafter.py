@@ -6,7 +6,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from .. import device
-from ..arrays import ints
+from ..arrays import ints, one_row
 from ..kernels import best_tree, grow_beams, probe, top_tokens
 from ..models.attend import AncestorMask
 from ..models.eagle import EagleHead
@@ -188,11 +188,12 @@ class EagleDrafter:
             nodes, scores, beams, beam_scores = grown
             if level == depth:
                 break
-            hidden = out[:, beams[grow_beams.ROW]] if level else mx.repeat(out, top_k, axis=1)
+            row = one_row(beams, grow_beams.ROW)
+            hidden = out[:, row] if level else mx.repeat(out, top_k, axis=1)
             columns = (level + 1) * top_k
             mask = AncestorMask(num_rows, columns, words=beams[grow_beams.WORDS :])
             at = positions[level * top_k : (level + 1) * top_k]
-            tokens = self.embed(beams[grow_beams.TOKEN])
+            tokens = self.embed(one_row(beams, grow_beams.TOKEN))
             out = self.head(tokens, hidden, self.cache, at, mask)
         self.drop_scratch_rows()
         filled = grow_beams.num_candidates(top_k, levels)
@@ -223,7 +224,7 @@ class EagleDrafter:
         self, out: mx.array, top_k: int, backend: str | None = None
     ) -> tuple[mx.array, mx.array]:
         """The likeliest tokens after each row of out [1, T, H], and their logprobs, [T, K]."""
-        logits = self.head_logits(out[0])
+        logits = self.head_logits(out.squeeze(0))
         if backend:
             return top_tokens.launch(logits, self.frequent, top=top_k, backend=backend)
         return top_tokens.twin(logits, self.frequent, top=top_k)

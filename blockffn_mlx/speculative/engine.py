@@ -246,12 +246,12 @@ class Decoder:
     def _step(self, token: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Starts a pass over one token [1]; returns its sample, log-probabilities and hidden."""
         hidden = self.target.hidden(token[None], self.cache)
-        logits = self.target.logits(hidden)[0]
+        logits = self.target.logits(hidden).squeeze(0)
         sampled, logprobs = sample_nodes(
             logits, self.sampler, self.logits_processors, Tree.chain(token), self.history
         )
         mx.async_eval(sampled, logprobs, hidden)
-        return sampled, logprobs[0], hidden
+        return sampled, logprobs.squeeze(0), hidden
 
     def _take_in(self, hidden: mx.array, tokens: list[int]):
         """Tells the history and the drafter that the cache holds these tokens now."""

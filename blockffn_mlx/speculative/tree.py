@@ -5,7 +5,7 @@ from functools import cached_property
 
 import mlx.core as mx
 
-from ..arrays import ints
+from ..arrays import ints, one_row
 from ..kernels import best_tree
 from ..kernels.attention import unpacked_bits
 
@@ -110,7 +110,7 @@ class Tree:
             rows = best_tree.launch(root, nodes, scores, **counts, backend=backend)
         else:
             rows = best_tree.twin(root, nodes, scores, **counts)
-        tokens, parents, ranks, depths = (rows[i].view(mx.int32) for i in range(4))
+        tokens, parents, ranks, depths = (one_row(rows, i).view(mx.int32) for i in range(4))
         return cls(tokens, parents, ranks, levels=levels, words=rows[4:], depths=depths)
 
     @cached_property

@@ -52,7 +52,7 @@ def target_pass(
         mask = AncestorMask(in_order, len(tree), tree.words, among, loose, width)
         positions = in_order + len(loose) + tree.positions
     hidden, union = target.hidden_and_union(tree.tokens[None], cache, mask, positions)
-    return hidden, target.logits(hidden)[0], union
+    return hidden, target.logits(hidden).squeeze(0), union
 
 
 def sample_nodes(

@@ -33,7 +33,7 @@ def compiled(monkeypatch):
         for name in ("eps", "factor"):
             if name in self.kernel.inputs:
                 at = self.kernel.inputs.index(name)
-                settings[name] = inputs[at].item()
+                settings[name] = inputs[at].flatten()[0].item()
                 inputs = (*inputs[:at], *inputs[at + 1 :])
         if self.kernel.projection:
             names = [name for name in self.kernel.inputs if name not in settings]
