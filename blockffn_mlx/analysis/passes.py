@@ -15,7 +15,6 @@ from ..checkpoints.demo import DEMO, model_folder
 from ..checkpoints.hub import download_config, is_local
 from ..checkpoints.reader import read_json
 from ..ffn import MAX_CHUNK, BlockFFN, chunk_union_ffn
-from ..ffn.plan import MIN_GROUPED_TOKENS
 from ..kernels.graph import Graph, trace
 from ..models import find_architecture
 from ..models.blockffn import Model, ModelArgs
@@ -149,8 +148,8 @@ def trace_pass(
     pairs = _cache_arrays(cache)
     rows = tokens * batch_size
     for layer in _sparse_layers(model):
-        grouped = isinstance(layer, BlockFFN) and rows >= MIN_GROUPED_TOKENS["metal"]
-        layer.backend = "metal" if rows <= MAX_CHUNK or grouped else "dense"
+        kernels = rows <= MAX_CHUNK or isinstance(layer, BlockFFN)  # DECO has none for long chunks
+        layer.backend = "metal" if kernels else "dense"
 
     def run(ids, *arrays):
         for (owner, name), array in zip(pairs, arrays, strict=True):

@@ -35,9 +35,9 @@ from .union import union_ffn
 # The longest chunk that counts as a decoding or verification step; longer ones are prefill.
 MAX_CHUNK = MAX_TOKENS
 
-# Prefill groups tokens by expert from so many tokens on: in plain operations on a CPU, else in
-# kernels. docs/kernels.md has the measurements; Metal's is a guess.
-MIN_GROUPED_TOKENS = {"cpu": 128, "metal": 128, "cuda": 256}
+# Prefill groups tokens by expert: in kernels, and on a CPU in plain operations from so many tokens
+# on. docs/kernels-log.md has the measurements.
+MIN_GROUPED_TOKENS = 128
 
 # The names that a user may ask for: the strategy, and whose kernels (None: plain operations).
 BACKENDS = {
@@ -221,13 +221,12 @@ def choose(
     if training:
         return "dense", None
     if sizes.num_tokens > MAX_CHUNK:
-        grouped = sizes.num_tokens >= MIN_GROUPED_TOKENS[kernel_backend or compute_backend]
-        if kernel_backend:
-            grouped = grouped and grouped_tiles.covers(sizes, kernel_backend)
-            grouped = grouped and kernels_work(sizes, kernel_backend, names)
-            return ("grouped", kernel_backend) if grouped else ("dense", None)
+        if kernel_backend and grouped_tiles.covers(sizes, kernel_backend):
+            if kernels_work(sizes, kernel_backend, names):
+                return "grouped", kernel_backend
         # In plain operations the loads are read on the host, once a layer.
-        return ("grouped" if grouped and compute_backend == "cpu" else "dense"), None
+        grouped = compute_backend == "cpu" and sizes.num_tokens >= MIN_GROUPED_TOKENS
+        return ("grouped" if grouped else "dense"), None
     if kernel_backend and covers(sizes) and kernels_work(sizes, kernel_backend, names):
         return "union", kernel_backend
     # Reading the union on the host costs a GPU more, once a layer, than the experts that it saves.

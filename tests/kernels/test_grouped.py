@@ -149,7 +149,6 @@ def kernel_models(monkeypatch):
     """Models take the kernels for every chunk of more than 64 tokens."""
     monkeypatch.setattr(device, "kernel_backend", lambda: BACKEND)
     monkeypatch.setattr(probe, "works", lambda *_, **__: True)
-    monkeypatch.setitem(plan.MIN_GROUPED_TOKENS, BACKEND, 65)
     plan.forget()
     yield
     plan.forget()
