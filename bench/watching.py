@@ -1,6 +1,7 @@
 """What it costs to watch: decoding alone, recorded, and with the chat's strip drawn, alternating.
 
-The 3B model's shapes on a GPU as in pass_h100.py, or --demo. A token's milliseconds, medians.
+The 3B model's shapes on a GPU as in pass_h100.py, or --demo. A token's milliseconds, and those of
+CPU time, medians.
 
 usage: python bench/watching.py [--demo] [--layers 36] [--rounds 5] [--out FILE.json]
 """
@@ -25,21 +26,21 @@ TOKENS = 256
 WAYS = ("alone", "recorded", "drawn", "drawn with the strip")
 
 
-def decode_ms(model, prompt: mx.array, way: str) -> float:
-    """Milliseconds a token."""
+def decode_ms(model, prompt: mx.array, way: str) -> tuple[float, float]:
+    """Milliseconds a token: of the clock, of the CPU."""
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=30)
     with recording(model, way in ("recorded", "drawn with the strip")) as record:
         strip = ExpertStrip(record.latest) if way == "drawn with the strip" else None
         with LiveAnswer(console, None, strip) as shown:
             for index, _ in enumerate(generate_step(prompt, model, max_tokens=TOKENS)):
                 if index == 0:
-                    start = time.perf_counter()
+                    start, cpu = time.perf_counter(), time.process_time()
                     record.restart(keep=1)
                 record.count()
                 if way.startswith("drawn"):
                     shown.feed("word " if index % 40 else "word\n\n")
-            seconds = time.perf_counter() - start
-    return seconds / (TOKENS - 1) * 1e3
+            taken = time.perf_counter() - start, time.process_time() - cpu
+    return taken[0] / (TOKENS - 1) * 1e3, taken[1] / (TOKENS - 1) * 1e3
 
 
 def main():
@@ -57,13 +58,17 @@ def main():
 
         model = finished(sparse_model(args.layers), 0)
         prompt = mx.array(token_ids(model, 64))
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    times: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
     for number in range(args.rounds + 1):
         for way in WAYS:
             taken = decode_ms(model, prompt, way)
             if number:  # the first round compiles
-                times[way].append(round(taken, 4))
-        print(json.dumps({way: median(t) for way, t in times.items() if t}), flush=True)
+                times[way].append(taken)
+        medians = {
+            way: [round(median(each), 2) for each in zip(*taken, strict=True)]
+            for way, taken in times.items()
+        }
+        print(json.dumps(medians), flush=True)
         if args.out:
             device = str(mx.device_info()) if hasattr(mx, "device_info") else ""
             Path(args.out).write_text(json.dumps({"device": device, "ms": times}, indent=1))

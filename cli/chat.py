@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         "--no-strip",
         action="store_false",
         dest="strip",
-        help="do not show the experts in use below an answer that is being made",
+        help="neither watch nor show which experts are read while an answer is made",
     )
     parser.add_argument(
         "--no-markdown", action="store_false", dest="markdown", help="show answers as they are"

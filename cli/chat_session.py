@@ -228,14 +228,15 @@ class Chat:
         """
         chat, options, settings = self.conversation, self.generation_options(), self.settings
         speculation = options.get("draft_stats")
-        watched = self.view.is_live or settings.stats
+        with_strip = settings.strip and self.view.is_live
+        watched = with_strip or settings.stats
         with Interruption() as interruption, measured(chat, speculation, watched) as stats:
             dropped = make_room()
             if dropped:
                 turns = "turn" if dropped == 1 else f"{dropped} turns"
                 self.view.warn(f"the context is full: the oldest {turns} no longer count")
             panel = stats.panel if settings.stats else None
-            strip = ExpertStrip(stats.record.latest) if settings.strip and watched else None
+            strip = ExpertStrip(stats.record.latest) if with_strip else None
             with self.view.answer(panel, strip, settings.markdown) as shown:
                 options["should_stop"] = lambda: interruption.asked
                 options["on_prefill"] = stats.reading(shown.reading)

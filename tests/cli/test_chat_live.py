@@ -29,6 +29,8 @@ def test_the_strip_shows_experts_while_an_answer_is_made(chat):
     assert not re.search(rb"\x1b\[[0-9;]*3[0-8][;m]", terminal.raw)
     assert "strip off" in terminal.enter("/strip")
     assert not BRAILLE.search(during(terminal, "Tell me"))
+    assert terminal.text.count("of experts") == 1  # nobody watches
+    assert "TLS" in terminal.enter("/sparsity")
     terminal.enter("/strip on")
     terminal.resize(14, 20)
     assert BRAILLE.search(during(terminal, "x"))
