@@ -47,7 +47,7 @@ class Shape(NamedTuple):
 
 
 SHAPES = [
-    Shape(2048, 128, 128, 18, 0, (2048, 512, 256, 128)),
+    Shape(2048, 128, 128, 18, 0, (2048, 512, 1024, 256, 128)),
     Shape(4096, 128, 512, 6, 0, (2048, 512)),
     Shape(2048, 128, 128, 18, 4, (2048, 512, 256)),
     Shape(4096, 128, 512, 6, 4, (2048,)),
@@ -76,7 +76,7 @@ SHORT_DOWNS = [
 # What `tiles` measures: a shape of SHAPES, tokens, and the tiles.
 COMPETING = [
     (0, 2048, LONG_DOWNS + UPS),
-    (0, 512, SHORT_DOWNS + UPS[:2]),
+    (0, 512, SHORT_DOWNS + UPS[::3]),
     (1, 2048, LONG_DOWNS[:3] + UPS[:2]),
 ]
 

@@ -52,7 +52,8 @@ class GroupedTiles(NamedTuple):
 GROUPED_TILES = {
     "metal": [GroupedTiles(1, GroupedTile(64, 2, 4, 2, 2), GroupedTile(32, 1, 4, 2, 2, 128))],
     "cuda": [
-        GroupedTiles(1024, GroupedTile(128, 4, 4, 3, 2), GroupedTile(64, 2, 8, 3, 4, 256, 2)),
+        GroupedTiles(1536, GroupedTile(128, 4, 4, 3, 2), GroupedTile(64, 2, 8, 3, 4, 256, 2)),
+        GroupedTiles(640, GroupedTile(128, 4, 4, 3, 2), GroupedTile(32, 2, 8, 3, 4, 128, 2)),
         GroupedTiles(1, GroupedTile(128, 4, 4, 3, 2), GroupedTile(32, 2, 8, 4, 2, 64, 2)),
     ],
 }
