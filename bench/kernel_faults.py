@@ -22,11 +22,12 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
-TESTS = ["kernel_integers", "kernel_edges", "route", "attention", "norm_up", "kernels"]
-TESTS += ["kernel_language", "grouped"]
+TESTS = ["kernel_integers", "kernel_edges", "route", "attention", "norm_up", "normed"]
+TESTS += ["kernels", "kernel_language", "grouped"]
 FIRST = {"union": "kernel_edges", "route": "route"}  # by the faulty file
 FIRST |= {
     "norm_up": "norm_up",
+    "normed": "normed",
     "routed_up": "kernels",
     "residual_down": "kernels",
     "attention": "attention",

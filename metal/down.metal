@@ -14,6 +14,8 @@ struct DownOperands {
   uint length;     // active experts * EXPERT_SIZE
   Active list;
 
+  void prepare(uint, uint) const thread {}
+
   template <int OCTETS, typename Weights>
   void load_rows(thread typename Weights::Span* out, Weights down, uint row, uint k) const thread {
     // Before the length is asked for, so that both come at once; the list is as long as it can be.

@@ -21,6 +21,12 @@ inline float sum_quarters(float value) {
   return value + simd_shuffle_xor(value, ushort(8));
 }
 
+// Two numbers of 16 bits in one word. The last argument only names the type.
+template <typename T>
+inline uint pack_pair(float low, float high, T) {
+  return uint(as_type<ushort>(T(low))) | uint(as_type<ushort>(T(high))) << 16;
+}
+
 inline uint4 load_once(const device uint4* source) {
   return *source;
 }

@@ -130,7 +130,8 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
 
 // Streams the weight rows of a tile: the windows go round the simdgroups of the threadgroup, and
 // each simdgroup keeps DEPTH windows of weights on their way while it works, with their tokens if
-// AHEAD. Otherwise those are loaded when their turn comes, which takes fewer registers.
+// AHEAD. Otherwise those are loaded when their turn comes, which takes fewer registers. What tokens
+// need before they can be loaded is prepared while the first weights are on their way.
 template <
     int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD, typename TileType, typename Weights,
     typename Operands>
@@ -144,8 +145,13 @@ inline void stream_rows(
   tile.clear();
 #pragma unroll
   for (int i = 0; i < DEPTH; ++i) {
+    const uint k = simdgroup * window + i * step + quarter * Weights::span;
+    operands.template load_rows<OCTETS>(spans[i], weights, row, k);
+  }
+  operands.prepare(simdgroup, lane);
+#pragma unroll
+  for (int i = 0; i < DEPTH; ++i) {
     const uint start = simdgroup * window + i * step;
-    operands.template load_rows<OCTETS>(spans[i], weights, row, start + quarter * Weights::span);
 #pragma unroll
     for (int n = 0; n < ahead; ++n) {
       TileType::load(columns[i][n], n / parts, n % parts, operands, start, row, quarter);

@@ -13,6 +13,8 @@ struct UpOperands {
   ulong first_row;  // of up as [experts * EXPERT_SIZE, HIDDEN]
   uint length;      // HIDDEN
 
+  void prepare(uint, uint) const thread {}
+
   template <int OCTETS, typename Weights>
   void load_rows(thread typename Weights::Span* out, Weights up, uint row, uint k) const thread {
     if (k < uint(HIDDEN)) {

@@ -17,6 +17,7 @@ from ..kernels import (
     grouped_tiles,
     grouped_up,
     norm_up,
+    normed,
     place,
     probe,
     residual_down,
@@ -258,7 +259,7 @@ def forget():
     _make_plan.cache_clear()
     tuned_tables.cache_clear()
     for module in (
-        *(route, up, down, routed_up, residual_down, norm_up),
+        *(route, up, down, routed_up, residual_down, norm_up, normed),
         *(place, grouped_up, grouped_down),
     ):
         module.arguments.cache_clear()

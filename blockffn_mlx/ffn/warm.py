@@ -31,7 +31,7 @@ class Warmup(Thread):
         super().__init__(name="warm-up of the kernels", daemon=True)
         layers = (module for module in model.modules() if isinstance(module, BlockFFN))
         self.layer, self.longest = next(layers, None), longest
-        self.linear_maps: list[tuple[Any, bool]] = getattr(model, "linear_maps", list)()
+        self.linear_maps: list[tuple[Any, str]] = getattr(model, "linear_maps", list)()
         self.lengths: list[int] = []  # what is warm
         self._stopped = Event()
 
@@ -51,8 +51,8 @@ class Warmup(Thread):
                 return
             try:
                 run_once(layer, one._replace(num_tokens=length))
-                for linear_map, residual in self.linear_maps:
-                    multiply_once(linear_map, length, backend, residual)
+                for linear_map, joined in self.linear_maps:
+                    multiply_once(linear_map, length, backend, joined)
             except Exception:  # it will be said when the pass itself fails
                 return
             self.lengths.append(length)
@@ -64,14 +64,18 @@ class Warmup(Thread):
             self.join()
 
 
-def multiply_once(linear_map: Any, rows: int, backend: str, residual: bool):
+def multiply_once(linear_map: Any, rows: int, backend: str, joined: str):
     """Runs the launch of a linear map on zeros, if it has one."""
-    if launch := linear_map.launch(rows, backend, residual):
+    if launch := linear_map.launch(rows, backend, joined):
         dims, form = (linear_map.output_dims, linear_map.input_dims), linear_map.form
         weight, packing = mx.zeros(dims, form.dtype), form.packing
         arrays = [weight] if packing is None else mx.quantize(weight, *packing[:2])
-        added = mx.zeros((rows, dims[0]), form.dtype) if residual else None
-        mx.eval(linear.call(launch, mx.zeros((rows, dims[1]), form.dtype), arrays, added))
+        x = mx.zeros((rows, dims[1]), form.dtype)
+        if joined == "norm":
+            mx.eval(linear_map.normed(launch, x, mx.ones(dims[1:], form.dtype), 1e-5, arrays))
+        else:
+            added = mx.zeros((rows, dims[0]), form.dtype) if joined else None
+            mx.eval(linear.call(launch, x, arrays, added))
 
 
 def run_once(layer: BlockFFN, sizes: Sizes):

@@ -356,9 +356,11 @@ class _Walk:
                 short = next(known for known in SMALL_STAND_INS if kernel.startswith(known))
                 self.add(name, short, "small", inputs, outputs)
             return
-        if "blockffn" in kernel and "down" in kernel and inputs[0].shape[0] == 1:  # a linear map
-            _, rows, dims = inputs[0].shape
-            matrix = inputs[4 if "residual" in kernel else 2]
+        with_norm = kernel.startswith("blockffn_normed")
+        of_one = "blockffn" in kernel and "down" in kernel and inputs[0].shape[0] == 1
+        if with_norm or of_one:  # a linear map
+            *_, rows, dims = inputs[0].shape
+            matrix = inputs[3 if with_norm else 4 if "residual" in kernel else 2]
             weights = dims * math.prod(matrix.shape[:-1])
             self.add(
                 name, kernel, "linear", inputs, outputs, rows=rows, weights=weights,

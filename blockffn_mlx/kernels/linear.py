@@ -1,7 +1,8 @@
 """A linear map as the down projection of one expert that every token uses.
 
-For short chunks: each weight is read once whatever the number of tokens, and the residual comes
-with the launch. MLX's own products plan anew for each call on CUDA and are made for long ones.
+For short chunks: each weight is read once whatever the number of tokens, and the norm before it or
+the residual behind it comes with the launch. MLX's own products plan anew for each call on CUDA
+and are made for long ones.
 """
 
 from collections.abc import Sequence
@@ -10,9 +11,16 @@ from functools import cache
 import mlx.core as mx
 
 from ..quantisation import Format
-from . import down, probe, residual_down
+from . import down, normed, probe, residual_down
 from .kernel import Call
 from .tiles import Sizes, covers
+
+# By what comes with the product.
+KERNELS = {
+    "": (down, down.DOWN),
+    "norm": (normed, normed.NORMED),
+    "residual": (residual_down, residual_down.RESIDUAL_DOWN),
+}
 
 
 @cache
@@ -31,7 +39,7 @@ def arguments(
     input_dims: int,
     form: Format,
     *,
-    residual: bool,
+    joined: str = "",
     backend: str,
 ) -> Call | None:
     """A launch of `call`, or None where the kernel does not take this or does not work here.
@@ -39,12 +47,14 @@ def arguments(
     Args:
         num_tokens, output_dims, input_dims: T, and the shape of the weight.
         form: Of the weight; activations have its dtype.
-        residual: Whether the result is added to a residual.
+        joined: "norm" for a launch of `normed.call`, "residual" if the result is added to one.
         backend: "metal" or "cuda".
     """
     dtype, packing = form
     sizes = Sizes(num_tokens, output_dims, 1, input_dims, dtype, form, form)
-    module, kernel = (residual_down, residual_down.RESIDUAL_DOWN) if residual else (down, down.DOWN)
+    module, kernel = KERNELS[joined]
+    if joined == "norm" and num_tokens > normed.MOST_TOKENS:
+        return None
     if not covers(sizes) or not probe.works(kernel, num_tokens, dtype, packing, backend=backend):
         return None
     return module.arguments(sizes, backend=backend)

@@ -8,6 +8,7 @@ from .grouped_up import GROUPED_UP
 from .grow_beams import GROW_BEAMS
 from .kernel import Kernel
 from .norm_up import NORM_UP
+from .normed import NORMED
 from .place import PLACE
 from .residual_down import RESIDUAL_DOWN
 from .route import ROUTE
@@ -16,7 +17,7 @@ from .top_tokens import TOP_TOKENS
 from .up import UP
 
 ALL = (
-    *(ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, NORM_UP, ATTENTION),
+    *(ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, NORM_UP, NORMED, ATTENTION),
     *(PLACE, GROUPED_UP, GROUPED_DOWN, TOP_TOKENS, GROW_BEAMS, BEST_TREE),
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}

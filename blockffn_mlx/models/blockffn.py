@@ -290,14 +290,14 @@ class Model(nn.Module):
             shard_inplace(layer.mlp.down_proj, "sharded-to-all", group=group)
             layer.mlp.sharding_group = group
 
-    def linear_maps(self) -> list[tuple[LinearMap, bool]]:
-        """The maps of the layers that kernels compute in short chunks; whether with a residual.
+    def linear_maps(self) -> list[tuple[LinearMap, str]]:
+        """The maps of the layers that kernels compute in short chunks; what is joined with them.
 
         For who builds kernels before they are needed. None if they are not compiled.
         """
-        found: dict[tuple[LinearMap, bool], None] = {}
+        found: dict[tuple[LinearMap, str], None] = {}
         for entry, leave in filter(None, map(layer_halves, self.layers)):
-            maps = [(entry.projection, False), (leave.output, True), *leave.linear_maps()]
+            maps = [(entry.projection, "norm"), (leave.output, "residual"), *leave.linear_maps()]
             found |= dict.fromkeys(maps)
         return list(found)
 

@@ -31,26 +31,28 @@ class GatedMap(NamedTuple):
     gate_up: LinearMap
     down: LinearMap
 
-    def linear_maps(self) -> list[tuple[LinearMap, bool]]:
-        """The two products, and whether with a residual."""
-        return [(self.gate_up, False), (self.down, True)]
+    def linear_maps(self) -> list[tuple[LinearMap, str]]:
+        """The two products, and what is joined with them."""
+        return [(self.gate_up, "norm"), (self.down, "residual")]
 
     def launches(self, shape: Shape) -> tuple[Call | None, Call | None]:
         """Of the two products."""
-        down = self.down.launch(shape.rows, shape.backend, residual=True)
-        return self.gate_up.launch(shape.rows, shape.backend), down
+        gate_up = self.gate_up.launch(shape.rows, shape.backend, "norm")
+        return gate_up, self.down.launch(shape.rows, shape.backend, "residual")
 
     def add(
         self,
         launches: tuple[Call | None, Call | None],
         h: mx.array,
-        x: mx.array,
+        norm: mx.array,
+        eps: float,
         gate_up: Arrays,
         down: Arrays,
-    ) -> mx.array:
-        """h [T, H] + the MLP of x [T, H]."""
-        gate, up = mx.split(self.gate_up(launches[0], x, gate_up), 2, axis=-1)
-        return self.down.add(launches[1], h, gated(gate, up), down, 1.0)
+    ) -> tuple[mx.array, mx.array]:
+        """h [T, H] + the MLP of RMSNorm(h), and RMSNorm(h)."""
+        both, x = self.gate_up.normed(launches[0], h, norm, eps, gate_up)
+        gate, up = mx.split(both, 2, axis=-1)
+        return self.down.add(launches[1], h, gated(gate, up), down, 1.0), x
 
 
 @one_launch
@@ -66,7 +68,7 @@ class DenseExit(NamedTuple):
     eps: float
     mlp: GatedMap
 
-    def linear_maps(self) -> list[tuple[LinearMap, bool]]:
+    def linear_maps(self) -> list[tuple[LinearMap, str]]:
         """As `pieces.Exit.linear_maps`."""
         return self.mlp.linear_maps()
 
@@ -76,7 +78,7 @@ class DenseExit(NamedTuple):
 
     def launches(self, shape: Shape):
         """Of the output projection, and of the MLP."""
-        output = self.output.launch(shape.rows, shape.backend, residual=True)
+        output = self.output.launch(shape.rows, shape.backend, "residual")
         return output, self.mlp.launches(shape)
 
     def __call__(
@@ -94,8 +96,8 @@ class DenseExit(NamedTuple):
         """h [B * T, H] and attended [B, heads, T, D] -> h behind the layer; no router to watch."""
         own, mlp = launches
         h = add_attended(self.output, own, h, attended, output, 1.0)
-        x = mx.fast.rms_norm(h, norm, self.eps)
-        return (self.mlp.add(mlp, h, x, gate_up, down),)
+        h, _ = self.mlp.add(mlp, h, norm, self.eps, gate_up, down)
+        return (h,)
 
 
 class DecoExit(NamedTuple):
@@ -106,7 +108,7 @@ class DecoExit(NamedTuple):
     shared: GatedMap
     sizes: Sizes  # for one token
 
-    def linear_maps(self) -> list[tuple[LinearMap, bool]]:
+    def linear_maps(self) -> list[tuple[LinearMap, str]]:
         """As `pieces.Exit.linear_maps`."""
         return self.shared.linear_maps()
 
@@ -117,7 +119,7 @@ class DecoExit(NamedTuple):
 
     def launches(self, shape: Shape):
         """Of the experts, the output projection and the shared expert."""
-        output = self.output.launch(shape.rows, shape.backend, residual=True)
+        output = self.output.launch(shape.rows, shape.backend, "residual")
         return self.plan(shape), output, self.shared.launches(shape)
 
     def __call__(
@@ -141,9 +143,8 @@ class DecoExit(NamedTuple):
         plan, own, shared = launches
         batch_size, _, num_tokens, _ = attended.shape
         h = add_attended(self.output, own, h, attended, output, 1.0)
-        x = mx.fast.rms_norm(h, norm, self.eps)
+        h, x = self.shared.add(shared, h, norm, self.eps, gate_up, shared_down)
         product = x.astype(mx.float32) @ router
-        h = self.shared.add(shared, h, x, gate_up, shared_down)
         logits = product[:, :-1]
         scores = (mx.maximum(logits, 0) * scale).astype(x.dtype)
         if plan.fused and plan.up and plan.down:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..ffn import Plan, make_plan
-from ..kernels import Call, Sizes, linear, residual_down, route
+from ..kernels import Call, Sizes, linear, normed, residual_down, route
 from ..kernels.graph import one_launch
 from ..quantisation import Format
 from .activation import used_experts
@@ -48,15 +48,19 @@ class LinearMap(NamedTuple):
     input_dims: int
     form: Format
 
-    def launch(self, rows: int, backend: str | None, residual: bool = False) -> Call | None:
+    def launch(self, rows: int, backend: str | None, joined: str = "") -> Call | None:
         """The kernel's launch; None where MLX's own product is as good, or all there is.
 
-        That is for a single row, unless a residual is to come with it.
+        That is for a single row, unless a norm or a residual is to be `joined` with it. A norm that
+        cannot be leaves the launch of the product alone.
         """
-        if backend is None or rows == 1 and not residual:
+        if backend is None:
             return None
-        sizes = (rows, self.output_dims, self.input_dims)
-        return linear.arguments(*sizes, self.form, residual=residual, backend=backend)
+        sizes = (rows, self.output_dims, self.input_dims, self.form)
+        whole = linear.arguments(*sizes, joined=joined, backend=backend) if joined else None
+        if whole or rows == 1 or joined == "residual":
+            return whole
+        return linear.arguments(*sizes, backend=backend)
 
     def __call__(self, launch: Call | None, x: mx.array, weights: Arrays) -> mx.array:
         """x [T, in] -> [T, out]."""
@@ -69,6 +73,15 @@ class LinearMap(NamedTuple):
     def stored(self, arrays: Arrays) -> Arrays:
         """What a kernel reads."""
         return arrays[:1] if self.form.packing is None else arrays
+
+    def normed(
+        self, launch: Call | None, h: mx.array, norm: mx.array | None, eps: float, weights: Arrays
+    ) -> tuple[mx.array, mx.array]:
+        """The product of RMSNorm(h) [T, in], and RMSNorm(h); of h itself if there is no norm."""
+        if norm is not None and launch and launch.kernel is normed.NORMED:
+            return normed.call(launch, h, norm, eps, self.stored(weights))
+        x = h if norm is None else mx.fast.rms_norm(h, norm, eps)
+        return self(launch, x, weights), x
 
     def add(
         self, launch: Call | None, h: mx.array, x: mx.array, weights: Arrays, factor: float
@@ -102,8 +115,7 @@ class Entry(NamedTuple):
         """h [B * T, H] -> queries, keys and values [B, heads, T, D], rotated; no norm if None."""
         batch_size, num_tokens, *_ = shape
         turned, dims = self.num_heads + self.num_kv_heads, self.head_dim
-        normed = h if norm is None else mx.fast.rms_norm(h, norm, self.eps)
-        x = self.projection(launch, normed, weights)
+        x, _ = self.projection.normed(launch, h, norm, self.eps, weights)
         # [B * T, heads, 1, D] for single tokens, and for positions of their own: mx.fast.rope takes
         # an offset per row, not per token
         by_row = num_tokens == 1 or shape.per_token
@@ -145,14 +157,14 @@ class Exit(NamedTuple):
         sizes = self.sizes._replace(num_tokens=shape.rows)
         return make_plan(sizes, self.act, shape.asked, fused=True)
 
-    def linear_maps(self) -> list[tuple[LinearMap, bool]]:
-        """Those behind the output projection, and whether with a residual."""
-        return [(self.router, False)]
+    def linear_maps(self) -> list[tuple[LinearMap, str]]:
+        """Those behind the output projection, and what is joined with them."""
+        return [(self.router, "norm")]
 
     def launches(self, shape: Shape) -> ExitLaunches:
         """Everything that is launched, made once."""
-        output = self.output.launch(shape.rows, shape.backend, residual=True)
-        router = self.router.launch(shape.rows, shape.backend)
+        output = self.output.launch(shape.rows, shape.backend, "residual")
+        router = self.router.launch(shape.rows, shape.backend, "norm")
         return ExitLaunches(self.plan(shape), output, router)
 
     def __call__(
@@ -176,8 +188,7 @@ class Exit(NamedTuple):
         """
         batch_size, _, num_tokens, _ = attended.shape
         h = add_attended(self.output, launches.output, h, attended, output, self.residual_scale)
-        x = mx.fast.rms_norm(h, norm, self.eps)
-        logits = self.router(launches.router, x, router)
+        logits, x = self.router.normed(launches.router, h, norm, self.eps, router)
         plan, scores = launches.experts, route.twin(logits, router_norm, eps=self.router_eps)
         if plan.fused and plan.up and plan.down:
             hidden, active = plan.up(x, logits, router_norm, route.epsilon(self.router_eps), *up)
@@ -215,7 +226,7 @@ def add_scaled(h: mx.array, x: mx.array, factor: float) -> mx.array:
 
 def entry_piece(entry: Entry, shape: Shape) -> Callable[..., Any]:
     """(h, positions, norm, weights) -> queries, keys, values."""
-    launch = entry.projection.launch(shape.rows, shape.backend)
+    launch = entry.projection.launch(shape.rows, shape.backend, "norm")
     return lambda *arrays: entry(shape, launch, *arrays)
 
 
@@ -238,7 +249,7 @@ def exit_piece(
 
     if entry is None:
         return final
-    launch = entry.projection.launch(shape.rows, shape.backend)
+    launch = entry.projection.launch(shape.rows, shape.backend, "norm")
 
     def middle(h, attended, positions, arrays, next_arrays):
         h, *seen = leave(launches, watched, shape.counted, h, attended, *arrays)

@@ -38,7 +38,7 @@ def test_every_length_is_built(on_metal):
     warmup.join()
     assert warmup.lengths == [1, 2, 4, 8]
     assert {run.name for run in on_metal} == {
-        "blockffn_routed_up", "blockffn_residual_down", "blockffn_down"
+        "blockffn_routed_up", "blockffn_residual_down", "blockffn_normed"
     }  # fmt: skip
     instances = {run.launch.instance for run in on_metal}
     logits = model(mx.array([[3, 4, 5]]), model.make_cache())  # takes the tile of four tokens

@@ -73,17 +73,17 @@ def test_what_a_version_refuses_is_seen(standard):
         assert metal_host.refusals(faulty, standard) != []
 
 
-@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("joined", ["", "residual"])
 @pytest.mark.parametrize("packing", [None, Quantization(64, 4, "affine")])
-def test_a_linear_map_compiles(residual, packing):
+def test_a_linear_map_compiles(joined, packing):
     """Its list of experts is so short that it may lie in another address space."""
     form = Format(mx.bfloat16, packing)
     weight = mx.zeros((64, 128), mx.bfloat16)
     weights = [weight] if packing is None else list(mx.quantize(weight, 64, 4))
     for tokens in (1, 8, 17):
         x = mx.zeros((tokens, 128), mx.bfloat16)
-        added = (mx.zeros((tokens, 64), mx.bfloat16), 0.5) if residual else ()
-        launch = linear.arguments(tokens, 64, 128, form, residual=residual, backend="metal")
+        added = (mx.zeros((tokens, 64), mx.bfloat16), 0.5) if joined else ()
+        launch = linear.arguments(tokens, 64, 128, form, joined=joined, backend="metal")
         mx.eval(x, weights, added[:1])
         (found,) = metal_host.launches(partial(linear.call, launch, x, weights, *added))
         there = found.source.replace("const device uint32_t* active", "const constant uint* active")

@@ -237,9 +237,12 @@ def test_a_linear_map_is_the_projection_of_one_expert(tokens, packing):
     layer = kernels.random_layer(tokens, 8, 96, 160, 8, mx.float32, packing)
     expected = float64(layer.x) @ float64(layer.up.plain()[0]).T
     with running():
-        for added, right in (((), expected), ((mx.ones((tokens, 96)), 0.5), 1 + 0.5 * expected)):
+        for joined, added, right in (
+            ("", (), expected),
+            ("residual", (mx.ones((tokens, 96)), 0.5), 1 + 0.5 * expected),
+        ):
             launch = kernels.linear.arguments(
-                tokens, 96, 160, layer.up.format, residual=bool(added), backend=BACKEND
+                tokens, 96, 160, layer.up.format, joined=joined, backend=BACKEND
             )
             found = kernels.linear.call(launch, layer.x, [a[0] for a in layer.up.arrays], *added)
             assert relative_error(found, right) < TOLERANCE[mx.float32]

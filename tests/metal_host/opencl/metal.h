@@ -22,6 +22,11 @@ template <typename To, typename From>
 inline To as_type(From from) {
   return __builtin_astype(from, To);
 }
+template <typename To>
+inline To as_type(bfloat) {
+  static_assert(sizeof(To) == 2, "as_type keeps the size");
+  return To(0);
+}
 
 namespace metal {
 inline uint popcount_of(uint bits) {
