@@ -16,6 +16,7 @@ from blockffn_mlx.analysis.passes import (
     trace_passes,
 )
 from blockffn_mlx.cli.bench import main
+from blockffn_mlx.kernels import normed
 from blockffn_mlx.kernels.graph import Graph, trace
 from blockffn_mlx.kernels.predict import CHIPS, launch_seconds, predict_pass, union_share
 
@@ -126,7 +127,7 @@ def test_command_buffers_by_the_size_rule(bits, limit, buffers):
 
 # (what, predicted seconds, measured seconds or their middle); the table of measurements with its
 # sources is in docs/predictions.md.
-def measured_on_apple():
+def measured_on_apple(monkeypatch):
     gigabytes = 14336 * 4096 * 4.5 / 8 / 1e9
     yield (
         "gemv, M1",
@@ -159,8 +160,10 @@ def measured_on_apple():
 
 
 # Whole passes of the 3B shapes through MLX's CUDA build, and the kernels by themselves. Our own are
-# those of docs/passes.md, steps on an H200 and prompts on an H100: the host binds both.
-def measured_on_the_h100():
+# those of docs/passes.md, steps on an H200 and prompts on an H100: the host binds both. They were
+# measured when norms still had launches of their own.
+def measured_on_the_h100(monkeypatch):
+    monkeypatch.setattr(normed, "MOST_TOKENS", 0)
     chip = CHIPS["H100"]
     for bits, milliseconds in ((None, 6.4), (4, 4.3)):
         cost = predict_pass(chip, decode(DENSE, bits), overlapped=True)
@@ -188,8 +191,8 @@ def measured_on_the_h100():
 
 
 @pytest.mark.parametrize("rows", [measured_on_apple, measured_on_the_h100])
-def test_predictions_come_within_a_quarter_of_what_was_measured(rows):
-    off = {name: predicted / measured - 1 for name, predicted, measured in rows()}
+def test_predictions_come_within_a_quarter_of_what_was_measured(monkeypatch, rows):
+    off = {name: predicted / measured - 1 for name, predicted, measured in rows(monkeypatch)}
     print({name: f"{error:+.0%}" for name, error in off.items()})
     assert all(abs(error) < 0.25 for error in off.values()), off
 
