@@ -22,7 +22,15 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "tests")]
 
-TESTS = ["kernel_integers", "kernel_edges", "route", "attention", "norm_up", "normed"]
+TESTS = [
+    "draft_kernels",
+    "kernel_integers",
+    "kernel_edges",
+    "route",
+    "attention",
+    "norm_up",
+    "normed",
+]
 TESTS += ["kernels", "kernel_language", "grouped"]
 FIRST = {"union": "kernel_edges", "route": "route"}  # by the faulty file
 FIRST |= {
@@ -33,6 +41,7 @@ FIRST |= {
     "attention": "attention",
     **dict.fromkeys(("place", "staged", "grouped_up", "grouped_down", "simdgroup"), "grouped"),
 }
+FIRST |= dict.fromkeys(("top_tokens", "grow_beams", "best_tree"), "draft_kernels")
 SHARE = 0.95
 
 

@@ -7,7 +7,7 @@ from .tree import MAX_NODES
 from .verify import keep_path
 
 # Rows that may lie about on a GPU: moving an accepted path takes four launches a layer, 9 ms of a
-# round of 21 on an H200 (bench/spec_large_h200.json), and every pass reads past them instead.
+# round of 23 on an H200 (bench/spec_h200.json), and every pass reads past them instead.
 MOST_LOOSE = 2 * MAX_NODES
 
 
