@@ -6,7 +6,7 @@ import pytest
 
 import metal_host
 from blockffn_mlx import device
-from blockffn_mlx.kernels import normed, probe, random_layer
+from blockffn_mlx.kernels import Tile, normed, probe, random_layer
 from blockffn_mlx.models.pieces import LinearMap
 from blockffn_mlx.quantisation import ExpertWeights, Format, Quantization
 from helpers.ffn_cases import TOLERANCE, float64, relative_error
@@ -96,6 +96,18 @@ def test_every_access_is_sound_and_metal_would_take_the_source(tokens, bits, dty
     assert metal_host.limits(runs[-1].launch) == []
     assert runs[-1].counters.threadgroup_bytes <= 32768
     assert runs[-1].counters.unwritten == 0
+    assert probe.agree(found, normed.twin(x, norm, weights, eps=EPS), dtype)
+
+
+@in_harness
+@pytest.mark.parametrize("tokens, dtype, bits", [(5, mx.bfloat16, 0), (13, mx.float16, 4)])
+def test_weights_and_tokens_that_are_on_their_way(tokens, dtype, bits):
+    """Tiles of CUDA's: two windows at a time, with their tokens ahead, and one without."""
+    x, norm, weights = operands((tokens, 32, 1184), dtype, bits)
+    tile = Tile(8 if tokens <= 8 else 16, True, 2, 8, 2, not bits)
+    with running():
+        found = normed.launch(x, norm, weights, eps=EPS, backend=BACKEND, tile=tile)
+        mx.eval(found)
     assert probe.agree(found, normed.twin(x, norm, weights, eps=EPS), dtype)
 
 
