@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,11 +65,18 @@ SMALL = [
     "stage.1.batch_size=16",
     "stage.0.context=128",
     "stage.1.context=128",
-    "stage.0.steps=300",
-    "stage.1.steps=100",
-    "stage.1.decay=100",
-    "sparsity.entropy_multiplier=1.078",
+    "stage.0.steps=200",
+    "stage.0.lr=4e-3",
+    "stage.0.warmup=50",
+    "stage.1.steps=60",
+    "stage.1.decay=60",
+    "stage.1.lr=4e-3",
+    "sparsity.start=100",
+    "sparsity.entropy_multiplier=1.122",
+    "log_interval=20",
 ]
+# A BlockFFN's weights of AL and CS in the demo's short runs; a DECO's router yields to a tenth.
+BLOCKFFN_WEIGHTS = {"al": 3e-3, "cs": 6e-2}
 TABLE_HEAD = "| objectives | loss, real text | loss, all | TLS | CLS_8 | reuse |"
 
 
@@ -116,6 +124,7 @@ def run(setting: str, out: Path, overrides: list[str], max_seconds: float):
     family, config.sparsity.objective = SETTINGS[setting]
     if family == "blockffn":
         config.model = blockffn_model(config.model)
+        config.sparsity = replace(config.sparsity, **BLOCKFFN_WEIGHTS)
     config.output = str(WORK / "runs" / setting)
     config.data.path, config.data.tokenizer = [str(data)], None
     for stage in config.stage:
