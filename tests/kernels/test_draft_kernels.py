@@ -17,7 +17,9 @@ def test_the_likeliest_tokens(vocab, top, dtype):
     """Equal logits by place; and rows whose best all lie on one lane's way, or are infinite."""
     drawn = np.random.default_rng(vocab)
     logits = drawn.integers(-20, 3, (4, vocab)) / 4.0  # many ties
-    logits[1, :: 32 * top_tokens.SIMDGROUPS] = 5 - np.arange(vocab)[:: 32 * top_tokens.SIMDGROUPS]
+    way = slice(None, None, 32 * top_tokens.SIMDGROUPS)
+    logits[1, way] = 5 + np.arange(vocab)[way] / 512  # better and better
+    logits[3, way] = 9  # all alike
     logits[2] = drawn.permutation(vocab) / 16
     logits[3, vocab // 2] = -np.inf
     logits = mx.array(logits).astype(dtype)
