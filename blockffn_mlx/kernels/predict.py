@@ -101,7 +101,7 @@ CHIPS = {
         build=1.5,
         encode=5.0,
         encode_product=(7.0, 26.0),
-        encode_custom=22.0,
+        encode_custom=10.0,
     ),  # fmt: skip
 }
 
