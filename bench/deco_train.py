@@ -75,7 +75,7 @@ SMALL = [
     "sparsity.entropy_multiplier=1.122",
     "log_interval=20",
 ]
-# A BlockFFN's weights of AL and CS in the demo's short runs; a DECO's router yields to a tenth.
+# A BlockFFN's weights of AL and CS in the demo's short runs; in toy runs a DECO's yielded to less.
 BLOCKFFN_WEIGHTS = {"al": 3e-3, "cs": 6e-2}
 TABLE_HEAD = "| objectives | loss, real text | loss, all | TLS | CLS_8 | reuse |"
 

@@ -110,7 +110,7 @@ class Sparsity:
         objective: Which of "al", "cs" and "entropy" train the router: one, or a list. "entropy" is
             DECO's, its coefficient under control (see `EntropyCoefficient`).
         start: Steps before AL and CS count. A DECO's scores begin small, and AL and CS from the
-            first step on make every token choose the same experts.
+            first step on made every token choose the same experts in toy runs.
         al: Activation locality.
         cs: Chunk sparsification, the initial factor; `hold`, `interval`, `min_ratio`, `max_ratio`,
             `ramp` and `warmup` are those of `AdaptiveFactor`.
