@@ -284,7 +284,7 @@ def attention_alone(note: Rows, tree: Tree, length: int):
     keys, values = cache.update_and_fetch(*new)
     mask = AncestorMask(length, len(tree), among=tree.mask)
     mx.eval(keys, values, mask.array, mask.words)
-    limit, attend.MAX_KERNEL_KEYS = attend.MAX_KERNEL_KEYS, {"cuda": 1 << 20, "metal": 1 << 20}
+    limit, attend.MAX_KERNEL_KEYS = attend.MAX_KERNEL_KEYS, 1 << 20
 
     def kernel(x: mx.array) -> mx.array | None:
         return attend.attention_kernel(x, cache, 0.1, mask)

@@ -16,8 +16,9 @@ from ..kernels import attention, probe
 # Caches that lie in one piece, and what says how many of their rows count.
 FILLED_ROWS = {KVCache: "offset", BatchKVCache: "_idx"}
 # The kernel reads the keys once a token. Over more of them other ways, which read them less often,
-# are faster: plain operations on CUDA, MLX's own tiles on Metal (no Mac has measured it).
-MAX_KERNEL_KEYS = {"cuda": 16384, "metal": 1024}
+# are taken: plain operations on CUDA, 73 to 92 us for a tree of 32 over 2,048 to 8,192 keys of an
+# H200, where the kernel of then took 234 to 816 (docs/speculation.md), and MLX's own on Metal.
+MAX_KERNEL_KEYS = 1024
 # Rows of queries up to which MLX has its fast path on Metal.
 MLX_VECTOR_ROWS = 8
 
@@ -157,7 +158,7 @@ def attention_kernel(
     if backend is None or cache is None or type(cache) not in FILLED_ROWS:
         return None
     keys, values, length = cache.keys, cache.values, getattr(cache, FILLED_ROWS[type(cache)])
-    if keys is None or values is None or length > MAX_KERNEL_KEYS[backend]:
+    if keys is None or values is None or length > MAX_KERNEL_KEYS:
         return None
     looked_at, tree = None, None
     if isinstance(mask, AncestorMask):
