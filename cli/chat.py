@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import stat
 import sys
 
@@ -10,13 +11,14 @@ from .chat_files import go_on
 from .chat_input import LineInput
 from .chat_session import Chat
 from .chat_view import View
-from .common import add_model_flags, make_parser, run_main
+from .common import add_model_flags, complain, make_parser, run_main
 from .draft import add_draft_flags
 from .flags import add_cache_flags, add_format_flags, add_sampling_flags, text
 
 PROG = "blockffn-chat"
 HISTORY, CHATS = "~/.blockffn_chat_history", "~/.blockffn_chats"
 LEAST_CONTEXT = 64
+FIRST_BYTE_SECONDS = 5  # that a pipe beside --prompt has to bring something
 
 
 def parser() -> argparse.ArgumentParser:
@@ -102,6 +104,10 @@ def piped() -> list[Attachment]:
     try:
         kind = os.fstat(sys.stdin.fileno()).st_mode
         if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
+            return []
+        # A pipe that a script left open would keep the message waiting for ever.
+        if stat.S_ISFIFO(kind) and not select.select([sys.stdin], [], [], FIRST_BYTE_SECONDS)[0]:
+            complain(PROG, "nothing comes from the pipe: the message goes without it")
             return []
         data = sys.stdin.buffer.read()
     except (AttributeError, OSError, ValueError):  # closed, or no file at all

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from blockffn_mlx.analysis import footprint
 from blockffn_mlx.analysis.footprint import MemoryNeed, machine_memory, memory_need
 from blockffn_mlx.chat.transcript import load_transcript
+from blockffn_mlx.cli import chat as chat_command
 from helpers.terminal import CHAT
 from helpers.toy_chat import toy_folder, toy_model
 
@@ -170,6 +171,18 @@ def test_memory_advice_names_the_widest_quantisation_that_fits():
     assert quantized.smaller() == (3, 3500)
     assert MemoryNeed(weights=9_000, cache=0, limit=100, bits=16, quantized=False).smaller() is None
     assert MemoryNeed(weights=9_000, cache=0, limit=0, bits=16, quantized=False).fits
+
+
+def test_an_open_pipe_that_brings_nothing_holds_nobody_up(monkeypatch, capsys):
+    monkeypatch.setattr(chat_command, "FIRST_BYTE_SECONDS", 0.01)
+    read, write = os.pipe()
+    with open(read) as silent:
+        monkeypatch.setattr(sys, "stdin", silent)
+        assert chat_command.piped() == []
+        assert "without it" in one_line(capsys.readouterr().err)
+        os.write(write, b"text")
+        os.close(write)
+        assert [a.text for a in chat_command.piped()] == ["text"]
 
 
 def test_a_pipe_brings_the_file_and_the_flag_the_question(folder, tmp_path):
