@@ -32,8 +32,6 @@ from .reader import check_kinds, open_checkpoint, read_json
 from .tokenizer_files import open_tokenizer
 
 WAIT = 0.2  # seconds between two looks at what another process is converting
-# What a config that contradicts the weights or itself can lead to.
-MISFITS = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError)
 
 
 def load(

@@ -10,7 +10,8 @@ from blockffn_mlx.chat.recording import Recording, recording, rows_of_answer
 from helpers.toy_chat import toy_model, toy_tokenizer
 
 
-def test_union_counts_each_pass_once_and_leaves_the_prompt_out():
+@pytest.mark.parametrize("folded", [False, True])
+def test_union_counts_each_pass_once_and_leaves_the_prompt_out(folded):
     scores = np.random.default_rng(0).normal(size=(2, 9, 6)) > 0.6  # [layers, tokens, experts]
     recorded = [[], []]
     meter = Recording(recorded)
@@ -21,6 +22,8 @@ def test_union_counts_each_pass_once_and_leaves_the_prompt_out():
         for layer, rows in zip(recorded, scores, strict=True):
             layer.append(mx.array(rows[None, start:end].astype(np.float32)))
         if index == 0:
+            if folded:  # as a long prompt is while it is read
+                meter.fold()
             meter.restart()
             assert meter.share is None
         else:

@@ -137,3 +137,25 @@ def test_where_the_kernel_is_taken(monkeypatch):
     assert taken("cpu", tree) == []
     assert taken("metal", tree) == taken("metal", "causal") == [9, 64]
     assert taken("cuda", tree) == [1, 2, 8, 9, 64] and taken("cuda", None) == [2, 8, 9, 64]
+
+
+@pytest.mark.parametrize("backend, otherwise", [("cuda", "ops"), ("metal", "mlx")])
+def test_over_more_than_1024_keys_the_kernel_is_not_taken(monkeypatch, backend, otherwise):
+    taken = []
+    monkeypatch.setattr(device, "compute_backend", lambda: backend)
+    monkeypatch.setattr(device, "kernel_backend", lambda: backend)
+    monkeypatch.setattr(probe, "works", lambda *_, **__: True)
+    monkeypatch.setattr(attend, "attention_ops", lambda *_: taken.append("ops"))
+    monkeypatch.setattr(attend, "mlx_attention", lambda *_, **__: taken.append("mlx"))
+
+    def launch(queries, *_, **__):
+        taken.append("kernel")
+        return queries
+
+    monkeypatch.setattr(attend.attention, "launch", launch)
+    for length in (1024, 1025):
+        cache, new = KVCache(), mx.zeros((1, 2, length, 64))
+        keys, values = cache.update_and_fetch(new, new)
+        queries = mx.zeros((1, 2, 16, 64))
+        attend.scaled_dot_product_attention(queries, keys, values, cache, 1.0, "causal")
+    assert taken == ["kernel", otherwise]

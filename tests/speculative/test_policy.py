@@ -204,6 +204,16 @@ def test_a_first_round_at_a_new_shape_is_not_held_against_the_draft(acceptance):
     assert slow.policy.lost == pytest.approx(fast.policy.lost, abs=0.5)
 
 
+def test_what_was_lost_is_a_limit_however_much_the_next_round_promises():
+    policy = AdaptiveWidth(table(CURVES["flat"]))
+    for _ in range(20):
+        policy.record_round(4, [1, 2, 3], 1.05, 0.1)
+    assert policy.width(0) > 1
+    policy.lost = 10.0  # plain tokens; the time spent allows less than one
+    policy.record_round(4, [1, 2, 3], 1.05, 0.1)
+    assert policy.width(0) == 1
+
+
 def test_a_change_of_acceptance_is_followed_both_ways():
     curve = CURVES["linear"]
     machine = Machine(curve, 0.85, AdaptiveWidth(table(curve))).run(300)
