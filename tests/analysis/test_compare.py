@@ -59,7 +59,8 @@ def test_the_measures_by_hand(window):
     model, texts = tiny_model(), documents(window=window)
     other = changed(model)
     found, expected = compare(model, other, texts), by_hand(model, other, texts)
-    # a KL of 1.7e-4 nats from logits in float32, whose roundings are of 1e-7
+    # KLs of 1e-4 nats from logits in float32: a pass in pieces rounds them by 1e-7 otherwise, a few
+    # at a place and less on average
     assert found.tokens == 80 and found.kl == pytest.approx(expected["kl"], rel=1e-4, abs=1e-7)
     assert found.changed == pytest.approx(expected["changed"]) and found.changed > 0
     for name in ("lost", "gained", "lost_score", "tokens"):
@@ -67,7 +68,7 @@ def test_the_measures_by_hand(window):
         assert values == pytest.approx(expected[name].tolist(), abs=1e-5), name
     assert found.layers[0].lost == 0 < found.layers[1].lost
     assert [place.kl for place in found.most] == pytest.approx(
-        expected["most"].tolist(), rel=1e-3, abs=1e-7
+        expected["most"].tolist(), rel=1e-3, abs=1e-6
     )
     place = found.most[0]
     ids = mx.array([texts[int(place.document[-1])].ids])
