@@ -14,6 +14,7 @@ from ..analysis.sparsity import sparsity_of_scores
 from ..paths import plain_file
 from . import chat_files as files
 from .chat_files import shortened
+from .common import reason
 from .flags import MAX_TOKENS, SEED, SHARE, TEMPERATURE, TOP_K, Number
 from .sparsity_view import heat_map_for, save_svg
 
@@ -60,7 +61,7 @@ def run_command(chat: "Chat", line: str):
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             raise
-        chat.view.error(f"{name}: {error}")
+        chat.view.error(f"{name}: {reason(error)}")
 
 
 def show_help(chat: "Chat", argument: str):

@@ -109,14 +109,18 @@ def sessions(chat: "Chat", argument: str):
     if not chats:
         chat.view.note(f"no chat is kept in {chat.sessions.folder}")
         return
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(justify="right", no_wrap=True)
-    table.add_column(style="dim", no_wrap=True)
+    # One column: where room is short, a line loses its date and its end, not the number for /load.
+    has_room = chat.view.console.width >= 40
+    table = Table(box=None, show_header=False, padding=0)
     table.add_column(no_wrap=True, overflow="ellipsis")
+    digits = len(str(min(len(chats), MOST_LISTED)))
     for index, kept in enumerate(chats[:MOST_LISTED], start=1):
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.modified))
         here = " (this one)" if kept.path == chat.sessions.path else ""
-        table.add_row(str(index), when, Text(printable(kept.title) + here))
+        line = Text(f"{index:{digits}}  ")
+        if has_room:
+            line.append(f"{when}  ", style="dim")
+        table.add_row(line.append(printable(kept.title) + here))
     chat.view.show(table)
     more = len(chats) - MOST_LISTED
     rest = f"{more} older ones lie in {chat.sessions.folder}; " if more > 0 else ""

@@ -305,10 +305,10 @@ class Chat:
         if stopped:
             self.view.note("stopped; the chat goes on (/continue: the answer too)")
         elif stats.last and stats.last.finish_reason == "length" and not self._context_is_full():
-            self.view.note(
-                f"cut off at {stats.last.generation_tokens} tokens: /continue goes on, "
-                "/max-tokens or --max-tokens allow more"
-            )
+            more = "/continue goes on, /max-tokens or --max-tokens allow more"
+            if self.settings.prompt is not None:  # nobody types a command
+                more = "--max-tokens allows more"
+            self.view.note(f"cut off at {stats.last.generation_tokens} tokens: {more}")
         if stats.last and (self.view.is_live or self.settings.stats):
             self.view.note(stats.line(full=self.settings.stats))
         self._warn_of_full_context()

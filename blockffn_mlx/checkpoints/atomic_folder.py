@@ -56,13 +56,11 @@ def check_target(target: Path, overwrite: bool, source: Path | None = None):
         source: A folder that is still needed, so that the target must not contain it.
 
     Raises:
-        TargetExists: If the target exists and `overwrite` is False.
+        TargetExists: If the target exists, could be replaced, and `overwrite` is False.
         ValueError: If the target may not be replaced.
     """
     if not os.path.lexists(target):
         return
-    if not overwrite:
-        raise TargetExists(f"{target} exists already: choose another folder, or overwrite it.")
     if source is not None and source.resolve().is_relative_to(target.resolve()):
         raise ValueError(f"{target} is or contains the source, and cannot be replaced by it.")
     if target.is_symlink():
@@ -76,6 +74,8 @@ def check_target(target: Path, overwrite: bool, source: Path | None = None):
             f"{target} is not a model folder that blockffn-mlx wrote, and is left as it is: choose "
             "another one."
         )
+    if not overwrite:  # said last: what may be overwritten is offered, and nothing else
+        raise TargetExists(f"{target} exists already: choose another folder, or overwrite it.")
 
 
 def written_files(folder: Path) -> set[str] | None:

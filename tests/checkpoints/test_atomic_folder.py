@@ -183,17 +183,22 @@ def test_two_writers_do_not_meet(tmp_path):
 def test_what_may_be_overwritten(tmp_path, monkeypatch):
     source, target = tmp_path / "target" / "source", tmp_path / "target"
     source.mkdir(parents=True)
-    with pytest.raises(TargetExists, match="exists already"):
-        check_target(target, overwrite=False)
     with pytest.raises(ValueError, match="contains the source"):
         check_target(target, overwrite=True, source=source)
     for config in ("", "[]", "{}", '{"name": "web app"}', '{"model_type": "llama"}', "[" * 10000):
         (target / "config.json").write_text(config)
         with pytest.raises(ValueError, match="not a model folder that blockffn-mlx wrote"):
             check_target(target, overwrite=True)
+        with pytest.raises(ValueError, match="wrote"):  # overwriting it is not even offered
+            check_target(target, overwrite=False)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is not a folder"):
+        check_target(tmp_path / "file", overwrite=False)
     for config in (OURS, {"blockffn_mlx": {"source": "x"}}, {"model_file": "blockffn_model.py"}):
         (target / "config.json").write_text(json.dumps(config))
         check_target(target, overwrite=True)
+        with pytest.raises(TargetExists, match="exists already"):
+            check_target(target, overwrite=False)
     (tmp_path / "link").symlink_to(target)
     with pytest.raises(ValueError, match="is a link"):
         check_target(tmp_path / "link", overwrite=True)

@@ -117,7 +117,9 @@ def test_what_is_refused_in_place_of_the_last_message_leaves_it(run, folder, tmp
 
 def test_a_cut_answer_says_so(run, folder):
     flags = ("--model", folder, "--prompt", "hi", "--temp", 1, "--seed", 3)
-    assert "cut off at 2 tokens" in run(*flags, "-m", 2)[2]
+    said = run(*flags, "-m", 2)[2]
+    assert "cut off at 2 tokens: --max-tokens allows more" in said  # no command: nobody can type
+    assert "cut off at 2 tokens: /continue" in run(*flags[:2], "-m", 2, stdin="hi\n")[2]
     assert "cut off" not in run(*flags, "-m", -1, "--stop", *"abcdefghijklmnopqrstuvwxyz ")[2]
 
 
@@ -127,6 +129,12 @@ def test_names_that_are_no_files_end_no_chat(run, folder, name):
     status, out, err = run("--model", folder, "-m", 2, stdin=f"hi\n{text}hello again\n")
     assert status == 0 and len(out.split("\n")) >= 2 and len(err.splitlines()) >= 4
     Path("[/b].svg").unlink(missing_ok=True)
+
+
+def test_a_missing_file_is_named_without_the_systems_number(run, folder, tmp_path):
+    status, _, err = run("--model", folder, stdin=f"/file {tmp_path}/nope\n")
+    assert status == 0 and f"/file: {tmp_path}/nope: no such file" in " ".join(err.split())
+    assert "Errno" not in err
 
 
 def test_what_save_writes_load_takes(run, folder, tmp_path):

@@ -60,6 +60,12 @@ def test_chats_are_kept_listed_and_go_on(chat, tmp_path):
     assert asked(first)[-1] == "who am I?" and kept(tmp_path) == [first]
 
 
+def test_a_narrow_list_of_chats_keeps_the_numbers(chat):
+    terminal = chat(columns=20)
+    terminal.enter("My name is Anna.")
+    assert "1 My name is Anna" in terminal.enter("/sessions")
+
+
 def test_a_folder_that_takes_no_chats_is_told_once(chat, tmp_path):
     (tmp_path / "chats").write_text("in the way")
     terminal = chat()
