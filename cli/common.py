@@ -110,7 +110,9 @@ def run_main(prog: str, command: Callable[[], int | None]) -> int:
 
 def reason(error: Exception) -> str:
     """What an error says; of the system's own, the file and its words without their number."""
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename is None:  # writing to what is open: a full disk, a limit
+            return error.strerror.lower()
         name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else error.filename
         return f"{name}: {error.strerror.lower()}"
     return str(error)

@@ -1,6 +1,7 @@
 """How commands start: Ctrl-C at any moment, no backend, closed streams, odd surroundings."""
 
 import ast
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import blockffn_mlx as bf
+from blockffn_mlx.cli.common import reason
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
@@ -171,3 +173,10 @@ resource.setrlimit = strict
         assert result.returncode == 0, result.stderr
     elif result.returncode:
         assert "open files" in one_line(result.stderr)
+
+
+def test_what_the_system_refuses_is_said_without_its_number():
+    words = os.strerror(errno.ENOSPC)  # a write to an open file has no name
+    assert reason(OSError(errno.ENOSPC, words)) == words.lower()
+    assert reason(OSError(errno.ENOSPC, words, "a.txt")) == f"a.txt: {words.lower()}"
+    assert reason(OSError("a sentence")) == "a sentence"
