@@ -18,7 +18,7 @@ from .flags import add_cache_flags, add_format_flags, add_sampling_flags, text
 PROG = "blockffn-chat"
 HISTORY, CHATS = "~/.blockffn_chat_history", "~/.blockffn_chats"
 LEAST_CONTEXT = 64
-FIRST_BYTE_SECONDS = 5  # that a pipe beside --prompt has to bring something
+QUIET_SECONDS = 5  # that a pipe beside --prompt may be silent before a word is said
 
 
 def parser() -> argparse.ArgumentParser:
@@ -105,10 +105,9 @@ def piped() -> list[Attachment]:
         kind = os.fstat(sys.stdin.fileno()).st_mode
         if not (stat.S_ISFIFO(kind) or stat.S_ISREG(kind)):
             return []
-        # A pipe that a script left open would keep the message waiting for ever.
-        if stat.S_ISFIFO(kind) and not select.select([sys.stdin], [], [], FIRST_BYTE_SECONDS)[0]:
-            complain(PROG, "nothing comes from the pipe: the message goes without it")
-            return []
+        # What fills it may be slow; and a script may have left it open and wonder.
+        if stat.S_ISFIFO(kind) and not select.select([sys.stdin], [], [], QUIET_SECONDS)[0]:
+            complain(PROG, "waiting for the pipe on stdin; without one, add < /dev/null")
         data = sys.stdin.buffer.read()
     except (AttributeError, OSError, ValueError):  # closed, or no file at all
         return []

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from mlx.utils import tree_flatten
@@ -181,16 +183,20 @@ def test_memory_advice_names_the_widest_quantisation_that_fits():
     assert MemoryNeed(weights=9_000, cache=0, limit=0, bits=16, quantized=False).fits
 
 
-def test_an_open_pipe_that_brings_nothing_holds_nobody_up(monkeypatch, capsys):
-    monkeypatch.setattr(chat_command, "FIRST_BYTE_SECONDS", 0.01)
+def test_a_slow_pipe_is_waited_for_and_a_silent_one_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(chat_command, "QUIET_SECONDS", 0.01)
     read, write = os.pipe()
-    with open(read) as silent:
-        monkeypatch.setattr(sys, "stdin", silent)
-        assert chat_command.piped() == []
-        assert "without it" in one_line(capsys.readouterr().err)
+
+    def late():
+        time.sleep(0.3)
         os.write(write, b"text")
         os.close(write)
+
+    with open(read) as slow:
+        monkeypatch.setattr(sys, "stdin", slow)
+        Thread(target=late).start()
         assert [a.text for a in chat_command.piped()] == ["text"]
+    assert "< /dev/null" in one_line(capsys.readouterr().err)
 
 
 def test_a_pipe_brings_the_file_and_the_flag_the_question(folder, tmp_path):
