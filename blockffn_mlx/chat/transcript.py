@@ -39,7 +39,7 @@ def save_transcript(path: str | Path, messages: Pairs, dropped: Pairs = ()):
         messages, dropped: As in `in_order`.
 
     Raises:
-        ValueError: If something other than a plain file is there.
+        ValueError: If something other than a plain file is there, or one that holds no chat.
         OSError: If the file cannot be written.
     """
     _write(path, "".join(map(_line, in_order(messages, dropped))))
@@ -81,8 +81,21 @@ def _write(path: str | Path, text: str):
     path = plain_file(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent}")
+    if path.exists() and path.stat().st_size and not holds_a_chat(path):
+        raise ValueError(f"{path} holds something else than a chat: give another name")
     with replacing(path, PRIVATE_FILE) as file:
         file.write(text.encode("utf-8", "replace"))
+
+
+def holds_a_chat(path: Path) -> bool:
+    """Whether a file is one that this module wrote, in any of its forms."""
+    try:
+        if path.suffix.lower() == ".md":
+            start = path.read_text(encoding="utf-8")
+            return start.startswith("# ") and ("\n## You\n" in start or "\n## System\n" in start)
+        return bool(load_transcript(path))
+    except ValueError:
+        return False
 
 
 def load_transcript(path: str | Path) -> list[tuple[str, str]]:

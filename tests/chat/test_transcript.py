@@ -50,7 +50,7 @@ def test_a_chat_is_saved_to_plain_files_only(tmp_path, kind):
 
 def test_saving_through_a_link_keeps_the_link_and_the_files_mode(tmp_path):
     file, link = tmp_path / "file", tmp_path / "link"
-    file.write_text("old")
+    file.write_text('{"role": "user", "content": "old"}\n')
     file.chmod(0o640)
     link.symlink_to(file)
     save_transcript(link, [("user", "hi")])
@@ -180,3 +180,17 @@ def test_without_a_home_folder_nothing_is_kept():
     sessions.keep([], [], "toy")
     with pytest.raises(OSError, match="home"):
         sessions.keep([("user", "hi")], [], "toy")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "README.md", "data.jsonl"])
+def test_what_is_no_chat_is_not_written_over(tmp_path, name):
+    file, chat = tmp_path / name, [("user", "hi"), ("assistant", "hello")]
+    file.write_text("# Mine\n")
+    write = save_transcript if name == "notes.txt" else export_chat
+    with pytest.raises(ValueError, match="something else than a chat"):
+        write(file, chat)
+    assert file.read_text() == "# Mine\n"
+    file.write_text("")
+    write(file, chat)
+    write(file, [*chat, ("user", "again")])
+    assert "again" in file.read_text()
