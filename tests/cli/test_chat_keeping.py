@@ -126,4 +126,4 @@ def test_files_to_ask_about(chat, tmp_path):
     terminal.enter("/file off")
     terminal.enter("nothing")
     assert asked(*kept(tmp_path))[1:] == ["nothing"]
-    assert "No such file" in terminal.enter("/file /nowhere")
+    assert "no such file" in terminal.enter("/file /nowhere")
