@@ -141,5 +141,6 @@ def draw(document: dict[str, Any]):
     if not all(row["bandwidth_measured"] for row in rows):
         console.print("* bandwidth taken from related chips that were measured", style="dim")
     console.print(
-        "Prompts are taken as dense: which experts they use is not in the graph.", style="dim"
+        "Predicted; in prompts every expert counts for the share of tokens that use it (--tls).",
+        style="dim",
     )
