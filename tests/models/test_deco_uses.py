@@ -1,9 +1,7 @@
 """What takes a BlockFFN takes a DECO: drafts, training, LoRA, predictions, several processes."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -15,6 +13,7 @@ from blockffn_mlx.cli import chat, generate, train, train_draft
 from blockffn_mlx.cli import inspect as inspect_command
 from blockffn_mlx.models import deco
 from blockffn_mlx.speculative import load_draft
+from helpers.commands import run_in_two_processes
 from helpers.deco_models import TINY, tiny
 from helpers.models import GOLDEN
 
@@ -137,14 +136,11 @@ def test_its_passes_are_predicted_from_a_config(bits):
 
 
 SHARD_PROGRAM = """
-import sys
 import mlx.core as mx
-sys.path.insert(0, {tests!r})
 from helpers.deco_models import tiny
 model = tiny()
 ids = mx.array([[3, 1, 4, 1, 5, 9, 2, 6]])
 expected = model(ids)
-scores = model.layers[1].mlp.finish
 group = mx.distributed.init(strict=True)
 model.shard(group)
 errors = []
@@ -155,22 +151,15 @@ for backend in ("ops", "dense", "grouped"):
     found = mx.concatenate([model(ids[:, :5], cache), model(ids[:, 5:], cache)], axis=1)
     errors.append(mx.abs(found - expected).max().item())
 held = model.layers[1].mlp.expert_up_proj.weight.shape[0]
-print(f"rank {{group.rank()}} of {{group.size()}} {{held}} experts: {{max(errors) < 1e-4}}")
+print(f"rank {group.rank()} of {group.size()} {held} experts: {max(errors) < 1e-4}")
 """
 
 
 def test_two_processes_give_one_process_logits(tmp_path):
     """Nine experts, of which one process holds four and the other five."""
-    program = tmp_path / "shard.py"
-    program.write_text(SHARD_PROGRAM.format(tests=str(Path(__file__).parents[1])))
-    launch = Path(sys.executable).with_name("mlx.launch")
-    result = subprocess.run(
-        [launch, "-n", "2", "--backend", "ring", "--python", sys.executable, program],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("rank"))
+    lines, errors = run_in_two_processes(SHARD_PROGRAM, tmp_path)
     expected = ["rank 0 of 2 4 experts: True", "rank 1 of 2 5 experts: True"]
-    assert lines == expected, result.stderr
+    assert lines == expected, errors
 
 
 def test_shard_refuses_what_does_not_divide():

@@ -1,9 +1,6 @@
 """The model against golden data, a numpy oracle, and the traps that a port falls into."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,6 +12,7 @@ from mlx_lm.models.cache import BatchKVCache
 import blockffn_mlx as bf
 from blockffn_mlx.models.attention import Positions, RoPE
 from helpers import oracle
+from helpers.commands import run_in_two_processes
 from helpers.models import GOLDEN_MODELS, tiny_model
 
 # Largest absolute error in float32, the issue's own figure for golden data.
@@ -234,9 +232,7 @@ def test_unknown_settings_are_named(field, value):
 
 
 SHARD_PROGRAM = """
-import sys
 import mlx.core as mx
-sys.path.insert(0, {tests!r})
 from helpers.models import tiny_model
 for kind in ("vanilla", "mla"):
     model = tiny_model(attention_type=kind)
@@ -248,22 +244,15 @@ for kind in ("vanilla", "mla"):
     sharded = mx.concatenate([model(ids[:, :5], cache), model(ids[:, 5:], cache)], axis=1)
     error = mx.abs(sharded - expected).max().item()
     heads = model.layers[0].self_attn.num_heads
-    print(f"rank {{group.rank()}} of {{group.size()}} {{kind}} {{heads}} heads: {{error < 1e-4}}")
+    print(f"rank {group.rank()} of {group.size()} {kind} {heads} heads: {error < 1e-4}")
 """
 
 
 def test_two_processes_give_one_process_logits(tmp_path):
-    program = tmp_path / "shard.py"
-    program.write_text(SHARD_PROGRAM.format(tests=str(Path(__file__).parents[1])))
-    launch = Path(sys.executable).with_name("mlx.launch")
-    result = subprocess.run(
-        [launch, "-n", "2", "--backend", "ring", "--python", sys.executable, program],
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("rank"))
+    lines, errors = run_in_two_processes(SHARD_PROGRAM, tmp_path)
     assert lines == [
         f"rank {rank} of 2 {kind} 2 heads: True" for rank in (0, 1) for kind in ("mla", "vanilla")
-    ], result.stderr
+    ], errors
 
 
 def test_shard_refuses_what_does_not_divide():
