@@ -21,6 +21,7 @@ import blockffn_mlx as bf
 from blockffn_mlx.chat.recording import recording
 from blockffn_mlx.cli.chat_strip import ExpertStrip
 from blockffn_mlx.cli.chat_view import LiveAnswer
+from blockffn_mlx.models.activation import routed_indices
 
 TOKENS = 256
 WAYS = ("alone", "recorded", "drawn", "drawn with the strip")
@@ -30,7 +31,8 @@ def decode_ms(model, prompt: mx.array, way: str) -> tuple[float, float]:
     """Milliseconds a token: of the clock, of the CPU."""
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=30)
     with recording(model, way in ("recorded", "drawn with the strip")) as record:
-        strip = ExpertStrip(record.latest) if way == "drawn with the strip" else None
+        with_strip = way == "drawn with the strip"
+        strip = ExpertStrip(record.latest, routed_indices(model)) if with_strip else None
         with LiveAnswer(console, None, strip) as shown:
             for index, _ in enumerate(generate_step(prompt, model, max_tokens=TOKENS)):
                 if index == 0:

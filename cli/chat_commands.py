@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..analysis.sparsity import sparsity_of_scores
+from ..models.activation import routed_indices
 from ..paths import plain_file
 from . import chat_files as files
 from .chat_files import shortened
@@ -163,14 +164,15 @@ def sparsity(chat: "Chat", argument: str):
         raise ValueError("there is no answer to look at yet")
     scores = [mx.array(layer[None], mx.float32) for layer in active]
     result = sparsity_of_scores(scores, min(8, active.shape[1]))
+    layers = routed_indices(chat.model)
     if argument:
         path = plain_file(argument)
         if path.suffix != ".svg":
             raise ValueError("a picture's name ends in .svg")
-        save_svg(str(path), active, result)
+        save_svg(str(path), active, result, layers)
         chat.view.note(f"saved {argument}")
         return
-    chat.view.show(heat_map_for(chat.view.console, active))
+    chat.view.show(heat_map_for(chat.view.console, active, layers))
     no_pairs = all(math.isnan(ratio) for ratio in result.reuse_per_layer)
     reuse = "none" if no_pairs else f"{result.reuse:.1%}"
     chat.view.note(

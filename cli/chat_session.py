@@ -19,6 +19,7 @@ from ..checkpoints.demo import model_folder
 from ..checkpoints.load import is_converted
 from ..checkpoints.prompt_cache import read_prompt_cache
 from ..ffn.warm import Warmup
+from ..models.activation import routed_indices
 from ..pace import PrefillPace
 from .chat_commands import COMMANDS, Leave, is_command, run_command
 from .chat_header import check_memory, introduce, model_name
@@ -236,7 +237,8 @@ class Chat:
                 turns = "turn" if dropped == 1 else f"{dropped} turns"
                 self.view.warn(f"the context is full: the oldest {turns} no longer count")
             panel = stats.panel if settings.stats else None
-            strip = ExpertStrip(stats.record.latest) if with_strip else None
+            layers = routed_indices(chat.model)
+            strip = ExpertStrip(stats.record.latest, layers) if with_strip else None
             with self.view.answer(panel, strip, settings.markdown) as shown:
                 options["should_stop"] = lambda: interruption.asked
                 options["on_prefill"] = stats.reading(shown.reading)

@@ -6,7 +6,7 @@ read again and again glows.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -32,13 +32,14 @@ class ExpertStrip:
 
     Args:
         latest: Starts fetching the experts [L, E] that the latest pass reads, or None.
+        layers: The layers' numbers in the model.
 
     Attributes:
         used: Booleans [L, E] as last drawn, or None before the first pass.
     """
 
-    def __init__(self, latest: Callable[[], mx.array | None]):
-        self.latest = latest
+    def __init__(self, latest: Callable[[], mx.array | None], layers: Sequence[int]):
+        self.latest, self.layers = latest, layers
         self.used: np.ndarray | None = None
         self.glow: np.ndarray | None = None
         self._coming: mx.array | None = None
@@ -58,10 +59,10 @@ class ExpertStrip:
         if self.used is None or self.glow is None:
             return
         in_ascii = options.ascii_only
-        num_layers, num_experts = self.used.shape
-        layout = Layout(num_layers, num_experts, options.max_width)
+        layout = Layout(self.layers, self.used.shape[1], options.max_width)
         for first, last in layout.rows():
-            label = f"{first * layout.merged:>{layout.label_width}} " if layout.label_width else ""
+            number = self.layers[first * layout.merged]
+            label = f"{number:>{layout.label_width}} " if layout.label_width else ""
             yield Segment(label, Style(dim=True))
             for index in range(first, last):
                 layers = slice(index * layout.merged, (index + 1) * layout.merged)
@@ -83,13 +84,13 @@ class Layout:
         label_width: Columns for the number of a row's first layer; 0 where there are none to spare.
     """
 
-    def __init__(self, num_layers: int, num_experts: int, columns: int):
+    def __init__(self, layers: Sequence[int], num_experts: int, columns: int):
         full = math.ceil(num_experts / DOTS)
-        self.label_width = len(str(num_layers - 1)) if columns >= 24 else 0
+        self.label_width = len(str(layers[-1])) if columns >= 24 else 0
         room = max(1, columns - self.label_width - bool(self.label_width))
         self.merged, self.num_experts = 1, num_experts
         while True:
-            groups = math.ceil(num_layers / self.merged)
+            groups = math.ceil(len(layers) / self.merged)
             for rows in range(1, MOST_ROWS + 1):
                 self.per_row = math.ceil(groups / rows)
                 each = (room + 1) // self.per_row  # the last one's gap may be cut off

@@ -12,7 +12,6 @@ from rich.progress import MofNCompleteColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..analysis.compare import routed_indices
 from ..analysis.export import Shape, check_format, exporting
 from ..analysis.page import Page
 from ..analysis.quality import Loss
@@ -20,6 +19,7 @@ from ..analysis.reading import Document, Tokens, watch
 from ..analysis.sparsity import SparsityReport
 from ..analysis.usage import Usage
 from ..checkpoints.demo import DEMO
+from ..models.activation import routed_indices
 from ..paths import new_file, replace_text
 from .common import (
     add_model_flags,
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     console = PlainConsole()
     if not args.json:
         console.print(heat_map_for(console, found.share, found.layers))
-        console.print(layer_table(found.report, found.share, found.usage.tokens, found.layers))
+        console.print(layer_table(found.report, found.share, found.layers, found.usage.tokens))
         for layer in found.others:
             console.print(f"Layer {layer} has no router; it is not counted.")
         if args.tokens:
@@ -210,7 +210,8 @@ class Findings:
             "cls": known(report.cls),
             "reuse": known(report.reuse),
             "layers": [
-                {"tls": tls, "cls": known(cls), "reuse": known(reuse)} for tls, cls, reuse in rows
+                {"layer": layer, "tls": tls, "cls": known(cls), "reuse": known(reuse)}
+                for layer, (tls, cls, reuse) in zip(self.layers, rows, strict=True)
             ],
             "tokens": [{"id": i, "text": text} for i, text in tokens],
             "experts": used,
@@ -252,7 +253,7 @@ def look(
             facts["perplexity"] = f"{found.loss.figures()['perplexity']:.2f}"
         replace_text(targets["html"], page.render(facts))
     if "svg" in targets:
-        save_svg(targets["svg"], found.share, found.report, found.usage.tokens, layers)
+        save_svg(targets["svg"], found.share, found.report, layers, found.usage.tokens)
     return found
 
 

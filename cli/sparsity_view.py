@@ -21,30 +21,30 @@ NARROWEST = 8  # cells of a row of experts
 
 def heat_map(
     active: np.ndarray,
+    layers: Sequence[int],
     width: int = 80,
     in_color: bool = True,
     in_ascii: bool = False,
-    layers: Sequence[int] | None = None,
 ) -> Group:
     """Layers by experts, coloured by the share of tokens that use the expert.
 
     Args:
         active: [L, T, E], booleans, or shares of tokens.
+        layers: The layers' numbers in the model.
         width: Columns of the terminal; experts share a cell where they would not fit.
         in_color: Whether colours tell the shares apart; otherwise the cells' density does.
         in_ascii: Whether only ASCII can be shown.
-        layers: The layers' numbers; from 0 on if None.
     """
     share = active.mean(axis=1)
     glyphs = ASCII_DENSITIES if in_ascii else DENSITIES
     if in_color and not in_ascii:
         glyphs = "█" * len(SHADES)
-    labels = max(len("layer"), len(str(len(share))))
+    labels = max(len("layer"), len(str(layers[-1])))
     per_cell = -(-share.shape[1] // max(NARROWEST, width - labels - 3))
     table = Table(box=None, pad_edge=False)
     table.add_column("layer", justify="right", style="dim", no_wrap=True, min_width=labels)
     table.add_column(f"experts 0 to {share.shape[1] - 1}", no_wrap=True, overflow="crop")
-    for index, row in zip(layers or range(len(share)), share, strict=True):
+    for index, row in zip(layers, share, strict=True):
         cells = [row[i : i + per_cell].mean() for i in range(0, len(row), per_cell)]
         line = Text()
         for value in cells:
@@ -59,19 +59,17 @@ def heat_map(
     return Group(title, table, legend)
 
 
-def heat_map_for(
-    console: Console, active: np.ndarray, layers: Sequence[int] | None = None
-) -> Group:
+def heat_map_for(console: Console, active: np.ndarray, layers: Sequence[int]) -> Group:
     """`heat_map` as wide as a console, in colours and characters that it shows."""
     in_color = console.color_system is not None and not console.no_color
-    return heat_map(active, console.width, in_color, console.options.ascii_only, layers)
+    return heat_map(active, layers, console.width, in_color, console.options.ascii_only)
 
 
 def layer_table(
     result: SparsityReport,
     active: np.ndarray,
+    layers: Sequence[int],
     tokens: int | None = None,
-    layers: Sequence[int] | None = None,
 ) -> Table:
     """TLS, CLS and reuse per layer, and their means; `active` and `layers` as for `heat_map`."""
     tokens = active.shape[1] if tokens is None else tokens
@@ -80,7 +78,7 @@ def layer_table(
         table.add_column(name, justify="right")
     per_token = active.sum(axis=2).mean(axis=1)
     rows = zip(
-        layers or range(len(per_token)),
+        layers,
         result.tls_per_layer,
         result.cls_per_layer,
         result.reuse_per_layer,
@@ -104,12 +102,12 @@ def save_svg(
     path: str | Path,
     active: np.ndarray,
     result: SparsityReport,
+    layers: Sequence[int],
     tokens: int | None = None,
-    layers: Sequence[int] | None = None,
 ):
     """Writes the heat map and the table as an SVG picture, whole or not at all."""
     width = active.shape[2] + 14
     console = Console(record=True, width=max(64, width), file=io.StringIO(), force_terminal=True)
-    console.print(heat_map(active, width, layers=layers))
-    console.print(layer_table(result, active, tokens, layers))
+    console.print(heat_map(active, layers, width))
+    console.print(layer_table(result, active, layers, tokens))
     replace_text(Path(path), console.export_svg(title="BlockFFN expert activation"))

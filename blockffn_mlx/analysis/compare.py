@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..models.activation import has_router
+from ..models.activation import routed_indices
 from .quality import Loss
 from .reading import Document, Stretch, log_probabilities, next_nats, read
 
@@ -207,11 +207,6 @@ def compare(
         experts.changes() if experts else None,
         most,
     )
-
-
-def routed_indices(model: Any) -> list[int]:
-    """Indices of the layers that have a router."""
-    return [i for i, layer in enumerate(model.layers) if has_router(layer)]
 
 
 def _divergence(ours: Stretch, theirs: Stretch) -> tuple[np.ndarray, np.ndarray]:

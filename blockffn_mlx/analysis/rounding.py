@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays import named_arrays
 from ..checkpoints.load import dequantize
 from ..checkpoints.shards import plan_quantization
-from ..models.activation import has_router
+from ..models.activation import routed_indices
 from ..quantisation import Quantization, resolve_quantization
 
 # A scale and a bias of 16 bits for each group.
@@ -100,7 +100,7 @@ def bits_by_use(
         What `bf.convert` and mlx-lm take as `quant_predicate`.
     """
     used = np.asarray(share).mean(axis=1)
-    routed = [i for i, layer in enumerate(model.layers) if has_router(layer)]
+    routed = routed_indices(model)
     count = len(used) // 2 if layers is None else layers
     most = {routed[i] for i in np.argsort(-used, kind="stable")[:count]}
     bits = {

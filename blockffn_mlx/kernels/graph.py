@@ -1,12 +1,13 @@
 """What a function launches on a GPU, read off the graph that MLX exports: nothing is computed."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+
+from .tracing import STAND_IN, tracing
 
 # Operations on shapes and strides; MLX launches nothing for them unless the data has to move.
 VIEWS = {
@@ -16,11 +17,7 @@ VIEWS = {
 # MLX compiles its activations: what multiplies the result of one of these runs in the same launch.
 ACTIVATION_CORES = {"Sigmoid", "Erf", "Tanh"}
 PRODUCTS_OF_AN_ACTIVATION = 2  # x * sigmoid(x), and the gate's other half
-STAND_IN = "stand_in_"
 SMALL_STAND_INS = ("rms_norm", "layer_norm", "rope", "dequantize", "contiguous", "compiled")
-
-
-_tracing = False
 
 
 @dataclass(frozen=True)
@@ -100,94 +97,10 @@ def trace(function: Callable[..., Any], *arguments: mx.array) -> Graph:
     Raises:
         ValueError: If MLX cannot export an operation, or the function reads a value.
     """
-    global _tracing
     walk = _Walk()
-    with stand_ins():
-        _tracing = True
-        try:
-            mx.export_function(walk, function, *arguments)
-        finally:
-            _tracing = False
+    with tracing():
+        mx.export_function(walk, function, *arguments)
     return Graph(list(walk.launches.values()), walk.num_primitives)
-
-
-def one_launch(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Compiles element-wise work, which `trace` then counts as the one launch that it is.
-
-    Args:
-        function: Of arrays, and of numbers that stay the same; the result is like the first one.
-    """
-    compiled = mx.compile(function)
-
-    def call(x: mx.array, *others: Any) -> mx.array:
-        if _tracing:
-            arrays = [other for other in others if isinstance(other, mx.array)]
-            return _stand_in("compiled", [x, *arrays], x.shape, x.dtype)
-        return compiled(x, *others)
-
-    return call
-
-
-def _stand_in(
-    name: str, arrays: list[mx.array], shape: tuple[int, ...], dtype: mx.Dtype
-) -> mx.array:
-    """A node of the graph with a name of ours."""
-    kernel: Any = mx.fast.metal_kernel(
-        name=STAND_IN + name,
-        input_names=[f"in{i}" for i in range(len(arrays))],
-        output_names=["out"],
-        source="",
-    )
-    (out,) = kernel(
-        inputs=arrays, template=[], grid=(1, 1, 1), threadgroup=(1, 1, 1), output_shapes=[shape],
-        output_dtypes=[dtype],
-    )  # fmt: skip
-    return out
-
-
-def is_tracing() -> bool:
-    """Whether a graph is being made for a GPU that need not be here."""
-    return _tracing
-
-
-@contextmanager
-def stand_ins() -> Iterator[None]:
-    """MLX's fast operations as one node each, which a CPU build would spell out in the graph."""
-
-    def stand_in(name: str, result: Callable[..., tuple[tuple[int, ...], mx.Dtype]]):
-        def call(*inputs, **settings):
-            arrays = [x for x in (*inputs, settings.get("mask")) if isinstance(x, mx.array)]
-            shape, dtype = result(*inputs, **settings)
-            causal = "_causal" if settings.get("mask") == "causal" else ""
-            return _stand_in(name + causal, arrays, shape, dtype)
-
-        return call
-
-    def alike(x, *others, **settings):
-        return x.shape, x.dtype
-
-    def attended(queries, keys, values, **settings):
-        return (*queries.shape[:-1], values.shape[-1]), queries.dtype
-
-    def unpacked(weight, scales, biases=None, group_size=64, bits=4, **settings):
-        return (*weight.shape[:-1], weight.shape[-1] * 32 // (bits or 4)), scales.dtype
-
-    replaced = {
-        (mx.fast, "rms_norm"): stand_in("rms_norm", alike),
-        (mx.fast, "layer_norm"): stand_in("layer_norm", alike),
-        (mx.fast, "rope"): stand_in("rope", alike),
-        (mx.fast, "scaled_dot_product_attention"): stand_in("attention", attended),
-        (mx, "dequantize"): stand_in("dequantize", unpacked),
-        (mx, "contiguous"): stand_in("contiguous", alike),  # MLX cannot export it
-    }
-    originals = {key: getattr(*key) for key in replaced}
-    try:
-        for (module, name), function in replaced.items():
-            setattr(module, name, function)
-        yield
-    finally:
-        for (module, name), function in originals.items():
-            setattr(module, name, function)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,17 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from ..ffn import Observer
-from ..kernels.graph import one_launch
+from ..kernels.tracing import one_launch
 
 
 def routed_layers(model: Any) -> list[Any]:
     """The layers that have a router; a DECO's first ones are dense."""
     return [layer for layer in model.layers if has_router(layer)]
+
+
+def routed_indices(model: Any) -> list[int]:
+    """Their indices in the model, the numbers by which all of it names layers."""
+    return [i for i, layer in enumerate(model.layers) if has_router(layer)]
 
 
 def has_router(layer: Any) -> bool:
@@ -90,7 +95,7 @@ def intervene(model: Any, change: Callable[[int, mx.array], mx.array | None]) ->
     Raises:
         ValueError: In a pass, where `change` gives another shape.
     """
-    layers = [(i, layer.mlp) for i, layer in enumerate(model.layers) if has_router(layer)]
+    layers = [(i, model.layers[i].mlp) for i in routed_indices(model)]
     previous = [mlp.intervention for _, mlp in layers]
     for (index, mlp), outer in zip(layers, previous, strict=True):
 

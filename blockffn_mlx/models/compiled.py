@@ -17,7 +17,7 @@ import mlx.nn as nn
 from .. import device
 from ..ffn import BlockFFN, Plan
 from ..kernels import Sizes
-from ..kernels.graph import is_tracing
+from ..kernels.tracing import is_tracing
 from ..quantisation import Format, Quantization
 from .activation import has_router
 from .attend import scaled_dot_product_attention

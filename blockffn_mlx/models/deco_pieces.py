@@ -12,7 +12,7 @@ import mlx.nn as nn
 from ..ffn import Plan, make_plan
 from ..ffn.plan import NORM_SILU
 from ..kernels import Call, Sizes, residual_down, route
-from ..kernels.graph import one_launch
+from ..kernels.tracing import one_launch
 from .activation import has_router, used_experts
 from .compiled import arrays_of, form_of, is_plain, join, with_transpose
 from .pieces import Arrays, LinearMap, Shape, add_attended

@@ -10,7 +10,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from .. import device
-from ..kernels.graph import is_tracing
+from ..kernels.tracing import is_tracing
 from .attend import Mask, scaled_dot_product_attention
 from .compiled import JOINED, arrays_of, form_of, is_plain, join, with_transpose
 from .pieces import Arrays, Entry, LinearMap, Shape

@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from ..ffn import Plan, make_plan
 from ..kernels import Call, Sizes, linear, normed, residual_down, route
-from ..kernels.graph import one_launch
+from ..kernels.tracing import one_launch
 from ..quantisation import Format
 from .activation import used_experts
 

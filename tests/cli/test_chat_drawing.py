@@ -198,7 +198,7 @@ def experts(num_layers: int, num_experts: int, *used: tuple[int, int]) -> Expert
     read = np.zeros((num_layers, num_experts), bool)
     for pair in used:
         read[pair] = True
-    strip = ExpertStrip(lambda: mx.array(read))
+    strip = ExpertStrip(lambda: mx.array(read), range(num_layers))
     strip.advance()
     strip.advance()
     return strip
@@ -233,13 +233,13 @@ def test_the_strip_fits_in_two_rows_of_any_width(shape, columns):
 
 def test_the_strip_follows_the_answer_and_goes_away():
     read = [np.eye(2, 16, k, dtype=bool) for k in range(9)]
-    strip = ExpertStrip(lambda: mx.array(read.pop(0)))
+    strip = ExpertStrip(lambda: mx.array(read.pop(0)), [1, 2])
     screen = Screen()
     with LiveAnswer(screen.console, None, strip) as answer:
         for _ in range(3):
             answer.due = 0.0
             answer.feed("word ")
-        assert screen.text == "word word word\n0 ⠄⠀ ⡀⠀"
+        assert screen.text == "word word word\n1 ⠄⠀ ⡀⠀"
     assert screen.text == "word word word"
     glow = strip.glow.copy()
     strip.latest = lambda: mx.zeros((2, 16), mx.bool_)
@@ -251,7 +251,7 @@ def test_the_strip_follows_the_answer_and_goes_away():
 def test_no_drawing_waits_for_a_pass():
     """What is shown is a pass that was asked for at the drawing before."""
     asked = []
-    strip = ExpertStrip(lambda: asked.append(len(asked)) or mx.full((1, 8), len(asked) > 1))
+    strip = ExpertStrip(lambda: asked.append(len(asked)) or mx.full((1, 8), len(asked) > 1), [0])
     strip.advance()
     assert strip.used is None
     strip.advance()
@@ -264,11 +264,11 @@ def test_heat_maps_keep_their_layers_on_any_terminal(columns, options):
     active = np.ones((12, 2, 64), bool)
     active[3] = False
     console = Console(width=columns, force_terminal=True, **options)
-    shown = console.render_lines(heat_map_for(console, active), pad=False)
+    shown = console.render_lines(heat_map_for(console, active, range(1, 13)), pad=False)
     rows = ["".join(s.text for s in row).split() for row in shown]
     cells = {row[0]: row[1] for row in rows if len(row) == 2 and row[0].isdecimal()}
-    assert set(map(str, range(12))) <= set(cells)
-    assert len(cells["3"]) >= min(64, columns - 9)
+    assert set(map(str, range(1, 13))) <= set(cells)
+    assert len(cells["4"]) >= min(64, columns - 9)
     if options:  # without colours the characters differ
-        assert cells["2"] != cells["3"]
+        assert cells["3"] != cells["4"]
         assert all("".join(row).isascii() for row in rows)

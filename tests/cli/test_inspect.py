@@ -184,3 +184,7 @@ def test_layers_have_the_models_numbers(converted):
     named = [line.split("│")[1].strip() for line in rows.splitlines() if line.count("│") > 3]
     first = json.loads((folder / "config.json").read_text())["moe_layer_freq"].index(1)
     assert first > 0 and named[0] == str(first) and len(named) == len(found["layers"]) + 1
+    assert [layer["layer"] for layer in found["layers"]] == list(map(int, named[:-1]))
+    talk = run("chat", "--model", folder, "-m", "4", input="some words here\n/sparsity\n").stdout
+    drawn = talk.split("experts 0 to")[1].splitlines()[1:]
+    assert [row.split()[0] for row in drawn[: len(named) - 1]] == named[:-1]
