@@ -131,6 +131,7 @@ sys.modules[__name__].__class__ = _Package
 moved.install()
 
 # The commands do both once they have taken over Ctrl-C, and print the sentence themselves.
-if not os.path.basename(sys.argv[0] if sys.argv else "").startswith(("blockffn-", "convert.py")):
+_COMMANDS = ("blockffn-", "convert.py", "-m")  # `python -m` says so until it has found its module
+if not os.path.basename(sys.argv[0] if sys.argv else "").startswith(_COMMANDS):
     require_backend()
     keep_file_limit()

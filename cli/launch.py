@@ -77,6 +77,18 @@ def launch(name: str) -> int:
         leave_at_once()
 
 
+COMMANDS = ("chat", "generate", "convert", "bench", "train", "train_draft", "inspect", "doctor")
+
+
+def run_module(name: str):
+    """Ends Python with the command that is called so, or whose module is."""
+    name = name.rpartition(".")[2].replace("-", "_")
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS).replace("_", "-")
+        raise SystemExit(_refuse(f"{prog}: name one of its commands: {known}"))
+    raise SystemExit(launch(name))
+
+
 prog = "blockffn"
 
 

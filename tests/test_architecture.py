@@ -30,7 +30,7 @@ FLOORS = [
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 SAME_FLOOR = [("device", "version")]  # may import in this direction
 # The front door, the line that converted folders import, former names, and the kernels' source.
-ABOVE = {"__init__", "model", "moved", "metal"}
+ABOVE = {"__init__", "__main__", "model", "moved", "metal"}
 MODULES = [
     path
     for folder in ("blockffn_mlx", "cli", "metal")

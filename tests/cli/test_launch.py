@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import blockffn_mlx as bf
+from blockffn_mlx.cli import launch
 from blockffn_mlx.cli.common import reason
 
 ROOT = Path(__file__).parents[2]
@@ -73,6 +74,15 @@ def test_the_package_is_imported_at_its_first_use():
     code = "import sys, blockffn_mlx.cli.launch; print(*sys.modules)"
     loaded = run([sys.executable, "-c", code]).stdout.split()
     assert "mlx_lm" not in loaded and "numpy" not in loaded
+
+
+def test_python_dash_m_starts_commands():
+    assert [f"blockffn-{name.replace('_', '-')}" for name in launch.COMMANDS] == [*COMMANDS]
+    for module in (["blockffn_mlx.cli.train_draft"], ["blockffn_mlx", "train-draft"]):
+        shown = run([sys.executable, "-m", *module, "--help"], cwd=ROOT).stdout
+        assert shown.startswith("usage: blockffn-train-draft"), module
+    other = run([sys.executable, "-m", "blockffn_mlx.cli.flags"], cwd=ROOT)
+    assert other.returncode == 1 and "train, train-draft" in one_line(other.stderr)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
