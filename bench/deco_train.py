@@ -2,13 +2,16 @@
 
 usage: deco_train.py keep FOLDER               keep what FOLDER has of the text
        deco_train.py run SETTING OUT [--set TABLE.KEY=VALUE ...] [--max-seconds N]
-       deco_train.py table OUT                 the table of all finished runs
+       deco_train.py all OUT [--gpus N] [--jobs N] [--max-seconds N] [--set ...]    every setting
        deco_train.py small OUT [--jobs 2]      every setting at SMALL's size, for a CPU
+       deco_train.py table OUT                 the table of all finished runs
 
-SETTING is one of SETTINGS; its record is OUT/SETTING.json, written as soon as the run ends. One run
-takes one GPU (CUDA_VISIBLE_DEVICES). Text and compiled kernels are kept in DECO_WORK (~/deco): the
-text may come in several calls of keep, the manifest first, large files cut by split(1)
-(NAME.u16.xz.aa, .ab, ...). A pack that never came whole is left out, and the record says so.
+SETTING is one of SETTINGS; OUT/SETTING.jsonl has its figures as they come, OUT/SETTING.json its
+record. What ran out of time goes on by the same command. `run` takes one GPU, `all` shares the
+settings out, without MLX's compiler: on CUDA it makes some 70 kernels of a training step, four
+seconds each. Text and kernels are kept in DECO_WORK (~/deco): the text may come in several calls of
+keep, the manifest first, large files cut by split(1) (NAME.u16.xz.aa, .ab, ...). A pack that never
+came whole is left out, and the record says so.
 """
 
 import argparse
@@ -16,6 +19,7 @@ import json
 import lzma
 import math
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -26,10 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = Path(os.environ.get("DECO_WORK", Path.home() / "deco"))
-GPU = os.environ.get(
-    "CUDA_VISIBLE_DEVICES", "0"
-)  # two that compile at once must not share a folder
-os.environ.setdefault("MLX_PTX_CACHE_DIR", str(WORK / f"kernels-{GPU}"))
+os.environ.setdefault("MLX_PTX_CACHE_DIR", str(WORK / "kernels-0"))
 sys.path.insert(0, str(ROOT))
 
 import mlx.core as mx  # noqa: E402
@@ -130,11 +131,13 @@ def run(setting: str, out: Path, overrides: list[str], max_seconds: float):
     for stage in config.stage:
         stage.weights = {n: w for n, w in (stage.weights or {}).items() if n not in missing}
     model, corpus, _ = prepare(config)
-    records: list[dict] = []
+    out.mkdir(parents=True, exist_ok=True)
 
     def tell(record: dict):
-        records.append({k: v for k, v in record.items() if k != "sources"} | {"at": seconds()})
-        print(setting, json.dumps(records[-1]), flush=True)
+        line = json.dumps({k: v for k, v in record.items() if k != "sources"} | {"at": seconds()})
+        print(setting, line, flush=True)
+        with open(out / f"{setting}.jsonl", "a") as file:
+            file.write(line + "\n")
 
     def seconds() -> float:
         return time.perf_counter() - begin
@@ -154,7 +157,6 @@ def run(setting: str, out: Path, overrides: list[str], max_seconds: float):
         "overrides": overrides,
         "log": [record for record in log if record["kind"] == "train"],
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / f"{setting}.json").write_text(json.dumps(result, indent=1))
     print(table(out), flush=True)
 
@@ -169,24 +171,41 @@ def blockffn_model(model: dict) -> dict:
     return {**own, "norm_after_router": "rms", "rms_norm_eps": 1e-5, **scalings}
 
 
-def run_small(out: Path, jobs: int, overrides: list[str]):
-    """All settings at SMALL's size, some at a time."""
-    flags = [flag for override in [*SMALL, *overrides] for flag in ("--set", override)]
+def run_all(out: Path, jobs: int, gpus: int, overrides: list[str], max_seconds: float = math.inf):
+    """All settings that are not finished, some at a time; worker i takes GPU i modulo `gpus`."""
+    flags = [flag for override in overrides for flag in ("--set", override)]
+    end = time.perf_counter() + max_seconds
+    workers: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for worker in range(jobs):
+        workers.put(worker)
 
     def one(setting: str):
-        command = [sys.executable, __file__, "run", setting, str(out), *flags]
-        subprocess.run(command, check=True)
+        worker, left = workers.get(), end - time.perf_counter()
+        # Two that compile at once must not share a folder.
+        own = {"MLX_PTX_CACHE_DIR": str(WORK / f"kernels-{worker}")}
+        if gpus:
+            own |= {"CUDA_VISIBLE_DEVICES": str(worker % gpus), "MLX_DISABLE_COMPILE": "1"}
+        if left > 0 and not is_finished(out / f"{setting}.json"):
+            command = [sys.executable, __file__, "run", setting, str(out), *flags]
+            subprocess.run([*command, "--max-seconds", str(left)], env=os.environ | own)
+        workers.put(worker)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(one, SETTINGS))
+    print(table(out), flush=True)
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a record is of a run that came to its end."""
+    return path.exists() and json.loads(path.read_text())["finished"]
 
 
 def table(out: Path) -> str:
     """Markdown of the finished runs in a folder."""
     lines = [TABLE_HEAD, "| --- " * 6 + "|"]
     for path in (out / f"{name}.json" for name in SETTINGS):
-        record = json.loads(path.read_text()) if path.exists() else {"finished": False}
-        if record["finished"]:
+        if is_finished(path):
+            record = json.loads(path.read_text())
             real, everything = record["real"], record["all"]["loss"]
             shares = [f"{real[name]:.1%}" for name in ("tls", "cls_8", "reuse")]
             cells = [path.stem, f"{real['loss']:.3f}", f"{everything:.3f}", *shares]
@@ -203,18 +222,25 @@ def main():
     small.add_argument("out", type=Path)
     small.add_argument("--jobs", type=int, default=2)
     small.add_argument("--set", action="append", default=[])
+    every = commands.add_parser("all")
+    every.add_argument("out", type=Path)
+    every.add_argument("--gpus", type=int, default=1)
+    every.add_argument("--jobs", type=int, help="runs at a time; one a GPU by default")
     runner = commands.add_parser("run")
     runner.add_argument("setting", choices=SETTINGS)
     runner.add_argument("out", type=Path)
-    runner.add_argument("--set", action="append", default=[])
-    runner.add_argument("--max-seconds", type=float, default=math.inf)
+    for parsed in (every, runner):
+        parsed.add_argument("--set", action="append", default=[])
+        parsed.add_argument("--max-seconds", type=float, default=math.inf)
     args = parser.parse_args()
     if args.command == "keep":
         keep(args.folder)
     elif args.command == "table":
         print(table(args.out))
     elif args.command == "small":
-        run_small(args.out, args.jobs, args.set)
+        run_all(args.out, args.jobs, 0, [*SMALL, *args.set])
+    elif args.command == "all":
+        run_all(args.out, args.jobs or args.gpus, args.gpus, args.set, args.max_seconds)
     else:
         run(args.setting, args.out, args.set, args.max_seconds)
 
