@@ -15,9 +15,8 @@ from . import known_type  # noqa: F401
 from .activation import count_experts, counted_share, record_router_scores
 from .attend import Mask
 from .attention import Attention, MLAttention, Positions
-from .compiled import CompiledPasses, layer_halves
+from .compiled import CompiledPasses
 from .padding import without_padding
-from .pieces import LinearMap
 
 
 @dataclass
@@ -289,17 +288,6 @@ class Model(nn.Module):
             shard_inplace(layer.mlp.up_proj, "all-to-sharded", group=group)
             shard_inplace(layer.mlp.down_proj, "sharded-to-all", group=group)
             layer.mlp.sharding_group = group
-
-    def linear_maps(self) -> list[tuple[LinearMap, str]]:
-        """The maps of the layers that kernels compute in short chunks; what is joined with them.
-
-        For who builds kernels before they are needed. None if they are not compiled.
-        """
-        found: dict[tuple[LinearMap, str], None] = {}
-        for entry, leave in filter(None, map(layer_halves, self.layers)):
-            maps = [(entry.projection, "norm"), (leave.output, "residual"), *leave.linear_maps()]
-            found |= dict.fromkeys(maps)
-        return list(found)
 
     @property
     def layers(self) -> list[DecoderLayer]:

@@ -31,10 +31,6 @@ class GatedMap(NamedTuple):
     gate_up: LinearMap
     down: LinearMap
 
-    def linear_maps(self) -> list[tuple[LinearMap, str]]:
-        """The two products, and what is joined with them."""
-        return [(self.gate_up, "norm"), (self.down, "residual")]
-
     def launches(self, shape: Shape) -> tuple[Call | None, Call | None]:
         """Of the two products."""
         gate_up = self.gate_up.launch(shape.rows, shape.backend, "norm")
@@ -67,10 +63,6 @@ class DenseExit(NamedTuple):
     output: LinearMap
     eps: float
     mlp: GatedMap
-
-    def linear_maps(self) -> list[tuple[LinearMap, str]]:
-        """As `pieces.Exit.linear_maps`."""
-        return self.mlp.linear_maps()
 
     def plan(self, shape: Shape) -> Plan:
         """Always the same."""
@@ -107,10 +99,6 @@ class DecoExit(NamedTuple):
     eps: float
     shared: GatedMap
     sizes: Sizes  # for one token
-
-    def linear_maps(self) -> list[tuple[LinearMap, str]]:
-        """As `pieces.Exit.linear_maps`."""
-        return self.shared.linear_maps()
 
     def plan(self, shape: Shape) -> Plan:
         """How the experts are computed."""

@@ -157,10 +157,6 @@ class Exit(NamedTuple):
         sizes = self.sizes._replace(num_tokens=shape.rows)
         return make_plan(sizes, self.act, shape.asked, fused=True)
 
-    def linear_maps(self) -> list[tuple[LinearMap, str]]:
-        """Those behind the output projection, and what is joined with them."""
-        return [(self.router, "norm")]
-
     def launches(self, shape: Shape) -> ExitLaunches:
         """Everything that is launched, made once."""
         output = self.output.launch(shape.rows, shape.backend, "residual")

@@ -10,7 +10,9 @@ import pytest
 
 import metal_host
 from blockffn_mlx import device, kernels
-from blockffn_mlx.ffn.warm import Warmup
+from blockffn_mlx.ffn import warm
+from blockffn_mlx.ffn.warm import Warmup, lengths
+from helpers.deco_models import tiny
 from helpers.models import tiny_model
 
 pytestmark = [
@@ -31,19 +33,30 @@ def on_metal(monkeypatch):
     kernels.build_kernel.cache_clear()
 
 
-def test_every_length_is_built(on_metal):
-    model = tiny_model(**SIZES)
+@pytest.mark.parametrize(
+    ("make", "kernel"), [(tiny_model, "routed_up"), (tiny, "norm_up")], ids=["blockffn", "deco"]
+)
+def test_every_length_is_built(on_metal, make, kernel):
+    model = make(**SIZES)
+    mx.eval(model.parameters())
     warmup = Warmup(model, longest=8)
     warmup.start()
     warmup.join()
     assert warmup.lengths == [1, 2, 4, 8]
-    assert {run.name for run in on_metal} == {
-        "blockffn_routed_up", "blockffn_residual_down", "blockffn_normed"
-    }  # fmt: skip
+    assert f"blockffn_{kernel}" in {run.name for run in on_metal}
     instances = {run.launch.instance for run in on_metal}
     logits = model(mx.array([[3, 4, 5]]), model.make_cache())  # takes the tile of four tokens
     mx.eval(logits)
     assert {run.launch.instance for run in on_metal} == instances
+
+
+def test_a_long_chunk_comes_last(on_metal, monkeypatch):
+    model = tiny_model(**SIZES)
+    monkeypatch.setattr(warm, "lengths", lambda *_: lengths(*_)[-1:])
+    warmup = Warmup(model)
+    warmup.run()
+    assert warmup.lengths == [65]
+    assert "blockffn_grouped_up" in {run.name for run in on_metal}
 
 
 def test_it_stops_when_it_is_told(on_metal):
