@@ -9,6 +9,7 @@ passes, the draft head's network, every wait.
 import random
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -41,8 +42,8 @@ class KnownText:
         num_nodes = len(logprobs)
         depths = self.depths if num_nodes > 1 else [0]
         first = self.cache[0].offset - num_nodes + 1
-        said = mx.array([self.tokens[first + depth] for depth in depths])
-        return mx.argmax(logprobs, axis=-1) * 0 + said  # takes as long as choosing does
+        said = mx.array([self.tokens[first + depth] for depth in depths], mx.uint32)
+        return mx.depends([said], [mx.argmax(logprobs, axis=-1)])[0]  # takes as long as choosing
 
 
 class SetDraft(EagleDrafter):
@@ -75,8 +76,9 @@ class SetDraft(EagleDrafter):
                 above = len(tokens) - count + right
         self.text.depths = depths
         tree = Tree.from_lists(tokens, parents)
-        waited = tree.tokens + 0 * drafted.tokens  # the pass needs what the head computes
-        return Tree(waited, tree.parents, tree.ranks, levels=levels)
+        # the pass waits for what the head computes
+        (waited,) = mx.depends([tree.tokens], [drafted.tokens])
+        return replace(tree, tokens=waited, levels=levels)
 
 
 class TimedPolicy:

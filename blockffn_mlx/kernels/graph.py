@@ -280,8 +280,12 @@ class _Walk:
                 flops=2 * rows * weights, bits=8 * matrix.itemsize * matrix.shape[-1] // dims,
             )  # fmt: skip
             return
-        # only this package's arrays with an axis of experts have three axes
         inputs = [self.ordered(name, x) for x in inputs]
+        if kernel == "blockffn_attention":
+            flops = 4 * math.prod(outputs[0].shape) * inputs[2].shape[2]
+            self.add(name, kernel, "attention", inputs, outputs, flops=flops)
+            return
+        # only this package's arrays with an axis of experts have three axes
         of_experts = [x for x in (*inputs, *outputs) if len(x.shape) == 3 and "blockffn" in kernel]
         if not of_experts:
             self.add(name, kernel, "small", inputs, outputs)

@@ -135,21 +135,28 @@ def count_experts(model: Any, counts: list[mx.array] | None) -> Iterator[None]:
 
 
 # MLX compiles up to 24 arrays into one launch.
-SUMMED_AT_ONCE = 16
+SUMMED_AT_ONCE = 18
 
 
-def total(counts: Sequence[mx.array]) -> mx.array:
-    """Sum of arrays of one shape, in few launches."""
-    while len(counts) > 1:
-        parts = range(0, len(counts), SUMMED_AT_ONCE)
-        counts = [sum_of(*counts[i : i + SUMMED_AT_ONCE]) for i in parts]
-    return counts[0]
+def scaled_total(counts: Sequence[mx.array], factor: float) -> mx.array:
+    """factor * the sum of arrays of one shape, float32, in few launches."""
+    while len(counts) > SUMMED_AT_ONCE:
+        size = -(-len(counts) // -(-len(counts) // SUMMED_AT_ONCE))  # as even as can be
+        counts = [sum_of(*counts[i : i + size]) for i in range(0, len(counts), size)]
+    return scaled_sum_of(*counts, factor)
 
 
 @one_launch
 def sum_of(*arrays: mx.array) -> mx.array:
-    """One of at most 16."""
+    """One of a few."""
     return pairwise(arrays)
+
+
+@one_launch
+def scaled_sum_of(*arrays: Any) -> mx.array:
+    """The same, times the number that comes last."""
+    *summed, factor = arrays
+    return pairwise(summed).astype(mx.float32) * factor
 
 
 def pairwise(arrays: Sequence[mx.array]) -> mx.array:
@@ -168,7 +175,7 @@ def counted_share(counts: Sequence[mx.array], num_experts: int) -> mx.array:
     Returns:
         A scalar that nothing has computed yet, so that it can come with a caller's next sync.
     """
-    return total(counts).squeeze(0) / (num_experts * len(counts))
+    return scaled_total(counts, 1 / (num_experts * len(counts))).squeeze(0)
 
 
 def union_share(scores: Sequence[mx.array]) -> mx.array:

@@ -19,6 +19,8 @@ FILLED_ROWS = {KVCache: "offset", BatchKVCache: "_idx"}
 # are taken: plain operations on CUDA, 73 to 92 us for a tree of 32 over 2,048 to 8,192 keys of an
 # H200, where the kernel of then took 234 to 816 (docs/speculation.md), and MLX's own on Metal.
 MAX_KERNEL_KEYS = 1024
+# Rows that a draft head takes in at once where any length will do.
+LONGEST_PIECE = 512
 # Rows of queries up to which MLX has its fast path on Metal.
 MLX_VECTOR_ROWS = 8
 
@@ -98,6 +100,14 @@ def takes_chunk(num_tokens: int, mask: Mask) -> bool:
     if backend == "cuda":
         return num_tokens <= MAX_CHUNK and (num_tokens > 1 or not isinstance(mask, str | None))
     return backend == "metal" and MLX_VECTOR_ROWS < num_tokens <= MAX_CHUNK
+
+
+def longest_piece() -> int:
+    """Rows of a pass into which a draft head cuts what came in meanwhile, whatever its number.
+
+    On CUDA a chunk that the kernel takes, as every other length would be planned anew.
+    """
+    return MAX_CHUNK if device.compute_backend() == "cuda" else LONGEST_PIECE
 
 
 def scaled_dot_product_attention(

@@ -133,6 +133,8 @@ class BlockFFNModel(nn.Module):
 
     def embed(self, tokens: mx.array) -> mx.array:
         """Token ids [B, T] -> scaled embeddings [B, T, H]."""
+        if tokens.dtype == mx.int32:
+            tokens = tokens.view(mx.uint32)  # CUDA builds a kernel for each type of an index
         return self.embed_tokens(tokens) * self.scale_emb
 
     def __call__(
@@ -238,7 +240,8 @@ class Model(nn.Module):
 
     def logits(self, hidden_states: mx.array) -> mx.array:
         """Hidden states after the final norm [..., H] -> logits [..., V]."""
-        hidden_states = hidden_states / self.logit_divisor
+        if self.logit_divisor != 1:
+            hidden_states = hidden_states / self.logit_divisor
         if self.args.tie_word_embeddings:
             return self.model.embed_tokens.as_linear(hidden_states)
         return self.lm_head(hidden_states)

@@ -190,7 +190,7 @@ def measure(
     draw = np.random.default_rng(0)
     vocab_size = model.args.vocab_size
     short = model.make_cache()
-    model.hidden(mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH))), short)
+    model.hidden(mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH)), mx.int32), short)
     longest = model.args.max_position_embeddings - MAX_NODES
     deep_context = max(min(DEEP_CONTEXT, longest), CONTEXT_LENGTH)
     deep = [deepened(layer_cache, deep_context) for layer_cache in short]
@@ -257,7 +257,7 @@ def measure_draft(drafter: Drafter, target: Target, repeats: int = 2) -> dict[in
     """
     draw = np.random.default_rng(0)
     vocab_size = target.args.vocab_size
-    text = mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH)))
+    text = mx.array(draw.integers(0, vocab_size, (1, CONTEXT_LENGTH)), mx.int32)
     hidden = target.hidden(text, target.make_cache())
     mx.eval(hidden)
     drafter.reset()

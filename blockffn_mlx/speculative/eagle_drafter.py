@@ -8,15 +8,18 @@ from mlx_lm.models.cache import KVCache
 from .. import device
 from ..arrays import ints, one_row
 from ..kernels import best_tree, grow_beams, probe, top_tokens
-from ..models.attend import AncestorMask
+from ..models.attend import AncestorMask, longest_piece
 from ..models.eagle import EagleHead
 from .target import Target
 from .tree import Tree, check_size
 
 TOP_K, DEPTH = 10, 5
-# A level is drafted if a round is expected to reach it this often: its pass costs about a tenth of
-# a round, which yields two to three tokens. Before evidence a level holds with the prior chance.
-REACHED, PRIOR_CHANCE, PRIOR_ROUNDS, MEMORY = 0.15, 0.7, 2.0, 0.95
+# A level of the draft is about as much work as this many layers of the target's pass, and what a
+# round does besides both as much as that many: by launches (docs/speculation.md), which is what
+# counts where the host is what keeps a GPU waiting.
+LEVEL_LAYERS, OTHER_LAYERS = 1.5, 2.0
+# Before evidence a level holds as often as the one before it.
+PRIOR_CHANCE, PRIOR_ROUNDS, MEMORY = 0.7, 2.0, 0.95
 
 
 class EagleDrafter:
@@ -29,7 +32,8 @@ class EagleDrafter:
         top_k: Beams per level, and children per beam.
         depth: Most passes after the first: nodes lie at depth 1 to depth + 1. Fewer are run while
             rounds seldom get that far.
-        max_waiting: Rows that wait for the next draft before they are run on their own.
+        max_waiting: Rows that wait for the next draft before they are run on their own, and the
+            most of a pass; what suits this machine if None.
     """
 
     def __init__(
@@ -39,13 +43,15 @@ class EagleDrafter:
         frequent: mx.array | None = None,
         top_k: int = TOP_K,
         depth: int = DEPTH,
-        max_waiting: int = 512,
+        max_waiting: int | None = None,
     ):
         self.head, self.target = head, target
         self.frequent = None if frequent is None else frequent.astype(mx.uint32)
         self.vocab_size = target.args.vocab_size if frequent is None else frequent.size
         self.network = head
-        self.top_k, self.depth, self.max_waiting = top_k, depth, max_waiting
+        self.top_k, self.depth = top_k, depth
+        self.max_waiting = max_waiting or longest_piece()
+        self.target_layers = len(target.make_cache())
         self.head_logits = target.logits if frequent is None else target.logits_for(frequent)
         self.reset()
 
@@ -95,12 +101,15 @@ class EagleDrafter:
         return self.grow(root, self.top_k, levels - 1, total_tokens)
 
     def worthwhile_levels(self) -> int:
-        """Levels that a round is likely enough to reach, at least one."""
-        chance = 1.0
+        """Levels that promise most tokens for the time of a round, at least one."""
+        reaching, chance = 1.0, PRIOR_CHANCE
+        tokens, cost = 1.0, self.target_layers + OTHER_LAYERS
         for level, (tried, reached) in enumerate(zip(self.tried, self.reached, strict=True)):
-            chance *= (reached + PRIOR_ROUNDS * PRIOR_CHANCE) / (tried + PRIOR_ROUNDS)
-            if chance < REACHED:
-                return max(level, 1)
+            chance = (reached + PRIOR_ROUNDS * chance) / (tried + PRIOR_ROUNDS)
+            reaching *= chance
+            if level and reaching / LEVEL_LAYERS < tokens / cost:
+                return level
+            tokens, cost = tokens + reaching, cost + LEVEL_LAYERS
         return self.depth + 1
 
     def _learn(self, accepted: int):
@@ -157,7 +166,13 @@ class EagleDrafter:
         first = self.length - len(self.waiting_tokens)
         self.positions += range(first, self.length)
         self.waiting, self.waiting_tokens = [], []
-        return self.head(self.embed(tokens), hidden, self.cache, mx.arange(first, self.length))
+        positions = mx.arange(first, self.length)
+        for begin in range(0, len(tokens), self.max_waiting):
+            piece = slice(begin, begin + self.max_waiting)
+            out = self.head(
+                self.embed(tokens[piece]), hidden[:, piece], self.cache, positions[piece]
+            )
+        return out
 
     def drop_scratch_rows(self):
         """Leaves only the rows of the sequence in the cache."""

@@ -170,6 +170,7 @@ class Decoder:
         """Draft, one target pass, accept, compact. One wait for the device."""
         start = time.perf_counter()
         tree = self.drafter.draft(root, width, (remaining or MAX_NODES) - 1)
+        mx.async_eval(tree.tokens)  # the device drafts while the pass is put together
         rows = self.rows
         hidden, logits, union = target_pass(self.target, self.cache, tree, rows.loose, rows.width)
         samples, logprobs = sample_nodes(
@@ -197,7 +198,7 @@ class Decoder:
             self.rows.keep(len(tree), kept)
             tokens = [root] + [chosen[node] for node in kept[:-1]]
             self.root = chosen[path[-1]] if len(kept) == taken else None
-            self._take_in(hidden[:, mx.array(kept)], tokens)
+            self._take_in(hidden[:, mx.array(kept, mx.uint32)], tokens)
 
     def plain(self, root: int, remaining: int | None) -> Generator[Step, None, None]:
         """Single steps, each begun before the token before it is read, as in generate_step.

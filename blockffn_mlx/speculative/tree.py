@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import mlx.core as mx
+import numpy as np
 
 from ..arrays import ints, one_row
 from ..kernels import best_tree
@@ -62,8 +63,15 @@ class Tree:
             raise ValueError(f"a tree needs a parent per token, got {len(tokens)}, {len(parents)}")
         if parents[0] != -1 or not all(0 <= p < i for i, p in enumerate(parents) if i):
             raise ValueError("a tree starts with its root (parent -1) and lists parents first")
-        index = mx.arange(len(tokens), dtype=mx.int32)
-        return cls(mx.array(tokens, mx.int32), mx.array(parents, mx.int32), index)
+        bits, depths = [1], [0]
+        for node, parent in enumerate(parents[1:], start=1):
+            bits.append(bits[parent] | 1 << node)
+            depths.append(depths[parent] + 1)
+        halves = [[word >> shift & 0xFFFFFFFF for word in bits] for shift in (0, 32)]
+        rows = np.array([tokens, parents, range(len(tokens)), depths], np.int32)
+        words = mx.array(np.array(halves, np.uint32))
+        drawn, above, ranks, depth = (mx.array(row) for row in rows)
+        return cls(drawn, above, ranks, words=words, depths=depth)
 
     @classmethod
     def best(

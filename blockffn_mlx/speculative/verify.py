@@ -117,7 +117,7 @@ def keep_path(cache: list[KVCache], num_nodes: int, path: list[int]) -> None:
     length = len(path)
     moved = next((i for i, node in enumerate(path) if node != i), length)
     base = cache[0].offset - num_nodes
-    rows = mx.array([base + node for node in path[moved:]])
+    rows = mx.array([base + node for node in path[moved:]], mx.uint32)
     into = slice(base + moved, base + length)
     for layer_cache in cache:
         if moved < length:

@@ -16,6 +16,7 @@ from mlx_lm.models.cache import KVCache
 import metal_host
 from blockffn_mlx import device
 from blockffn_mlx.checkpoints.convert_head import convert_head
+from blockffn_mlx.ffn import MAX_CHUNK
 from blockffn_mlx.kernels.kernel import build_kernel
 from blockffn_mlx.models.eagle import EagleHead, HeadArgs
 from blockffn_mlx.speculative import load_draft
@@ -105,6 +106,19 @@ def test_prefill_in_chunks_fills_the_same_cache(target, data):
         assert draft.cache[0].offset == 21
     keys = [draft.cache[0].keys_and_values()[0] for draft in (whole, chunked)]
     assert mx.abs(keys[0] - keys[1]).max() < 1e-5
+
+
+def test_no_pass_on_cuda_has_a_length_that_would_be_planned(target, data, monkeypatch):
+    """Hundreds of rows wait after plain steps; MLX's attention plans at every new length."""
+    monkeypatch.setattr(device, "compute_backend", lambda: "cuda")
+    draft = load_draft(HEAD, target)
+    assert EagleDrafter(draft.head, target).max_waiting == draft.max_waiting == MAX_CHUNK
+    monkeypatch.undo()  # MLX computes
+    hidden, lengths, head = mx.array(data["hidden"][:, :1]), [], draft.head
+    draft.head = lambda x, *rest: lengths.append(x.shape[1]) or head(x, *rest)
+    draft.observe(mx.repeat(hidden, 150, axis=1), [5] * 150)
+    draft.catch_up(6)
+    assert lengths == [64, 64, 22] and draft.cache[0].offset == 150
 
 
 def test_drafting_leaves_no_scratch_rows(target, data):
