@@ -101,6 +101,22 @@ def test_the_router_computes_in_float32():
     assert scores.dtype == mx.bfloat16 and (scores != 0).sum() == 5
 
 
+def test_scores_are_rounded_once():
+    """Neither the logits nor the product with the scale is rounded before it is finished."""
+    layer = routed_layers(tiny(hidden_size=64, head_dim=16))[0].mlp
+    layer.set_dtype(mx.bfloat16)
+    x = mx.random.normal((30, 64)).astype(mx.bfloat16)
+    router, scale = (
+        np.array(array.astype(mx.float32), np.float64)
+        for array in (layer.moe_router.weight, layer.router_norm.weight)
+    )
+    exact = np.array(x.astype(mx.float32), np.float64) @ router.T
+    logits = layer.route(x)[:, :-1]
+    assert np.abs(np.array(logits) - exact).max() < 1e-5  # of logits up to 5
+    rounded = mx.array(np.maximum(np.array(logits), 0) * scale, mx.float32).astype(mx.bfloat16)
+    assert mx.array_equal(layer.finish(logits, mx.bfloat16), rounded)
+
+
 def test_a_token_without_experts_gets_the_shared_one():
     layer = routed_layers(tiny())[0].mlp
     layer.moe_router.weight = mx.zeros_like(layer.moe_router.weight)
