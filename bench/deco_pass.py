@@ -21,7 +21,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from pass_h100 import CONSTANT, TOPIC_TOKENS, TOPICS, decode_ms, finished, pass_ms  # noqa: E402
+from pass_h100 import CONSTANT, TOPIC_TOKENS, TOPICS, decode_ms, finished, pass_ms, prompt_ms  # noqa: E402
 
 import blockffn_mlx as bf  # noqa: E402
 from blockffn_mlx.models import deco  # noqa: E402
@@ -124,8 +124,10 @@ def main():
             for layer in routed_layers(model):
                 layer.mlp.backend = backend
             row = {"bits": bits or 16, "backend": backend, "decode": decode_ms(model)}
-            for tokens in (8, 32):
-                row[f"chunk {tokens}"] = pass_ms(model, tokens)()
+            cells = [(f"chunk {tokens}", pass_ms, tokens) for tokens in (8, 32)]
+            cells += [(f"prompt {tokens}", prompt_ms, tokens) for tokens in (512, 2048)]
+            for name, timed, tokens in cells:
+                row[name] = timed(model, tokens)()
                 tell(dict(row))
         with record_router_scores(model) as recorded:
             model(mx.array([list(range(18000, 18032))]))

@@ -173,7 +173,8 @@ def blockffn_model(model: dict) -> dict:
 
 def run_all(out: Path, jobs: int, gpus: int, overrides: list[str], max_seconds: float = math.inf):
     """All settings that are not finished, some at a time; worker i takes GPU i modulo `gpus`."""
-    flags = [flag for override in overrides for flag in ("--set", override)]
+    eager = ["optimizer.compiled=false"] if gpus else []
+    flags = [flag for override in [*eager, *overrides] for flag in ("--set", override)]
     end = time.perf_counter() + max_seconds
     workers: queue.SimpleQueue[int] = queue.SimpleQueue()
     for worker in range(jobs):
