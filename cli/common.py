@@ -227,8 +227,8 @@ def loading_progress(
         if not (shown and console.is_interactive):
             return
         if stage not in tasks:
+            tasks[stage] = progress.add_task(stage, total=total)
             progress.start()
-            tasks[stage] = progress.add_task(stage)
         progress.update(tasks[stage], completed=done, total=total)
 
     try:

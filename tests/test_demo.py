@@ -82,7 +82,7 @@ def test_packed_and_unpacked_weights_say_the_same(demo):
     packed.set_dtype(mx.float32)
     for tokens in (STORY, 5 * STORY):  # a chunk, and a prompt that is grouped by expert
         ids = mx.array([tokens])
-        np.testing.assert_allclose(packed(ids), model(ids), atol=1e-3)
+        np.testing.assert_allclose(packed(ids), model(ids), atol=2e-4)  # found 4e-5 of 26
     assert {w.dtype for _, w in tree_flatten(model.parameters())} == {mx.float32}
     if mx.default_device() == mx.cpu:  # where that is the form to compute with
         assert load("demo")[0].layers[0].mlp.up_proj.weight.dtype == mx.float32

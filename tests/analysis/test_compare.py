@@ -107,7 +107,7 @@ def test_rounding_is_what_packed_weights_say():
     assert 5 < bits < 6  # 4, one for scale and bias, and what stays in 16
     again, _ = bf.rounded(packed, 8, 32)  # of what is packed already
     assert not any(hasattr(module, "bits") for module in again.modules())
-    assert mx.allclose(again(ids), packed(ids), atol=0.05)
+    assert mx.allclose(again(ids), packed(ids), atol=0.01)  # found 3e-3: what has 4 bits fits 8
 
 
 def test_more_bits_go_to_the_layers_used_most(tmp_path):
@@ -126,7 +126,7 @@ def test_more_bits_go_to_the_layers_used_most(tmp_path):
     uniform = [bf.rounded(model, width, 32)[1] for width in (4, 8)]
     assert uniform[0] < bits < uniform[1]
     ids = mx.array([[5, 17, 3, 42]])
-    assert mx.allclose(rounded(ids), mixed(ids), atol=1e-3)
+    assert mx.allclose(rounded(ids), mixed(ids), atol=1e-5)
 
 
 def test_a_decos_experts_alone_get_fewer_bits():

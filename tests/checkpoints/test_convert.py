@@ -207,7 +207,7 @@ class TestQuantization:
         plain = dequantized(plain)
         assert any(isinstance(m, QuantizedExpertLinear) for m in quantised.modules())
         assert not any(hasattr(m, "bits") for m in plain.modules())
-        assert np.abs(logits(quantised, data) - logits(plain, data)).max() < 1e-3
+        assert np.abs(logits(quantised, data) - logits(plain, data)).max() < 1e-4  # found 1e-5
 
     def test_8_bits_change_logits_little(self, tmp_path):
         for name in ("gqa_block", "mla_linear"):
@@ -215,7 +215,7 @@ class TestQuantization:
             data = np.load(GOLDEN / name / "golden.npz")
             changed = logits(bf.load(tmp_path / name)[0], data)
             change = np.linalg.norm(changed - data["logits"], axis=-1)
-            assert np.median(change / np.linalg.norm(data["logits"], axis=-1)) < 0.03
+            assert np.median(change / np.linalg.norm(data["logits"], axis=-1)) < 0.03  # found 0.014
 
     def test_router_and_norms_stay_and_narrow_widths_take_a_smaller_group(self, tmp_path):
         report = bf.convert(GOLDEN / "gqa_block", tmp_path / "q", quantize=True)

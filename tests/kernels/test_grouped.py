@@ -154,6 +154,7 @@ def kernel_models(monkeypatch):
     plan.forget()
 
 
+# bfloat16 is rounded in both: found 1.5e-2.
 @pytest.mark.parametrize("name, tolerance", [("gqa_block", 1e-5), ("gqa_bf16_sharded", 2e-2)])
 def test_golden_models(golden, kernel_models, name, tolerance):
     """The original code's logits, of as many copies of its prompts as make a long chunk."""
@@ -184,7 +185,7 @@ def test_prompts_in_one_piece_in_several_and_in_a_padded_batch(kernel_models, mo
     monkeypatch.setattr(device, "kernel_backend", lambda: None)
     plan.forget()
     expected = float64(model(ids, model.make_cache()))
-    tolerance = 1e-5 if BACKEND == "metal" else 1e-2
+    tolerance = 1e-5 if BACKEND == "metal" else 1e-2  # float32 products on CUDA are TF32
     assert relative_error(whole, expected) < tolerance
     assert relative_error(pieces, expected) < tolerance
     assert relative_error(both[:1], expected) < tolerance

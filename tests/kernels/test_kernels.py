@@ -268,6 +268,7 @@ def test_the_demo_is_the_same_through_kernels_and_operations():
     with running() as runs:
         found, tokens, _ = sparsity_and_tokens(BACKEND)
     assert ON_GPU or len(runs) >= 3 * len(model.layers) * (3 + 12)
+    # A score that rounds to 0 in one of them only is 4e-5 of TLS.
     np.testing.assert_allclose(found, expected, atol=1e-3)
     assert tokens[:sure] == expected_tokens[:sure] and sure > 4
 

@@ -204,7 +204,7 @@ def test_new_weights_are_noticed(monkeypatch, compiled):
     nn.quantize(model, 32, 8, class_predicate=lambda p, m: hasattr(m, "to_quantized"))
     agree(monkeypatch, compiled, model, model.make_cache)
     model.set_dtype(mx.bfloat16)
-    agree(monkeypatch, compiled, model, model.make_cache, tolerance=3e-2)
+    agree(monkeypatch, compiled, model, model.make_cache, tolerance=2e-2)  # found 9e-3
 
 
 def test_joined_weights_keep_their_names_and_values(compiled):

@@ -25,7 +25,7 @@ def test_golden(golden, name):
     model, tokenizer, data = golden(name)
     ids, low = mx.array(data["input_ids"]), "bf16" in name
     found = np.array(model(ids).astype(mx.float32))
-    if low:
+    if low:  # rounded here and in the reference: found 0.014
         assert np.linalg.norm(found - data["logits"]) < 0.03 * np.linalg.norm(data["logits"])
     else:
         assert np.abs(found - data["logits"]).max() < 1e-4
@@ -148,7 +148,8 @@ def test_training_sees_the_same_function():
     direction = mx.random.normal(weight.shape)
     step = 1e-3
     slope = (loss(weight + step * direction) - loss(weight - step * direction)) / (2 * step)
-    assert abs((gradient * direction).sum().item() - slope.item()) < 2e-2 * abs(slope.item())
+    error = (gradient * direction).sum() - slope
+    assert mx.abs(error / slope) < 5e-3  # found 8e-4, of the difference's own rounding
 
 
 @pytest.mark.parametrize("act", deco.EXPERT_ACTIVATIONS)

@@ -64,7 +64,7 @@ def test_golden_bfloat16(golden):
     logits = model(mx.array(data["input_ids"]))
     assert logits.dtype == mx.bfloat16
     logits, expected = np.array(logits.astype(mx.float32)), data["logits"]
-    assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.03
+    assert np.linalg.norm(logits - expected) / np.linalg.norm(expected) < 0.03  # found 0.016
     top2 = np.sort(expected, -1)[..., -2:]
     clear = top2[..., 1] - top2[..., 0] > 0.1
     assert (logits.argmax(-1) == expected.argmax(-1))[clear].all()
@@ -131,7 +131,8 @@ def test_rope_turns_halves_and_is_exact_far_out():
     wide = RoPE(64, bf.ModelArgs(rope_theta=10000.0))
     x = np.ones((1, 1, 64))
     expected = oracle.rope(x, np.array([4000.0]), bf.ModelArgs())
-    assert max_error(wide(mx.array(x[None], mx.float32), far)[0, 0], expected[0]) < 1e-3
+    found = wide(mx.array(x[None], mx.float32), far)
+    assert max_error(found[0, 0], expected[0]) < 1e-3  # float32 knows 4000 to 2.4e-4
 
 
 def test_tree_positions_and_mask():
@@ -167,7 +168,7 @@ def test_mup_scalings_come_from_the_config():
     """Changing one factor changes the output as the formula says, which argmax would hide."""
     ids = mx.array([[3, 1, 4, 1, 5]])
     plain, wide = tiny_model(), tiny_model(dim_model_base=48)
-    assert max_error(wide(ids), np.array(plain(ids)) * 3) < 1e-3
+    assert max_error(wide(ids), np.array(plain(ids)) * 3) < 1e-5
     assert_matches_oracle(tiny_model(scale_depth=0.7), np.array(ids[0]))
 
 

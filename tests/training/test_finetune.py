@@ -77,7 +77,7 @@ def test_lora_starts_as_the_base_and_fuses_to_what_it_computes(attention):
     assert np.abs(adapted - before).max() > 1e-2
     merge_lora(model)
     assert not any("lora" in name for name in weights_of(model))
-    np.testing.assert_allclose(np.array(model(ids)), adapted, atol=1e-3)
+    np.testing.assert_allclose(np.array(model(ids)), adapted, atol=1e-5)
 
 
 def test_finetuning_whole(folder):
@@ -202,9 +202,9 @@ def test_a_merge_into_packed_weights_says_what_it_reaches(folder, dequantize):
     config = load_config(folder / "run.toml", ["lora.rank=4"])
     _, corpus, _ = prepare_finetune(config, str(folder / "packed"))
     reached = evaluate(tuned, corpus, context=16, batch_size=2)["all"]["loss"]
-    assert saved == pytest.approx(reached, abs=2e-4)
+    assert saved == pytest.approx(reached, abs=1e-4)  # four digits are shown
     if dequantize:
-        assert saved == pytest.approx(trained, abs=2e-3) and "unpacked" in line
+        assert saved == pytest.approx(trained, abs=2e-4) and "unpacked" in line
     else:
         assert abs(saved - trained) > 1e-3 and "--dequantize" in line
 

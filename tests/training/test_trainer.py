@@ -109,7 +109,7 @@ def test_compiled_equals_eager(folder):
         trainers.append(make_trainer(folder, output, f"optimizer.compiled={compiled}", *shorter))
         trainers[-1].train()
     for name, weight in weights_of(trainers[0]).items():
-        np.testing.assert_allclose(weights_of(trainers[1])[name], weight, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(weights_of(trainers[1])[name], weight, atol=5e-5, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +236,8 @@ def test_two_processes_train_like_one(folder):
     arguments = [script, folder, folder / "two", Path(__file__).parents[1], "2"]
     subprocess.run([*launch, sys.executable, *map(str, arguments)], check=True, timeout=120)
     together = np.load(f"{folder}/two.npz")
-    for name, weight in weights_of(trainer).items():
-        np.testing.assert_allclose(together[name], weight, atol=2e-4, err_msg=name)
+    for name, weight in weights_of(trainer).items():  # found 3e-6: sums in another order
+        np.testing.assert_allclose(together[name], weight, atol=5e-5, err_msg=name)
 
 
 def first_update(folder: Path, value: float, *overrides: str) -> dict[str, np.ndarray]:
@@ -258,7 +258,7 @@ def test_learning_rates_follow_mup(folder):
     full = {"model.norm.weight", "model.embed_tokens.weight"}
     for name, step in steps.items():
         expected = 0.1 if name in full or "layernorm" in name else 0.05
-        np.testing.assert_allclose(step, expected, rtol=1e-3, err_msg=name)
+        np.testing.assert_allclose(step, expected, rtol=1e-5, err_msg=name)
 
 
 def test_weight_decay_spares_norms(folder):
