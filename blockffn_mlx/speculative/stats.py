@@ -48,10 +48,10 @@ class SpeculationStats:
         """What speculation did, in words: most telling first, the same wherever it is shown."""
         return [
             f"{self.tokens_per_round:.2f} tokens a round",
-            f"{self.rounds} rounds",
+            f"{self.rounds} round{'s' * (self.rounds != 1)}",
             f"{self.accepted} of {self.drafted} drafted tokens accepted",
             f"{self.union_ratio:.1%} of experts in a round",
-            f"{self.plain_tokens} plain tokens",
+            f"{self.plain_tokens} plain token{'s' * (self.plain_tokens != 1)}",
         ]
 
     def __str__(self) -> str:
