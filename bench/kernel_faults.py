@@ -62,6 +62,16 @@ class Fault(NamedTuple):
     new: str
     equivalent: str | None = None
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it from others."""
+        return self.file, self.old, self.new
+
+    @property
+    def text(self) -> str:
+        """What tells its file from other states of it, with which a result is worth nothing."""
+        return sha256((REPO / self.file).read_bytes()).hexdigest()[:12]
+
     def plant(self) -> None:
         """Makes this process see the fault, without touching the file."""
         path, read = REPO / self.file, Path.read_text
@@ -80,10 +90,19 @@ class Fault(NamedTuple):
 
 
 class Planter:
-    """A plugin of pytest's that runs the collected tests once for each fault."""
+    """A plugin of pytest's that runs the collected tests once for each fault.
 
-    def __init__(self, faults: list[Fault], workers: int, keep: Callable[[dict], None]):
-        self.faults, self.workers, self.keep = faults, workers, keep
+    Args:
+        faults: In their order.
+        workers: Processes at a time.
+        known: Earlier results, whose tests come first. New ones are put in.
+        save: Called after each.
+    """
+
+    def __init__(
+        self, faults: list[Fault], workers: int, known: dict[tuple, dict], save: Callable[[], None]
+    ):
+        self.faults, self.workers, self.known, self.save = faults, workers, known, save
         self.failure = ""
 
     def pytest_runtest_logreport(self, report) -> None:
@@ -114,7 +133,8 @@ class Planter:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         fault.plant()
         first = f"test_{FIRST.get(Path(fault.file).stem)}.py"
-        items = sorted(items, key=lambda item: item.path.name != first)
+        last = self.known.get(fault.key, {}).get("by")
+        items = sorted(items, key=lambda item: (item.name != last, item.path.name != first))
         for item, following in zip(items, [*items[1:], None], strict=True):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if self.failure:
@@ -130,12 +150,9 @@ class Planter:
             word = "equivalent"
         change = f"{fault.old.strip()!r} -> {fault.new.strip()!r}"
         print(f"{word:11} {fault.file}: {change}  {by}", flush=True)
-        self.keep({**fault._asdict(), "found": found, "by": by, "text": text_of(fault)})
-
-
-def text_of(fault: Fault) -> str:
-    """What tells this text of its file from others: another one's result is worth nothing."""
-    return sha256((REPO / fault.file).read_bytes()).hexdigest()[:12]
+        result = {**fault._asdict(), "found": found, "by": by, "text": fault.text}
+        self.known[fault.key] = result
+        self.save()
 
 
 def read_faults() -> list[Fault]:
@@ -162,34 +179,31 @@ def main() -> None:
     faults = [f for f in read_faults() if bool(f.equivalent) == args.equivalent]
     known: dict[tuple, dict] = {}
     if args.out and args.out.exists():  # what is not planted now keeps its result
-        known = {key(r): r for r in json.loads(args.out.read_text())["faults"]}
+        before = json.loads(args.out.read_text())["faults"]
+        known = {(r["file"], r["old"], r["new"]): r for r in before}
     only = args.only or [""]
     chosen = [f for f in faults if any(word in f.file or word in f.old for word in only)]
     if args.rest:
-        chosen = [f for f in chosen if known.get(key(f._asdict()), {}).get("text") != text_of(f)]
+        chosen = [f for f in chosen if known.get(f.key, {}).get("text") != f.text]
 
-    def document() -> dict:
-        results = [known[key(f._asdict())] for f in faults if key(f._asdict()) in known]
-        found = sum(bool(r["found"]) for r in results)
-        return {"found": found, "of": len(results), "faults": results}
+    def results() -> dict:
+        """What is known of the faults that there are."""
+        found = [known[f.key] for f in faults if f.key in known]
+        return {"found": sum(bool(r["found"]) for r in found), "of": len(found), "faults": found}
 
-    def keep(result: dict) -> None:
-        known[key(result)] = result
+    def save() -> None:
         if args.out:
-            args.out.write_text(json.dumps(document(), indent=1))
+            args.out.write_text(json.dumps(results(), indent=1))
 
-    planter = Planter(chosen, args.workers, keep)
+    planter = Planter(chosen, args.workers, known, save)
     # whole models take long and find nothing that the others do not
     flags = ["-q", "-p", "no:cacheprovider", "-s", "-k", "not demo and not golden and not slow"]
     files = [str(REPO / "tests" / "kernels" / f"test_{name}.py") for name in TESTS]
     pytest.main([*flags, "--rootdir", str(REPO), *files], plugins=[planter])
-    found, of = document()["found"], document()["of"]
+    save()  # without faults that are gone
+    found, of, _ = results().values()
     print(f"{found} of {of} found")
     raise SystemExit(found > 0 if args.equivalent else found < SHARE * of)
-
-
-def key(result: dict) -> tuple[str, str, str]:
-    return result["file"], result["old"], result["new"]
 
 
 if __name__ == "__main__":

@@ -167,6 +167,6 @@ def manage_cache(args: argparse.Namespace):
     for model in models:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.modified))
         table.add_row(model.source, model.weights, decimal(model.nbytes), date, model.path.name)
-    print(f"{len(models)} models in {cache_folder()}")
+    print(f"{len(models)} model{'s' * (len(models) != 1)} in {cache_folder()}")
     if models:
         PlainConsole(soft_wrap=True).print(table)
