@@ -18,6 +18,7 @@ from .chat_files import shortened
 from .common import reason
 from .flags import MAX_TOKENS, SEED, SHARE, TEMPERATURE, TOP_K, Number
 from .sparsity_view import heat_map_for, save_svg
+from .terminal import counted
 
 if TYPE_CHECKING:
     from .chat_session import Chat
@@ -177,7 +178,7 @@ def sparsity(chat: "Chat", argument: str):
     reuse = "none" if no_pairs else f"{result.reuse:.1%}"
     chat.view.note(
         f"TLS {result.tls:.1%} · CLS_{result.chunk} {result.cls:.1%} · reuse ratio {reuse} "
-        f"over the last answer's {active.shape[1]} tokens"
+        f"over the last answer's {counted(active.shape[1], 'token')}"
     )
     chat.view.space()
 

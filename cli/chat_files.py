@@ -11,7 +11,7 @@ from ..chat.transcript import Pairs, export_chat, load_transcript, save_transcri
 from ..prompt import encode_text
 from . import clipboard
 from .chat_markdown import code_blocks
-from .terminal import printable
+from .terminal import counted, printable
 
 if TYPE_CHECKING:
     from .chat_session import Chat
@@ -27,7 +27,7 @@ def save(chat: "Chat", argument: str):
         raise ValueError("give a file: /save FILE")
     kept, dropped = said(chat)
     save_transcript(argument, kept, dropped)
-    chat.view.note(f"saved {len(kept) + len(dropped)} messages to {argument}")
+    chat.view.note(f"saved {counted(len(kept) + len(dropped), 'message')} to {argument}")
 
 
 def export(chat: "Chat", argument: str):
@@ -35,7 +35,7 @@ def export(chat: "Chat", argument: str):
         raise ValueError("give a file: /export FILE.md or FILE.jsonl")
     kept, dropped = said(chat)
     export_chat(argument, kept, dropped, title=f"Chat with {chat.name}")
-    chat.view.note(f"exported {len(kept) + len(dropped)} messages to {argument}")
+    chat.view.note(f"exported {counted(len(kept) + len(dropped), 'message')} to {argument}")
 
 
 def said(chat: "Chat") -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -84,7 +84,7 @@ def go_on(chat: "Chat"):
 def show_last(chat: "Chat", messages: Pairs):
     """The end of a chat that was opened."""
     messages = list(messages)
-    chat.view.note(f"loaded {len(messages)} messages")
+    chat.view.note(f"loaded {counted(len(messages), 'message')}")
     if not chat.view.is_live:
         return
     chat.view.space()

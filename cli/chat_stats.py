@@ -12,6 +12,7 @@ from rich.text import Text
 from ..chat.conversation import Conversation
 from ..chat.recording import Recording, recording
 from ..speculative import SpeculationStats
+from .terminal import counted
 
 
 class TurnStats:
@@ -61,7 +62,7 @@ class TurnStats:
         if self.last is None:
             return ["reading"]
         parts = [
-            f"{self.last.generation_tokens} tokens",
+            counted(self.last.generation_tokens, "token"),
             f"{self.last.generation_tps:.1f}/s",
             f"first after {self.first_token:.2f} s",
         ]

@@ -15,7 +15,7 @@ from ..checkpoints.load import load
 from ..quantisation import BITS, MODE_DEFAULTS
 from ..training.build import fuse_adapter
 from .common import loading_progress, make_parser, print_json, run_main
-from .terminal import PlainConsole
+from .terminal import PlainConsole, counted
 
 PROG = "blockffn-convert"
 
@@ -167,6 +167,6 @@ def manage_cache(args: argparse.Namespace):
     for model in models:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(model.modified))
         table.add_row(model.source, model.weights, decimal(model.nbytes), date, model.path.name)
-    print(f"{len(models)} model{'s' * (len(models) != 1)} in {cache_folder()}")
+    print(f"{counted(len(models), 'model')} in {cache_folder()}")
     if models:
         PlainConsole(soft_wrap=True).print(table)

@@ -16,6 +16,7 @@ from ..prompt import encode_text
 from ..quantisation import BITS, GROUP_SIZES
 from .common import load_for_text, loading_progress
 from .sparsity_view import percent
+from .terminal import counted
 
 
 def add_against_flags(parser: argparse.ArgumentParser):
@@ -112,7 +113,7 @@ def others(
 
 def comparison_table(base: str, found: Found) -> Table:
     """A row for each model that was compared."""
-    table = Table(title=f"Against {base}, over {found[0][2].tokens} tokens")
+    table = Table(title=f"Against {base}, over {counted(found[0][2].tokens, 'token')}")
     names = ("", "bits/weight", "KL (nats)", "median", "99%", "greedy changed %", "loss", "experts "
              "lost %", "gained %", "lost score %")  # fmt: skip
     for name in names:

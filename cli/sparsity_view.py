@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..analysis.sparsity import SparsityReport
 from ..paths import replace_text
+from .terminal import counted
 
 # From unused to used by every token, readable on dark and on light grounds.
 SHADES = ("grey23", "dark_green", "green4", "green3", "yellow3", "bright_yellow")
@@ -73,7 +74,7 @@ def layer_table(
 ) -> Table:
     """TLS, CLS and reuse per layer, and their means; `active` and `layers` as for `heat_map`."""
     tokens = active.shape[1] if tokens is None else tokens
-    table = Table(title=f"Sparsity over {tokens} token{'s' * (tokens != 1)}")
+    table = Table(title=f"Sparsity over {counted(tokens, 'token')}")
     for name in ("layer", "TLS %", f"CLS_{result.chunk} %", "reuse %", "experts a token"):
         table.add_column(name, justify="right")
     per_token = active.sum(axis=2).mean(axis=1)

@@ -27,6 +27,11 @@ def printable(text: str) -> str:
     return text.translate(CONTROLS)
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts: 1 token, 2 tokens."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 # Columns where no terminal has a width.
 PIPE_WIDTH = 160
 
