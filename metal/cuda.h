@@ -160,11 +160,12 @@ inline uint affine_pair(const uint* words, int bits, int j, T scale, T bias) {
 // The 16-row instruction takes two octets at once.
 #define ROW_STEP 2
 
-// As column `row` of the 16x8 operand a lane brings both halves of the span at k = quarter * span.
+// As column `row` of the 16x8 operand a lane brings both halves of its quarter's span. Spans lie
+// `reach` apart, halves `apart`.
 struct TokenHalves {
   uint token0, token1, k0, k1;
-  inline TokenHalves(uint row, uint quarter, uint span)
-      : token0(row), token1(row), k0(quarter * span), k1(quarter * span + span / 2) {}
+  inline TokenHalves(uint row, uint quarter, uint reach, uint apart)
+      : token0(row), token1(row), k0(quarter * reach), k1(quarter * reach + apart) {}
 };
 
 inline void multiply_16x8x16(
@@ -185,6 +186,7 @@ inline void multiply_16x8x16(
 // The operands want pairs of neighbours, which is what memory holds.
 template <typename T, typename Weights, int OCTETS>
 struct MatrixRows {
+  typedef T Type;
   enum { SPAN = Weights::span, PARTS = 1, STEPS = SPAN / 2 };
   uint pairs[OCTETS][SPAN / 2];
 
@@ -218,3 +220,48 @@ struct MatrixRows {
     }
   }
 };
+
+// ---- Long chunks (staged.metal): here the tokens are the 16 rows of the instruction, so that a
+// lane's sums are of neighbouring columns.
+// Columns 2 * quarter and + 1 of each octet are a lane's, and lie next to each other.
+template <int OCTETS>
+struct SumLanes {
+  enum { COLUMNS = 2 * OCTETS, SLOTS = 1, ROW_STRIDE = 2 };
+  static inline uint weight_row(uint lane) {
+    return lane_row(lane) / 2 * COLUMNS + lane_row(lane) % 2;
+  }
+  static inline uint column(uint lane) { return lane_quarter(lane) * COLUMNS; }
+  static inline uint token(uint slot, uint lane) { return 8 * slot + lane_row(lane); }
+};
+
+// The same word in a register of its own: the instruction wants four neighbours, and what a load has
+// put elsewhere would be moved for each use.
+inline uint moved(uint word, uint zero) {
+  return word ^ zero;
+}
+
+template <int BATCH, int COLUMNS, typename Rows, typename Eight>
+inline void multiply_batch(const Rows& rows, const Eight* eights, float (*sums)[COLUMNS]) {
+  const uint zero = blockIdx.y;  // which the compiler does not know
+#pragma unroll
+  for (int j = 0; j < Rows::SPAN / 2; j += 2) {
+    const int half = j < Rows::SPAN / 4 ? 0 : 1, k = j % (Rows::SPAN / 4);
+#pragma unroll
+    for (int n = 0; n < BATCH; n += 2) {
+      const uint *x = eights[n].x[half], *y = eights[n + 1].x[half];
+      const uint words[4] = {
+          moved(Rows::token_pair(x, k), zero), moved(Rows::token_pair(y, k), zero),
+          moved(Rows::token_pair(x, k + 1), zero), moved(Rows::token_pair(y, k + 1), zero)};
+#pragma unroll
+      for (int i = 0; i < COLUMNS / 2; ++i) {
+        multiply_16x8x16(
+            sums[n] + 2 * i, sums[n + 1] + 2 * i, words[0], words[1], words[2], words[3],
+            rows.pairs[i][j], rows.pairs[i][j + 1], typename Rows::Type(0));
+      }
+    }
+  }
+}
+
+inline float quotient(float a, float b) {
+  return __fdividef(a, b);
+}

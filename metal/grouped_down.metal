@@ -63,197 +63,239 @@ struct Walk {
   }
 };
 
-// The weight rows of a simdgroup in the windows of a step.
-template <int OCTETS, int WINDOWS, typename Weights>
-inline void load_step(
-    thread typename Weights::Span (*spans)[OCTETS], Weights weights, ulong row, uint k,
-    uint columns) {
-#pragma unroll
-  for (int i = 0; i < WINDOWS; ++i) {
-    load_window<OCTETS>(spans[i], weights, row, k + i * 4 * Weights::span, columns);
-  }
-}
-
-// Where a token's sum for a column lies. The quarters of a simdgroup add for four tokens at once,
-// each a different one of its octets, so these lie in different banks; with fewer than four octets
-// tokens take turns for the rest.
+// Where a token's sum for a column lies. Neighbours of up to 8 stay together. With fewer than four
+// octets a simdgroup's columns fill a part of the banks only, and tokens take turns for it.
 template <int OCTETS, int ROWS>
 inline uint sum_place(uint token, uint column) {
   return token * ROWS + (column ^ (token % (4 / OCTETS) * (8 * OCTETS)));
 }
 
-// values[i] becomes values[i ^ quarter % OCTETS], without an address that is known late.
-template <int OCTETS>
-inline void turn_octets(thread float* values, uint quarter) {
+// Neighbouring sums, in fours where there are; `turned` fours come in the other order, which gives
+// lanes different banks.
+template <int COLUMNS>
+inline void load_sums(thread float* values, const threadgroup float* sums, bool turned) {
+  if (COLUMNS % 4 == 0) {
+    const threadgroup float4* const fours = (const threadgroup float4*)sums;
+    const int last = COLUMNS / 4 - 1;
+    const float4 first = fours[turned ? last : 0], second = fours[turned ? 0 : last];
+    const float4 low = turned ? second : first, high = turned ? first : second;
+    values[0] = low.x;
+    values[1] = low.y;
+    values[2] = low.z;
+    values[3] = low.w;
+    values[4 * last] = high.x;
+    values[4 * last + 1] = high.y;
+    values[4 * last + 2] = high.z;
+    values[4 * last + 3] = high.w;
+  } else {
 #pragma unroll
-  for (int bit = 1; bit < OCTETS; bit *= 2) {
-    const bool turned = quarter & bit;
+    for (int i = 0; i < COLUMNS; ++i) {
+      values[i] = sums[i];
+    }
+  }
+}
+template <int COLUMNS>
+inline void store_sums(threadgroup float* sums, const thread float* values, bool turned) {
+  if (COLUMNS % 4 == 0) {
+    threadgroup float4* const fours = (threadgroup float4*)sums;
+    const int last = COLUMNS / 4 - 1;
+    const thread float* const v = values + 4 * last;
+    float4 low, high;
+    low.x = values[0];
+    low.y = values[1];
+    low.z = values[2];
+    low.w = values[3];
+    high.x = v[0];
+    high.y = v[1];
+    high.z = v[2];
+    high.w = v[3];
+    fours[turned ? last : 0] = turned ? high : low;
+    if (last > 0) {
+      fours[turned ? 0 : last] = turned ? low : high;
+    }
+  } else {
 #pragma unroll
-    for (int i = 0; i < OCTETS; ++i) {
-      if ((i & bit) == 0) {
-        const float first = values[i], second = values[i + bit];
-        values[i] = turned ? second : first;
-        values[i + bit] = turned ? first : second;
+    for (int i = 0; i < COLUMNS; ++i) {
+      sums[i] = values[i];
+    }
+  }
+}
+
+// A tile goes on from the sums of its tokens, and leaves them where they were.
+//   sums: of tokens from `block` on   column: the lane's first
+//   listed: tokens of rows, to the next multiple of 8 * BATCH of `count`
+template <bool STORE, int OCTETS, int BATCH, int ROWS, typename TileType>
+inline void move_sums(
+    thread TileType& tile, threadgroup float* sums, uint block, const threadgroup uint* listed,
+    uint count, uint column, uint lane) {
+  typedef typename TileType::Lanes Lanes;
+  const int COLUMNS = TileType::COLUMNS, SLOTS = BATCH * Lanes::SLOTS;
+  const bool turned = COLUMNS == 8 && lane_row(lane) % 2;
+#pragma unroll
+  for (int first = 0; first < TileType::SLOTS; first += SLOTS) {
+    if (8 * uint(first / Lanes::SLOTS) < count) {
+      threadgroup float* places[SLOTS];
+#pragma unroll
+      for (int i = 0; i < SLOTS; ++i) {
+        const uint token = listed[Lanes::token(first + i, lane)];
+        places[i] = sums + (sum_place<OCTETS, ROWS>(token, column) - block * ROWS);
+      }
+#pragma unroll
+      for (int i = 0; i < SLOTS; ++i) {
+        if (STORE) {
+          store_sums<COLUMNS>(places[i], tile.sums[first + i], turned);
+        } else {
+          load_sums<COLUMNS>(tile.sums[first + i], places[i], turned);
+        }
       }
     }
   }
 }
 
-// Adds a tile to the sums of its tokens, and clears it. What is added to has been read before
-// anything is written, since a compiler cannot know that all places are different.
-//   listed: [count, and to the next multiple of 8 * BATCH] tokens, of which a block has BLOCK
-template <int OCTETS, int BATCH, int BLOCK, int ROWS, typename TileType>
-inline void add_tile(
-    thread TileType& tile, threadgroup float* sums, const threadgroup uint* listed, uint count,
-    uint column, uint lane) {
-  const uint quarter = lane_quarter(lane), mine = column + lane_row(lane);
+// Starts to fill a stage with a step of h, and lists its tokens. Rows of nobody are zeros, and go to
+// places from `nobody` on.
+template <
+    typename StageType, int BATCH, int TOKENS, int THREADS, int EXPERT_SIZE, typename T,
+    typename FillerType>
+inline void fill_step(
+    const device T* h, const device uint* lists, Step step, uint tokens, threadgroup uint4* memory,
+    threadgroup uint* listed, uint number, uint nobody, FillerType filler,
+    uint thread_index) {
+  const int WIDTH = StageType::PIECES * StageType::PIECE;
+  if (step.count) {
+    const StageType stage = StageType::at(memory, number);
+    const ulong place = ulong(step.expert) * tokens + step.first;
+    const uint k = step.step * WIDTH + filler.piece * StageType::PIECE;
+    const bool inside = EXPERT_SIZE % WIDTH == 0 || k < uint(EXPERT_SIZE);
+    const device T* const source = h + (place * EXPERT_SIZE + (filler.row * EXPERT_SIZE + k));
 #pragma unroll
-  for (int first = 0; first < TileType::columns; first += BATCH) {
-    if (8 * uint(first) < count) {
-      uint places[2 * BATCH];
-      bool real[2 * BATCH];
-      float before[2 * BATCH][OCTETS];
+    for (int i = 0; i < FillerType::TURNS; ++i) {
+      filler.fill(
+          stage, i, (const device uint4*)(source + i * (FillerType::TURN * EXPERT_SIZE)),
+          inside && filler.row + i * FillerType::TURN < step.count);
+    }
 #pragma unroll
-      for (int i = 0; i < 2 * BATCH; ++i) {
-        const uint at = 8 * (first + i / 2) + i % 2;
-        real[i] = 2 * quarter + at < count;
-        places[i] = sum_place<OCTETS, ROWS>(listed[2 * quarter + at] % BLOCK, mine) ^
-            (8 * (quarter % OCTETS));
-      }
-#pragma unroll
-      for (int i = 0; i < 2 * BATCH; ++i) {
-#pragma unroll
-        for (int octet = 0; octet < OCTETS; ++octet) {
-          before[i][octet] = real[i] ? sums[places[i] ^ (8 * octet)] : 0.0f;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 2 * BATCH; ++i) {
-        float added[OCTETS];
-#pragma unroll
-        for (int octet = 0; octet < OCTETS; ++octet) {
-          added[octet] = tile.sums[octet][first + i / 2][i % 2];
-        }
-        turn_octets<OCTETS>(added, quarter);
-        if (real[i]) {
-#pragma unroll
-          for (int octet = 0; octet < OCTETS; ++octet) {
-            sums[places[i] ^ (8 * octet)] = before[i][octet] + added[octet];
-          }
-        }
+    for (int i = 0; i < (TOKENS + THREADS - 1) / THREADS; ++i) {
+      const uint to = i * THREADS + thread_index;
+      if (to < step.count) {
+        copy_word(listed + number * TOKENS + to, lists + (place + to));
+      } else if (to < uint(TOKENS)) {
+        listed[number * TOKENS + to] = nobody + to % (8 * BATCH);
       }
     }
   }
-  tile.clear();
+  end_copies();
 }
 
 // One threadgroup: 8 * OCTETS * SIMDGROUPS outputs of BLOCK tokens, which stay in threadgroup memory
 // while the experts pass. A sum of a simdgroup's is nobody else's, so the experts' order is kept.
 //   h: as grouped_up_projection leaves it   lists, blocks: as place_tokens leaves them, for BLOCK
 //   down: [EXPERTS, HIDDEN, EXPERT_SIZE]   y: [tokens, HIDDEN]
-//   memory: [STAGES * TOKENS * Stage::STRIDE], and BLOCK * ROWS sums; ROWS is a multiple of 32
+//   memory: [STAGES * Stage::SIZE], and (BLOCK + 8 * BATCH) * ROWS sums, the last of nobody's;
+//           ROWS is a multiple of 32
 //   ranges: [2 * EXPERTS]   listed: [STAGES * TOKENS]   total: [1]
+// Weights are on their way for DEPTH steps, less than STAGES.
 template <
-    typename T, int TOKENS, int OCTETS, int SIMDGROUPS, int STAGES, int BATCH, int BLOCK,
-    int WINDOWS, int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights, typename Blocks>
+    typename T, int TOKENS, int OCTETS, int SIMDGROUPS, int STAGES, int BATCH, int WINDOWS,
+    int DEPTH, int BLOCK, int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights,
+    typename Blocks>
 void grouped_down_projection(
     const device T* h, const device uint* lists, Blocks blocks, Weights down, device T* y,
     uint tokens, threadgroup uint4* memory, threadgroup uint* ranges, threadgroup uint* listed,
     threadgroup uint* total, uint group, uint simdgroup, uint lane) {
+  typedef StagedTile<T, Weights, OCTETS, TOKENS> TileType;
+  typedef typename TileType::Lanes Lanes;
   const int WINDOW = 4 * Weights::span, WIDTH = WINDOWS * WINDOW;
   const int STEPS = (EXPERT_SIZE + WIDTH - 1) / WIDTH;
   const int ROWS = 8 * OCTETS * SIMDGROUPS, THREADS = 32 * SIMDGROUPS;
-  typedef Stage<T, TOKENS, WIDTH> StageType;
-  threadgroup float* const sums =
-      (threadgroup float*)(memory + STAGES * TOKENS * StageType::STRIDE);
-  const uint thread_index = simdgroup * 32 + lane, quarter = lane_quarter(lane);
+  typedef Stage<T, TOKENS, WINDOW, WINDOWS> StageType;
+  threadgroup float* const sums = (threadgroup float*)(memory + STAGES * StageType::SIZE);
+  const uint thread_index = simdgroup * 32 + lane;
   const uint num_blocks = (tokens + BLOCK - 1) / BLOCK, block = group % num_blocks;
   const uint first_row = group / num_blocks * ROWS;
-  for (uint i = thread_index; i < BLOCK * ROWS; i += THREADS) {
-    sums[i] = 0.0f;
+  uint4 zeros;
+  zeros.x = zeros.y = zeros.z = zeros.w = 0;
+  for (uint i = thread_index; i < (BLOCK + 8 * BATCH) * ROWS / 4; i += THREADS) {
+    memory[STAGES * StageType::SIZE + i] = zeros;
   }
+  const Filler<StageType, TOKENS, THREADS> filler(thread_index);
   Walk<TOKENS, STEPS> walk = {ranges, 0, 0, 0, 0};
   walk.total = list_ranges<EXPERTS>(blocks, num_blocks, block, ranges, total, simdgroup, lane);
 
-  const uint mine = simdgroup * 8 * OCTETS, row = first_row + mine + lane_row(lane);
-  const bool has_rows = first_row + mine < uint(HIDDEN);
-  typename Weights::Span spans[WINDOWS][OCTETS], next[WINDOWS][OCTETS];
-  Tile<true, T, Weights, OCTETS, TOKENS> tile;
-  tile.clear();
   Step steps[STAGES];  // the one that is multiplied, and those on their way
 #pragma unroll
-  for (int i = 0; i < STAGES; ++i) {
-    steps[i] = {0, 0, 0, 0};
+  for (int i = 1; i < STAGES; ++i) {
+    steps[i] = walk.next();
+    fill_step<StageType, BATCH, TOKENS, THREADS, EXPERT_SIZE>(
+        h, lists, steps[i], tokens, memory, listed, i - 1, (block + 1) * BLOCK,
+        filler, thread_index);
+  }
+  const uint mine = simdgroup * 8 * OCTETS, column = mine + Lanes::column(lane);
+  const uint row = first_row + mine + Lanes::weight_row(lane);
+  const bool has_rows = first_row + mine < uint(HIDDEN);
+  typename Weights::Span spans[DEPTH][WINDOWS][OCTETS];
+#pragma unroll
+  for (int i = 0; i < DEPTH * WINDOWS; ++i) {
+    const Step coming = steps[1 + i / WINDOWS];
+    if (has_rows && coming.count) {
+      load_window<OCTETS, WIDTH>(
+          spans[i / WINDOWS][i % WINDOWS], down, ulong(coming.expert) * HIDDEN + row,
+          coming.step * WIDTH + i % WINDOWS * WINDOW, EXPERT_SIZE, lane);
+    }
   }
 
-  uint filling = 0;
+  TileType tile;
+  tile.clear();
+  uint number = 0;  // of the stage that is multiplied
 #pragma unroll 1
-  for (int i = 1 - STAGES; i < 0 || steps[1].count; ++i) {
-    if (i >= 0) {
-      await_copies<STAGES - 2>();
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-    }
+  while (steps[1].count) {
 #pragma unroll
-    for (int j = 0; j + 1 < STAGES; ++j) {
-      steps[j] = steps[j + 1];
-    }
-    const Step ahead = steps[STAGES - 1] = walk.next();
-    if (ahead.count) {
-      const StageType stage = StageType::at(memory, filling);
-      const uint filled = round_up<8 * BATCH>(ahead.count);
-      const ulong place = ulong(ahead.expert) * tokens + ahead.first;
-      const device T* const rows = h + place * EXPERT_SIZE;
+    for (int s = 0; s < DEPTH; ++s) {
+      if (s == 0 || steps[1].count) {
+        await_copies<STAGES - 2>();
+        threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll
-      for (int j = 0; j < (TOKENS * StageType::PIECES + THREADS - 1) / THREADS; ++j) {
-        const uint at = j * THREADS + thread_index, to = at / StageType::PIECES;
-        const uint piece = at % StageType::PIECES, k = ahead.step * WIDTH + piece * StageType::PIECE;
-        if (to < filled) {  // rows of nobody are zeros
-          const bool real = to < ahead.count && (EXPERT_SIZE % WIDTH == 0 || k < uint(EXPERT_SIZE));
-          const device T* source = rows + (to * EXPERT_SIZE + k);
-          stage.fill(to, piece, (const device uint4*)source, real);
+        for (int i = 0; i + 1 < STAGES; ++i) {
+          steps[i] = steps[i + 1];
         }
-      }
-#pragma unroll
-      for (int j = 0; j < (TOKENS + THREADS - 1) / THREADS; ++j) {
-        const uint to = j * THREADS + thread_index;
-        if (to < filled) {
-          copy_word(listed + filling * TOKENS + to, lists + (place + min(to, ahead.count - 1)));
+        const StageType stage = StageType::at(memory, number);
+        const threadgroup uint* const here = listed + number * TOKENS;
+        if (has_rows && (STEPS == 1 || steps[0].step == 0)) {
+          move_sums<false, OCTETS, BATCH, ROWS>(
+              tile, sums, block * BLOCK, here, steps[0].count, column, lane);
         }
-      }
-    }
-    end_copies();
-    filling = filling + 1 == STAGES ? 0 : filling + 1;
-    if (has_rows && i >= 0) {
+        steps[STAGES - 1] = walk.next();
+        fill_step<StageType, BATCH, TOKENS, THREADS, EXPERT_SIZE>(
+            h, lists, steps[STAGES - 1], tokens, memory, listed,
+            number == 0 ? STAGES - 1 : number - 1, (block + 1) * BLOCK, filler, thread_index);
+        if (has_rows) {
+          const Step coming = steps[DEPTH];
 #pragma unroll
-      for (int j = 0; j < WINDOWS * OCTETS; ++j) {
-        spans[j / OCTETS][j % OCTETS] = next[j / OCTETS][j % OCTETS];
-      }
-    }
-    const Step coming = steps[1];
-    if (has_rows && i >= -1 && coming.count) {
-      const uint k = coming.step * WIDTH + quarter * Weights::span;
-      load_step<OCTETS, WINDOWS>(next, down, ulong(coming.expert) * HIDDEN + row, k, EXPERT_SIZE);
-    }
-    if (has_rows && i >= 0) {
-      // the stage that will be filled next is the oldest
-#pragma unroll
-      for (int j = 0; j < WINDOWS; ++j) {
-        const StageType stage = StageType::at(memory, filling);
-        add_window<BATCH>(tile, spans[j], stage, j * WINDOW, steps[0].count, lane);
-      }
-      if (steps[0].step == STEPS - 1) {
-        add_tile<OCTETS, BATCH, BLOCK, ROWS>(
-            tile, sums, listed + filling * TOKENS, steps[0].count, mine, lane);
+          for (int i = 0; i < WINDOWS; ++i) {
+            tile.template add_window<BATCH>(spans[s][i], stage, i, steps[0].count, lane);
+            if (coming.count) {
+              load_window<OCTETS, WIDTH>(
+                  spans[s][i], down, ulong(coming.expert) * HIDDEN + row,
+                  coming.step * WIDTH + i * WINDOW, EXPERT_SIZE, lane);
+            }
+          }
+          if (STEPS == 1 || steps[0].step == STEPS - 1) {
+            move_sums<true, OCTETS, BATCH, ROWS>(
+                tile, sums, block * BLOCK, here, steps[0].count, column, lane);
+          }
+        }
+        number = number + 1 == STAGES ? 0 : number + 1;
       }
     }
   }
 
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint i = thread_index; i < BLOCK * ROWS; i += THREADS) {
-    const uint token = i / ROWS, column = i % ROWS;
-    if (block * BLOCK + token < tokens && first_row + column < uint(HIDDEN)) {
-      y[ulong(block * BLOCK + token) * HIDDEN + first_row + column] =
-          T(sums[sum_place<OCTETS, ROWS>(token, column)]);
+  for (uint i = 8 * thread_index; i < BLOCK * ROWS; i += 8 * THREADS) {
+    const uint token = i / ROWS, first = i % ROWS;
+    if (block * BLOCK + token < tokens && first_row + first < uint(HIDDEN)) {
+      float values[8];
+      load_sums<8>(values, sums + sum_place<OCTETS, ROWS>(token, first), false);
+      store_columns<8>(y + (ulong(block * BLOCK + token) * HIDDEN + first_row + first), values);
     }
   }
 }

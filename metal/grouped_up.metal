@@ -26,29 +26,58 @@ inline void list_tiles(Counts counts, threadgroup uint* starts, uint simdgroup, 
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
+// Starts to fill the stage of a step with the rows of x that are listed, by pieces.
+template <
+    typename StageType, int TOKENS, int STAGES, int HIDDEN, typename T, typename FillerType>
+inline void fill_listed(
+    const device T* x, threadgroup uint4* memory, const threadgroup uint* listed, uint count,
+    int step, FillerType filler) {
+  const int WIDTH = StageType::PIECES * StageType::PIECE;
+  if (step * WIDTH < HIDDEN) {
+    const StageType stage = StageType::at(memory, step % STAGES);
+    const uint k = step * StageType::PIECES + filler.piece;
+    const bool inside = HIDDEN % WIDTH == 0 || k < uint(HIDDEN / StageType::PIECE);
+    uint sources[FillerType::TURNS];
+#pragma unroll
+    for (int i = 0; i < FillerType::TURNS; ++i) {
+      sources[i] = listed[min(filler.row + i * FillerType::TURN, uint(TOKENS - 1))];
+    }
+#pragma unroll
+    for (int i = 0; i < FillerType::TURNS; ++i) {
+      filler.fill(
+          stage, i, (const device uint4*)x + (sources[i] + (inside ? k : 0)),
+          inside && filler.row + i * FillerType::TURN < count);
+    }
+  }
+  end_copies();
+}
+
 // The threadgroups go round the tiles of 8 * OCTETS * SIMDGROUPS rows of an expert by TOKENS of its
 // tokens; how many there are, lies on the device.
 //   x: [tokens, HIDDEN]   scores: [tokens, EXPERTS]   up: [EXPERTS, EXPERT_SIZE, HIDDEN]
 //   counts, lists: as place_tokens leaves them
 //   h: [EXPERTS, tokens, EXPERT_SIZE], row i of an expert for the i-th token of its list; rows
 //      behind them stay unwritten
-//   memory: [STAGES * TOKENS * Stage::STRIDE]   starts: [EXPERTS + 1]   listed, weights: [TOKENS]
+//   memory: [STAGES * Stage::SIZE]   starts: [EXPERTS + 1]   listed, weights: [TOKENS]
+// Weights are on their way for DEPTH steps.
 template <
-    typename T, int TOKENS, int OCTETS, int SIMDGROUPS, int STAGES, int BATCH, int EXPERTS,
-    int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights, typename Scores, typename Counts>
+    typename T, int TOKENS, int OCTETS, int SIMDGROUPS, int STAGES, int BATCH, int WINDOWS,
+    int DEPTH, int EXPERTS, int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights,
+    typename Scores, typename Counts>
 void grouped_up_projection(
     const device T* x, Scores scores, Counts counts, const device uint* lists, Weights up,
     device T* h, uint tokens, threadgroup uint4* memory, threadgroup uint* starts,
     threadgroup uint* listed, threadgroup float* weights, uint group, uint groups, uint simdgroup,
     uint lane) {
-  const int WINDOW = 4 * Weights::span, STEPS = (HIDDEN + WINDOW - 1) / WINDOW;
+  typedef StagedTile<T, Weights, OCTETS, TOKENS> TileType;
+  typedef typename TileType::Lanes Lanes;
+  const int WINDOW = 4 * Weights::span, WIDTH = WINDOWS * WINDOW;
+  const int STEPS = (HIDDEN + WIDTH - 1) / WIDTH;
   const int ROWS = 8 * OCTETS * SIMDGROUPS, TILES = (EXPERT_SIZE + ROWS - 1) / ROWS;
   const int THREADS = 32 * SIMDGROUPS;
-  typedef Stage<T, TOKENS, WINDOW> StageType;
-  typedef Tile<true, T, Weights, OCTETS, TOKENS> TileType;
-  // pieces of a stage that a thread copies
-  const int PIECES = StageType::PIECES, EACH = (TOKENS * PIECES + THREADS - 1) / THREADS;
-  const uint thread_index = simdgroup * 32 + lane, quarter = lane_quarter(lane);
+  typedef Stage<T, TOKENS, WINDOW, WINDOWS> StageType;
+  const uint thread_index = simdgroup * 32 + lane;
+  const Filler<StageType, TOKENS, THREADS> filler(thread_index);
   list_tiles<EXPERTS, TOKENS>(counts, starts, simdgroup, lane);
 
   uint expert = 0;
@@ -56,83 +85,76 @@ void grouped_up_projection(
     while (i / TILES >= starts[expert + 1]) {
       ++expert;
     }
+    const uint mine = i % TILES * ROWS + simdgroup * 8 * OCTETS;
+    const bool has_rows = mine < uint(EXPERT_SIZE);
+    const ulong weight_row = ulong(expert) * EXPERT_SIZE + mine + Lanes::weight_row(lane);
+    typename Weights::Span spans[DEPTH][WINDOWS][OCTETS];
+    if (has_rows) {
+#pragma unroll
+      for (int j = 0; j < DEPTH * WINDOWS; ++j) {
+        load_window<OCTETS, WIDTH>(
+            spans[j / WINDOWS][j % WINDOWS], up, weight_row, j * WINDOW, HIDDEN, lane);
+      }
+    }
+
     // An expert's tiles are alike, so that threadgroups have about as much to do.
     const uint total = counts[expert], tiles = starts[expert + 1] - starts[expert];
     const uint each = round_up<8 * BATCH>((total + tiles - 1) / tiles);
     const uint first = (i / TILES - starts[expert]) * each, count = min(total - first, each);
-    const uint filled = round_up<8 * BATCH>(count);
     const ulong place = ulong(expert) * tokens + first;
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile has been multiplied
     for (uint j = thread_index; j < TOKENS; j += THREADS) {
       const uint token = lists[place + min(j, count - 1)];
-      listed[j] = token;
+      listed[j] = token * (HIDDEN / StageType::PIECE);
       weights[j] = float(scores[ulong(token) * EXPERTS + expert]);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    uint sources[EACH];  // in pieces
 #pragma unroll
-    for (int j = 0; j < EACH; ++j) {
-      const uint to = min((j * THREADS + thread_index) / PIECES, uint(TOKENS - 1));
-      sources[j] = listed[to] * (HIDDEN / StageType::PIECE);
+    for (int step = 0; step + 1 < STAGES; ++step) {
+      fill_listed<StageType, TOKENS, STAGES, HIDDEN>(
+          x, memory, listed, count, step, filler);
     }
-
-    const uint row = i % TILES * ROWS + simdgroup * 8 * OCTETS + lane_row(lane);
-    const bool has_rows = i % TILES * ROWS + simdgroup * 8 * OCTETS < uint(EXPERT_SIZE);
-    const ulong weight_row = ulong(expert) * EXPERT_SIZE + row;
-    typename Weights::Span spans[OCTETS], next[OCTETS];
     TileType tile;
     tile.clear();
-    if (has_rows) {
-      load_window<OCTETS>(next, up, weight_row, quarter * Weights::span, HIDDEN);
-    }
 #pragma unroll 1
-    for (int step = 1 - STAGES; step < STEPS; ++step) {
-      if (step >= 0) {
-        await_copies<STAGES - 2>();
-        threadgroup_barrier(mem_flags::mem_threadgroup);
-      }
-      const int ahead = step + STAGES - 1;
-      if (ahead < STEPS) {
-        const StageType stage = StageType::at(memory, ahead % STAGES);
+    for (int from = 0; from < STEPS; from += DEPTH) {
 #pragma unroll
-        for (int j = 0; j < EACH; ++j) {
-          const uint at = j * THREADS + thread_index, to = at / PIECES, piece = at % PIECES;
-          const uint k = ahead * PIECES + piece;
-          if (to < filled) {
-            const bool real = k < uint(HIDDEN / StageType::PIECE);
-            stage.fill(to, piece, (const device uint4*)x + (sources[j] + (real ? k : 0)), real);
+      for (int s = 0; s < DEPTH; ++s) {
+        const int step = from + s;
+        if (s == 0 || step < STEPS) {
+          await_copies<STAGES - 2>();
+          threadgroup_barrier(mem_flags::mem_threadgroup);
+          fill_listed<StageType, TOKENS, STAGES, HIDDEN>(
+              x, memory, listed, count, step + STAGES - 1, filler);
+          if (has_rows) {
+            const StageType stage = StageType::at(memory, step % STAGES);
+#pragma unroll
+            for (int i = 0; i < WINDOWS; ++i) {
+              tile.template add_window<BATCH>(spans[s][i], stage, i, count, lane);
+              if (step + DEPTH < STEPS) {
+                const uint k = (step + DEPTH) * WIDTH + i * WINDOW;
+                load_window<OCTETS, WIDTH>(spans[s][i], up, weight_row, k, HIDDEN, lane);
+              }
+            }
           }
         }
-      }
-      end_copies();
-      if (step >= 0 && has_rows) {
-#pragma unroll
-        for (int octet = 0; octet < OCTETS; ++octet) {
-          spans[octet] = next[octet];
-        }
-        if (step + 1 < STEPS) {
-          const uint k = (step + 1) * WINDOW + quarter * Weights::span;
-          load_window<OCTETS>(next, up, weight_row, k, HIDDEN);
-        }
-        add_window<BATCH>(tile, spans, StageType::at(memory, step % STAGES), 0, count, lane);
       }
     }
 
     if (has_rows) {
 #pragma unroll
-      for (int n = 0; n < TOKENS / 8; ++n) {
+      for (int slot = 0; slot < TileType::SLOTS; ++slot) {
+        const uint token = Lanes::token(slot, lane);
+        if (token < count) {
+          float values[TileType::COLUMNS];
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const uint token = 8 * n + 2 * quarter + j;
-          if (token < count) {
-            const float score = weights[token];
-            device T* const out = h + (place + token) * EXPERT_SIZE + row;
-#pragma unroll
-            for (int octet = 0; octet < OCTETS; ++octet) {
-              out[8 * octet] = T(activate(tile.sums[octet][n][j], SILU) * score);
-            }
+          for (int j = 0; j < TileType::COLUMNS; ++j) {
+            const float z = tile.sums[slot][j];
+            values[j] = (SILU ? quotient(z, 1.0f + exp(-z)) : activate(z, false)) * weights[token];
           }
+          store_columns<TileType::COLUMNS>(
+              h + (place + token) * EXPERT_SIZE + mine + Lanes::column(lane), values);
         }
       }
     }

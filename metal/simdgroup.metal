@@ -69,11 +69,15 @@ inline float affine_value(const thread uint* words, int j, T scale, T bias) {
 #define ROW_STEP 1
 
 // Where a lane's two half spans of the token operand lie in a window: as row `row` of the 8x8
-// operand it brings k = row * span / 2 + j in step j, for columns 2 * quarter and + 1.
+// operand it brings element k + j in step j, for columns 2 * quarter and + 1: row 2 * n the first
+// half of quarter n's span, the next row the other. Spans lie `reach` apart, halves `apart`.
 struct TokenHalves {
   uint token0, token1, k0, k1;
-  TokenHalves(uint row, uint quarter, uint span) thread
-      : token0(2 * quarter), token1(2 * quarter + 1), k0(row * span / 2), k1(row * span / 2) {}
+  TokenHalves(uint row, uint quarter, uint reach, uint apart) thread
+      : token0(2 * quarter),
+        token1(2 * quarter + 1),
+        k0(row / 2 * reach + row % 2 * apart),
+        k1(k0) {}
 };
 
 // A part of a lane's spans of the weight operand, which takes that many registers less than the
@@ -114,3 +118,36 @@ struct MatrixRows {
     sums[1] = c.thread_elements()[1];
   }
 };
+
+// ---- Long chunks (staged.metal).
+// What a lane holds of 8 * OCTETS columns: COLUMNS neighbours, for SLOTS tokens of each eight. It
+// streams the weight rows of its columns, one an octet.
+template <int OCTETS>
+struct SumLanes {
+  enum { COLUMNS = OCTETS, SLOTS = 2, ROW_STRIDE = 1 };
+  static uint weight_row(uint lane) { return OCTETS * lane_row(lane); }
+  static uint column(uint lane) { return OCTETS * lane_row(lane); }
+  static uint token(uint slot, uint lane) {
+    return slot / 2 * 8 + 2 * lane_quarter(lane) + slot % 2;
+  }
+};
+
+// sums += BATCH eights of tokens by the weight rows.
+template <int BATCH, int OCTETS, typename Rows, typename Eight>
+inline void multiply_batch(
+    const thread Rows& rows, const thread Eight* eights, thread float (*sums)[OCTETS]) {
+#pragma unroll
+  for (int n = 0; n < BATCH; ++n) {
+#pragma unroll
+    for (int i = 0; i < OCTETS; ++i) {
+      float pair[2] = {sums[2 * n][i], sums[2 * n + 1][i]};
+      rows.multiply(i, eights[n].x[0], eights[n].x[1], pair, pair);
+      sums[2 * n][i] = pair[0];
+      sums[2 * n + 1][i] = pair[1];
+    }
+  }
+}
+
+inline float quotient(float a, float b) {
+  return a / b;
+}

@@ -102,7 +102,7 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
   template <typename Operands>
   static void load(
       thread Column& out, int n, int part, Operands operands, uint start, uint row, uint quarter) {
-    const TokenHalves halves(row, quarter, Weights::span);
+    const TokenHalves halves(row, quarter, Weights::span, Weights::span / 2);
     const uint k = start + part * Rows::STEPS;
     operands.template load_token<half_words>(out.x[0], 8 * n + halves.token0, k + halves.k0);
     operands.template load_token<half_words>(out.x[1], 8 * n + halves.token1, k + halves.k1);

@@ -89,9 +89,9 @@ GROUPED_DOWN = Kernel(
     threadgroup uint ranges[2 * EXPERTS];
     threadgroup uint listed[STAGES * TOKENS];
     threadgroup uint total[1];
-    grouped_down_projection<T, TOKENS, OCTETS, SIMDGROUPS, STAGES, BATCH, BLOCK, WINDOWS, EXPERTS,
-                            HIDDEN, EXPERT_SIZE>(
-        h, lists, blocks, WEIGHTS, y, h_shape[1], memory, ranges, listed, total,
+    grouped_down_projection<T, TOKENS, OCTETS, SIMDGROUPS, STAGES, BATCH, WINDOWS, DEPTH,
+                            BLOCK, EXPERTS, HIDDEN, EXPERT_SIZE>(
+        h, lists, blocks, streamed(WEIGHTS), y, h_shape[1], memory, ranges, listed, total,
         threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
     launch=launch,

@@ -16,9 +16,10 @@ class GroupedTile(NamedTuple):
         octets: Rows of a simdgroup, in eights; 1, 2 or 4. CUDA's matrix unit takes two.
         simdgroups: Each with rows of its own.
         stages: Windows of tokens in threadgroup memory, at least two.
-        batch: Eights of tokens whose loads come together.
+        batch: Eights of tokens whose loads come together; even on CUDA.
+        windows: Of weights, that a stage is wide.
+        depth: Stages whose weights are on their way in registers, less than `stages`.
         block: Tokens whose outputs a threadgroup of the down kernel holds, a multiple of 32.
-        windows: Of a stage of the down kernel.
     """
 
     tokens: int
@@ -26,8 +27,9 @@ class GroupedTile(NamedTuple):
     simdgroups: int
     stages: int
     batch: int
+    windows: int
+    depth: int
     block: int = 0
-    windows: int = 1
 
     @property
     def rows(self) -> int:
@@ -36,8 +38,9 @@ class GroupedTile(NamedTuple):
 
     def memory(self, dtype: mx.Dtype, packing: Quantization | None) -> int:
         """Pieces of 16 bytes of threadgroup memory: the stages, and the outputs held."""
-        stage = self.tokens * (self.windows * window(dtype, packing) * dtype.size // 16 + 1)
-        return self.stages * stage + self.block * self.rows // 4
+        stage = self.tokens * (self.windows * window(dtype, packing) * dtype.size // 16)
+        held = self.block and self.block + 8 * self.batch
+        return self.stages * stage + held * self.rows // 4
 
 
 class GroupedTiles(NamedTuple):
@@ -50,11 +53,14 @@ class GroupedTiles(NamedTuple):
 
 # Descending. "cuda": measured on an H200, see docs/kernels-log.md. "metal": not measured on a Mac.
 GROUPED_TILES = {
-    "metal": [GroupedTiles(1, GroupedTile(64, 2, 4, 2, 2), GroupedTile(32, 1, 4, 2, 2, 128))],
+    "metal": [
+        GroupedTiles(1, GroupedTile(64, 2, 4, 2, 2, 1, 1), GroupedTile(32, 1, 4, 2, 2, 1, 1, 128))
+    ],
     "cuda": [
-        GroupedTiles(1536, GroupedTile(128, 4, 4, 3, 2), GroupedTile(64, 2, 8, 3, 4, 256, 2)),
-        GroupedTiles(640, GroupedTile(128, 4, 4, 3, 2), GroupedTile(32, 2, 8, 3, 4, 128, 2)),
-        GroupedTiles(1, GroupedTile(128, 4, 4, 3, 2), GroupedTile(32, 4, 4, 3, 4, 128, 2)),
+        GroupedTiles(
+            1536, GroupedTile(128, 4, 4, 3, 2, 1, 2), GroupedTile(64, 4, 4, 3, 4, 2, 1, 256)
+        ),
+        GroupedTiles(1, GroupedTile(128, 4, 4, 3, 2, 1, 2), GroupedTile(32, 4, 4, 3, 4, 2, 2, 128)),
     ],
 }
 
@@ -63,7 +69,7 @@ MEMORY = {"metal": (28 << 10) // 16, "cuda": (220 << 10) // 16}
 
 STAGE_WIDTH = 128  # inputs of an expert that a stage of the down kernel holds at most
 
-CUDA_GROUPS = 264  # two on each of an H100's multiprocessors
+CUDA_SIMDGROUPS = 8 * 132  # of the up kernel: eight on each of an H100's multiprocessors
 
 
 def window(dtype: mx.Dtype, packing: Quantization | None) -> int:
@@ -119,4 +125,5 @@ def fitting(
 
 def up_groups(backend: str, tile: GroupedTile) -> int:
     """Threadgroups of the up kernel that fill this machine."""
-    return CUDA_GROUPS if backend == "cuda" else max_threads(backend) // (32 * tile.simdgroups)
+    most = CUDA_SIMDGROUPS if backend == "cuda" else max_threads(backend) // 32
+    return most // tile.simdgroups

@@ -8,9 +8,18 @@ from mlx_lm.models.cache import BatchKVCache
 from blockffn_mlx import device, ffn, kernels
 from blockffn_mlx.analysis import doctor
 from blockffn_mlx.ffn import plan
-from blockffn_mlx.kernels import KERNELS, grouped_tiles, grouped_up, place, probe, random_layer
+from blockffn_mlx.kernels import (
+    KERNELS,
+    grouped_tiles,
+    grouped_up,
+    place,
+    probe,
+    random_layer,
+    text,
+)
 from blockffn_mlx.kernels.grouped_tiles import GroupedTile
 from blockffn_mlx.quantisation import quantized
+from helpers.cuda_lanes import read_with_cuda_lanes
 from helpers.ffn_cases import TOLERANCE, Case, float64, relative_error
 from helpers.kernel_runs import BACKEND, ON_GPU, in_harness, needs_gpu_or_compiler, running
 from helpers.models import tiny_model
@@ -80,14 +89,17 @@ def test_kernels_match_the_oracle_everywhere(tokens, experts, size, hidden, dtyp
 
 
 @in_harness
+@pytest.mark.parametrize("lanes", ["Metal", "CUDA"])
 @pytest.mark.parametrize("name, tile", [
-    ("grouped_up", GroupedTile(32, 4, 2, 3, 2)),
-    ("grouped_up", GroupedTile(32, 2, 4, 4, 1)),
-    ("grouped_down", GroupedTile(16, 2, 4, 3, 1, 64)),
-    ("grouped_down", GroupedTile(16, 4, 2, 3, 2, 64, 2)),
+    ("grouped_up", GroupedTile(32, 4, 2, 3, 2, 1, 2)),
+    ("grouped_up", GroupedTile(32, 2, 4, 3, 2, 2, 1)),
+    ("grouped_down", GroupedTile(16, 2, 4, 3, 2, 1, 2, 64)),
+    ("grouped_down", GroupedTile(16, 4, 2, 4, 2, 2, 3, 32)),
 ])  # fmt: skip
-def test_tiles_of_other_machines(name, tile):
+def test_tiles_of_other_machines(name, tile, lanes, monkeypatch):
     """More stages and octets, and rows that no tile divides: 96 by 64."""
+    if lanes == "CUDA":
+        monkeypatch.setattr(text, "read_source", read_with_cuda_lanes)
     kernel = KERNELS[name]
     layer = random_layer(70, 7, 96, 96, 5, mx.bfloat16)
     sample = kernel.sample(layer)
