@@ -41,7 +41,9 @@ FIRST |= {
     "routed_up": "kernels",
     "residual_down": "kernels",
     "attention": "attention",
-    **dict.fromkeys(("place", "staged", "grouped_up", "grouped_down", "simdgroup"), "grouped"),
+    **dict.fromkeys(
+        ("place", "staged", "grouped_up", "grouped_down", "simdgroup", "cuda"), "grouped"
+    ),
 }
 FIRST |= dict.fromkeys(("top_tokens", "grow_beams", "best_tree"), "draft_kernels")
 SHARE = 0.95

@@ -151,7 +151,7 @@ void grouped_up_projection(
 #pragma unroll
           for (int j = 0; j < TileType::COLUMNS; ++j) {
             const float z = tile.sums[slot][j];
-            values[j] = (SILU ? quotient(z, 1.0f + exp(-z)) : activate(z, false)) * weights[token];
+            values[j] = (SILU ? silu(z) : activate(z, false)) * weights[token];
           }
           store_columns<TileType::COLUMNS>(
               h + (place + token) * EXPERT_SIZE + mine + Lanes::column(lane), values);

@@ -148,6 +148,6 @@ inline void multiply_batch(
   }
 }
 
-inline float quotient(float a, float b) {
-  return a / b;
+inline float silu(float z) {
+  return z / (1.0f + exp(-z));
 }

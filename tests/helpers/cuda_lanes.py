@@ -34,6 +34,9 @@ inline void multiply_16x8x16(
 inline float __fdividef(float a, float b) {
   return a / b;
 }
+inline float __expf(float a) {
+  return exp(a);
+}
 inline uint __byte_perm(uint, uint, uint) {
   return 0;  // packed weights only
 }
