@@ -4,6 +4,6 @@ import sys
 
 # Python is on its way to `-m blockffn_mlx.cli.generate`: that is `blockffn-generate`.
 if sys.argv[:1] == ["-m"] and __name__ in (module := sys.orig_argv[-len(sys.argv)]):
-    from .launch import run_module
+    from blockffn_mlx.cli.launch import run_module
 
     run_module(module)

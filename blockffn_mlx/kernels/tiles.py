@@ -101,7 +101,7 @@ class Tiles(NamedTuple):
     down: Tile
 
 
-# By the largest number of tokens. "cuda": measured on an H100, see docs/kernels.md.
+# By the largest number of tokens. "cuda": measured on an H100, see docs/kernels-log.md.
 # "metal": not measured on a Mac; chosen to stay under 32 KB of threadgroup memory and modest in
 # registers. "packed" stands for packed weights, where unpacking weighs more than loading.
 TILES = {

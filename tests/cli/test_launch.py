@@ -78,7 +78,11 @@ def test_the_package_is_imported_at_its_first_use():
 
 def test_python_dash_m_starts_commands():
     assert [f"blockffn-{name.replace('_', '-')}" for name in launch.COMMANDS] == [*COMMANDS]
-    for module in (["blockffn_mlx.cli.train_draft"], ["blockffn_mlx", "train-draft"]):
+    for module in (
+        ["cli.train_draft"],
+        ["blockffn_mlx.cli.train_draft"],
+        ["blockffn_mlx", "train-draft"],
+    ):
         shown = run([sys.executable, "-m", *module, "--help"], cwd=ROOT).stdout
         assert shown.startswith("usage: blockffn-train-draft"), module
     other = run([sys.executable, "-m", "blockffn_mlx.cli.flags"], cwd=ROOT)
