@@ -44,7 +44,7 @@ def router_scores(model: Any, ids: mx.array, pass_length: int = PASS_LENGTH) -> 
 
 @dataclass
 class SparsityReport:
-    """Sparsity per layer, all as fractions; the properties are means over layers.
+    """Sparsity per layer with a router, all as fractions; the properties are means over those.
 
     Attributes:
         chunk: Window length L of CLS.
