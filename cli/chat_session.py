@@ -30,7 +30,7 @@ from .chat_view import View
 from .common import load_for_text
 from .draft import draft_options
 from .flags import sampler_of
-from .terminal import Interruption
+from .terminal import Interruption, counted
 
 # The context is called nearly full from this share on.
 NEARLY_FULL = 0.75
@@ -234,8 +234,8 @@ class Chat:
         with Interruption() as interruption, measured(chat, speculation, watched) as stats:
             dropped = make_room()
             if dropped:
-                turns = "turn" if dropped == 1 else f"{dropped} turns"
-                self.view.warn(f"the context is full: the oldest {turns} no longer count")
+                turns = counted(dropped, "turn")
+                self.view.warn(f"the context is full: {turns} dropped, the oldest first")
             panel = stats.panel if settings.stats else None
             layers = routed_indices(chat.model)
             strip = ExpertStrip(stats.record.latest, layers) if with_strip else None

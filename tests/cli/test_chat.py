@@ -89,7 +89,7 @@ def test_context_limits_are_announced(run, folder):
     status, _, err = run(*flags, stdin=text)
     lines = err.splitlines()
     nearly = next(i for i, line in enumerate(lines) if "nearly full" in line)
-    dropped = next(i for i, line in enumerate(lines) if "no longer count" in line)
+    dropped = next(i for i, line in enumerate(lines) if "dropped, the oldest" in line)
     assert status == 0 and nearly < dropped
 
 
