@@ -15,16 +15,13 @@ from mlx_lm.models.cache import KVCache
 
 import metal_host
 from blockffn_mlx import device
-from blockffn_mlx.checkpoints.convert_head import convert_head
 from blockffn_mlx.ffn import MAX_CHUNK
 from blockffn_mlx.kernels.kernel import build_kernel
-from blockffn_mlx.models.eagle import EagleHead, HeadArgs
 from blockffn_mlx.speculative import load_draft
 from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
 from blockffn_mlx.speculative.tree import path_to
-from helpers.models import GOLDEN, tiny_model
-
-HEAD = GOLDEN / "gqa_block_eagle"
+from helpers.heads import HEAD, random_head, save_head
+from helpers.models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -211,34 +208,6 @@ def test_trees_of_a_head_whose_attention_matters(seed):
     assert sorted(found) == expected
 
 
-def random_head(model, heads=3, kv_heads=1, norms=("input_norm1", "input_norm2"), bias=True):
-    """A head whose attention shapes are not the target's."""
-    args = HeadArgs(
-        hidden_size=model.args.hidden_size,
-        intermediate_size=40,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=model.args.head_dim,
-        fc_bias=bias,
-        input_norms=norms,
-    )
-    head = EagleHead(args)
-    weights = []
-    for name, value in tree_flatten(head.parameters()):
-        scale, shift = (0.2, 1.0) if value.ndim == 1 and "bias" not in name else (0.2, 0.0)
-        weights.append((name, mx.random.normal(value.shape) * scale + shift))
-    head.load_weights(weights)
-    return head
-
-
-def save_head(folder, head, **config):
-    folder.mkdir(exist_ok=True)
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(head.parameters())))
-    names = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-    fields = {name: getattr(head.args, name) for name in (*names, "head_dim")}
-    (folder / "config.json").write_text(json.dumps(fields | config))
-
-
 @pytest.mark.parametrize("norms", [(), ("input_norm2",), ("input_norm1", "input_norm2")])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("attention", ["vanilla", "mla"])
@@ -281,84 +250,6 @@ def test_a_reduced_vocabulary_takes_rows_of_the_targets_head(tied, bits):
     hidden = mx.random.normal((1, 3, 64))
     found = model.logits_for(rows)(hidden)
     assert mx.abs(found - model.logits(hidden)[..., rows]).max() < 1e-4
-
-
-@pytest.mark.parametrize("kind", ["pkl", "npy", "json", "dict"])
-def test_frequency_lists(tmp_path, kind):
-    model = tiny_model()
-    folder = tmp_path / "head"
-    save_head(folder, random_head(model))
-    ids = [7, 3, 60, 11, 12]
-    if kind == "npy":
-        np.save(folder / "freq_5.npy", np.array(ids))
-    elif kind == "json":
-        (folder / "freq_5.json").write_text(json.dumps(ids))
-    else:
-        content = ids if kind == "pkl" else dict.fromkeys(ids, 1)
-        (folder / "freq_5.pkl").write_bytes(pickle.dumps(content))
-    draft = load_draft(folder, model)
-    assert draft.frequent.tolist() == ids
-    tree = draft.propose(mx.random.normal((1, 2, 48)), mx.array([[1, 2, 3]]), 4, 2, 20)
-    assert set(tree.tokens.tolist()[1:]) <= set(ids)
-
-    (folder / "freq_2.json").write_text("[1, 2]")
-    assert load_draft(folder, model, draft_vocab=2).frequent.tolist() == [1, 2]
-    assert load_draft(folder, model).frequent.size == 5  # nearest to the paper's
-    assert load_draft(folder, model, draft_vocab=61).frequent is None
-    with pytest.raises(ValueError, match="no list of 9 frequent tokens"):
-        load_draft(folder, model, draft_vocab=9)
-
-
-class Evil:
-    def __reduce__(self):
-        return (print, ("executed",))
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("freq_1.json", b"[61]"),
-        ("freq_1.json", b"[-1]"),
-        ("freq_1.json", b'["a"]'),
-        ("freq_1.json", b"[true]"),
-        ("freq_1.json", b"[]"),
-        ("freq_1.json", b"{"),
-        ("freq_1.json", b"3"),
-        ("freq_1.npy", b"nothing"),
-        ("freq_1.pkl", pickle.dumps(Evil())),
-        ("freq_1.pkl", b""),
-    ],
-)
-def test_bad_frequency_lists_are_refused(tmp_path, capsys, name, content):
-    model = tiny_model()
-    folder = tmp_path / "head"
-    save_head(folder, random_head(model))
-    (folder / name).write_bytes(content)
-    with pytest.raises(ValueError, match="freq_1"):
-        load_draft(folder, model)
-    assert "executed" not in capsys.readouterr().out
-
-
-def test_heads_for_other_models_are_refused(tmp_path):
-    model = tiny_model()
-    save_head(tmp_path / "vocab", random_head(model), vocab_size=62)
-    with pytest.raises(ValueError, match="vocab_size 62 and the model 61"):
-        load_draft(tmp_path / "vocab", model)
-    with pytest.raises(ValueError, match="hidden_size 128 and the model 48"):
-        load_draft(HEAD, model)
-    save_head(tmp_path / "shape", random_head(model), intermediate_size=41)
-    with pytest.raises(ValueError, match="do not fit its config.json"):
-        load_draft(tmp_path / "shape", model)
-    save_head(tmp_path / "bare", random_head(model))
-    (tmp_path / "bare" / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not describe a draft head"):
-        load_draft(tmp_path / "bare", model)
-    medusa = tmp_path / "medusa"
-    medusa.mkdir()
-    mx.save_safetensors(str(medusa / "model.safetensors"), {"0.0.linear.weight": mx.zeros((2, 2))})
-    shutil.copy(HEAD / "config.json", medusa)
-    with pytest.raises(ValueError, match="not a draft of a known kind"):
-        load_draft(medusa, model)
 
 
 def test_unused_tensors_are_ignored(tmp_path, target, data):
@@ -424,14 +315,3 @@ def test_a_converted_head_drafts_like_the_published_one(converted, target, data,
         draft.observe(mx.array(data["hidden"]), ids[:-1])
         error = mx.abs(draft.catch_up(ids[-1]) - mx.array(data["out_hidden"])).mean().item()
         assert error < {4: 0.2, 8: 0.02}[bits] * np.abs(data["out_hidden"]).mean()
-
-
-def test_a_conversion_that_fails_writes_nothing(tmp_path):
-    model = tiny_model()
-    with pytest.raises(ValueError, match="hidden_size 128 and the model 48"):
-        convert_head(HEAD, tmp_path / "out", model)
-    save_head(tmp_path / "head", random_head(model))
-    (tmp_path / "head" / "freq_1.json").write_text("[99]")
-    with pytest.raises(ValueError, match="freq_1.json is not a list of token ids below 61"):
-        convert_head(tmp_path / "head", tmp_path / "out", model)
-    assert [f.name for f in tmp_path.iterdir()] == ["head"]

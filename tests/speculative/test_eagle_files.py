@@ -2,15 +2,96 @@
 
 import io
 import json
+import pickle
+import shutil
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from test_eagle import random_head, save_head
 
+from blockffn_mlx.checkpoints.convert_head import convert_head
 from blockffn_mlx.checkpoints.eagle_head import read_head, read_ids
 from blockffn_mlx.speculative import load_draft
+from helpers.heads import HEAD, random_head, save_head
 from helpers.models import tiny_model
+
+
+@pytest.mark.parametrize("kind", ["pkl", "npy", "json", "dict"])
+def test_frequency_lists(tmp_path, kind):
+    model = tiny_model()
+    folder = tmp_path / "head"
+    save_head(folder, random_head(model))
+    ids = [7, 3, 60, 11, 12]
+    if kind == "npy":
+        np.save(folder / "freq_5.npy", np.array(ids))
+    elif kind == "json":
+        (folder / "freq_5.json").write_text(json.dumps(ids))
+    else:
+        content = ids if kind == "pkl" else dict.fromkeys(ids, 1)
+        (folder / "freq_5.pkl").write_bytes(pickle.dumps(content))
+    draft = load_draft(folder, model)
+    assert draft.frequent.tolist() == ids
+    tree = draft.propose(mx.random.normal((1, 2, 48)), mx.array([[1, 2, 3]]), 4, 2, 20)
+    assert set(tree.tokens.tolist()[1:]) <= set(ids)
+
+    (folder / "freq_2.json").write_text("[1, 2]")
+    assert load_draft(folder, model, draft_vocab=2).frequent.tolist() == [1, 2]
+    assert load_draft(folder, model).frequent.size == 5  # nearest to the paper's
+    assert load_draft(folder, model, draft_vocab=61).frequent is None
+    with pytest.raises(ValueError, match="no list of 9 frequent tokens"):
+        load_draft(folder, model, draft_vocab=9)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("executed",))
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("freq_1.json", b"[61]"),
+        ("freq_1.json", b"[-1]"),
+        ("freq_1.json", b'["a"]'),
+        ("freq_1.json", b"[true]"),
+        ("freq_1.json", b"[]"),
+        ("freq_1.json", b"{"),
+        ("freq_1.json", b"3"),
+        ("freq_1.npy", b"nothing"),
+        ("freq_1.pkl", pickle.dumps(Evil())),
+        ("freq_1.pkl", b""),
+    ],
+)
+def test_bad_frequency_lists_are_refused(tmp_path, capsys, name, content):
+    model = tiny_model()
+    folder = tmp_path / "head"
+    save_head(folder, random_head(model))
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match="freq_1"):
+        load_draft(folder, model)
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_heads_for_other_models_are_refused(tmp_path):
+    model = tiny_model()
+    save_head(tmp_path / "vocab", random_head(model), vocab_size=62)
+    with pytest.raises(ValueError, match="vocab_size 62 and the model 61"):
+        load_draft(tmp_path / "vocab", model)
+    with pytest.raises(ValueError, match="hidden_size 128 and the model 48"):
+        load_draft(HEAD, model)
+    save_head(tmp_path / "shape", random_head(model), intermediate_size=41)
+    with pytest.raises(ValueError, match="do not fit its config.json"):
+        load_draft(tmp_path / "shape", model)
+    save_head(tmp_path / "bare", random_head(model))
+    (tmp_path / "bare" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not describe a draft head"):
+        load_draft(tmp_path / "bare", model)
+    medusa = tmp_path / "medusa"
+    medusa.mkdir()
+    mx.save_safetensors(str(medusa / "model.safetensors"), {"0.0.linear.weight": mx.zeros((2, 2))})
+    shutil.copy(HEAD / "config.json", medusa)
+    with pytest.raises(ValueError, match="not a draft of a known kind"):
+        load_draft(medusa, model)
 
 
 def npy(shape, dtype="<i8", data=bytes(24)) -> bytes:
@@ -137,3 +218,14 @@ def test_numbers_that_are_no_weights_are_refused(tmp_path, dtype):
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     with pytest.raises(ValueError, match="no weights are"):
         load_draft(folder, model)
+
+
+def test_a_conversion_that_fails_writes_nothing(tmp_path):
+    model = tiny_model()
+    with pytest.raises(ValueError, match="hidden_size 128 and the model 48"):
+        convert_head(HEAD, tmp_path / "out", model)
+    save_head(tmp_path / "head", random_head(model))
+    (tmp_path / "head" / "freq_1.json").write_text("[99]")
+    with pytest.raises(ValueError, match="freq_1.json is not a list of token ids below 61"):
+        convert_head(tmp_path / "head", tmp_path / "out", model)
+    assert [f.name for f in tmp_path.iterdir()] == ["head"]
