@@ -31,12 +31,14 @@ TESTS = [
     "route",
     "attention",
     "norm_up",
+    "grouped_norm_up",
     "normed",
 ]
 TESTS += ["kernels", "kernel_language", "grouped"]
 FIRST = {"union": "kernel_edges", "route": "route"}  # by the faulty file
 FIRST |= {
     "norm_up": "norm_up",
+    "grouped_norm_up": "grouped_norm_up",
     "normed": "normed",
     "routed_up": "kernels",
     "residual_down": "kernels",

@@ -52,6 +52,14 @@ inline void fill_listed(
   end_copies();
 }
 
+// What comes between the product and the activation: nothing.
+struct Unnormed {
+  // tile: columns `mine` and on, its own weight rows   listed: the tokens, times ROW
+  template <int ROW, typename TileType>
+  void apply(
+      thread TileType&, threadgroup float*, const threadgroup uint*, uint, uint) const thread {}
+};
+
 // The threadgroups go round the tiles of 8 * OCTETS * SIMDGROUPS rows of an expert by TOKENS of its
 // tokens; how many there are, lies on the device.
 //   x: [tokens, HIDDEN]   scores: [tokens, EXPERTS]   up: [EXPERTS, EXPERT_SIZE, HIDDEN]
@@ -63,9 +71,9 @@ inline void fill_listed(
 template <
     typename T, int TOKENS, int OCTETS, int SIMDGROUPS, int STAGES, int BATCH, int WINDOWS,
     int DEPTH, int EXPERTS, int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights,
-    typename Scores, typename Counts>
+    typename Scores, typename Counts, typename Norm>
 void grouped_up_projection(
-    const device T* x, Scores scores, Counts counts, const device uint* lists, Weights up,
+    const device T* x, Scores scores, Counts counts, const device uint* lists, Norm norm, Weights up,
     device T* h, uint tokens, threadgroup uint4* memory, threadgroup uint* starts,
     threadgroup uint* listed, threadgroup float* weights, uint group, uint groups, uint simdgroup,
     uint lane) {
@@ -142,6 +150,8 @@ void grouped_up_projection(
       }
     }
 
+    norm.template apply<HIDDEN / StageType::PIECE>(
+        tile, (threadgroup float*)memory, listed, mine, lane);
     if (has_rows) {
 #pragma unroll
       for (int slot = 0; slot < TileType::SLOTS; ++slot) {

@@ -14,7 +14,7 @@ from ..checkpoints import canonical_deco
 from ..checkpoints.demo import DEMO, model_folder
 from ..checkpoints.hub import download_config, is_local
 from ..checkpoints.reader import read_json
-from ..ffn import MAX_CHUNK, BlockFFN, chunk_union_ffn
+from ..ffn import BlockFFN, chunk_union_ffn
 from ..kernels.graph import Graph, trace
 from ..models import find_architecture
 from ..models.blockffn import Model, ModelArgs
@@ -146,10 +146,8 @@ def trace_pass(
         for layer_cache in cache:
             layer_cache.trim(tokens)
     pairs = _cache_arrays(cache)
-    rows = tokens * batch_size
     for layer in _sparse_layers(model):
-        kernels = rows <= MAX_CHUNK or isinstance(layer, BlockFFN)  # DECO has none for long chunks
-        layer.backend = "metal" if kernels else "dense"
+        layer.backend = "metal"
 
     def run(ids, *arrays):
         for (owner, name), array in zip(pairs, arrays, strict=True):

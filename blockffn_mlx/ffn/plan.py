@@ -14,6 +14,7 @@ from ..kernels import (
     covers,
     down,
     grouped_down,
+    grouped_norm_up,
     grouped_tiles,
     grouped_up,
     norm_up,
@@ -59,6 +60,7 @@ UNION_KERNELS = {
     NORM_SILU: ("norm_up", "residual_down"),
 }
 GROUPED_KERNELS = ("route", "place", "grouped_up", "grouped_down")
+GROUPED_NORM_KERNELS = ("place", "grouped_norm_up", "grouped_down")
 
 
 class Plan(NamedTuple):
@@ -94,15 +96,17 @@ class Plan(NamedTuple):
         down_weights: ExpertWeights,
         activation: Activation | None = None,
         shift: mx.array | None = None,
+        norm: tuple[mx.array, ...] = (),
     ) -> mx.array:
         """The layer after its router: [T, H], scores [T, E] -> [T, H].
 
         `activation` takes the place of one that has only a name, `shift` [T] is what it takes from
-        a token's every hidden unit; neither reaches the kernels, which know ACTIVATIONS.
+        a token's every hidden unit; neither reaches the kernels. Those know ACTIVATIONS, and
+        NORM_SILU by its `norm`: what `grouped_norm_up` takes of means, weight and eps.
         """
         if self.place and self.up and self.down:
             counts, lists, blocks = self.place(scores)
-            (h,) = self.up(x, scores, counts, lists, *up_weights.arrays)
+            (h,) = self.up(x, scores, counts, lists, *norm, *up_weights.arrays)
             return self.down(h, lists, blocks, *down_weights.arrays)[0]
         if self.up and self.down:
             h, active = self.up(x, scores, *up_weights.arrays)
@@ -154,9 +158,9 @@ def _make_plan(
     compute_backend: str,
 ) -> Plan:
     if asked == "auto":
-        long = sizes.num_tokens > MAX_CHUNK
-        able = kernel_backend if has_kernels(act, fused, long) else None
-        names = GROUPED_KERNELS if long else kernel_names(act, fused)
+        taken = kernel_backend and has_kernels(act, fused) and covered(sizes, act, kernel_backend)
+        able = kernel_backend if taken else None
+        names = kernel_names(act, fused, sizes.num_tokens > MAX_CHUNK)
         strategy, backend = choose(sizes, training, names, able, compute_backend)
     elif asked in BACKENDS:
         strategy, backend = BACKENDS[asked]
@@ -166,9 +170,9 @@ def _make_plan(
         strategy = "grouped"
     if backend is None:
         return Plan(strategy, backend, act)
-    if not has_kernels(act, fused, strategy == "grouped"):
+    if not has_kernels(act, fused):
         raise ValueError(f"there are no kernels for {act} in a layer of this kind")
-    if not (grouped_tiles.covers(sizes, backend) if strategy == "grouped" else covers(sizes)):
+    if not covered(sizes, act, backend):
         raise ValueError(
             f"the kernels take up to {MAX_EXPERTS} experts, sizes that are multiples of 32, and "
             "plain or affine 4-bit or 8-bit weights in the dtype of x (beyond "
@@ -178,16 +182,17 @@ def _make_plan(
         block = grouped_tiles.choose_tiles(
             sizes.num_tokens, backend, sizes.dtype, sizes.down.packing
         ).down.block
+        normed, scored = act == NORM_SILU, (sizes.num_tokens, sizes.num_experts, sizes.dtype)
         return Plan(
             strategy,
             backend,
             act,
-            route.arguments(sizes.num_tokens, sizes.num_experts, sizes.dtype, backend=backend),
-            grouped_up.arguments(sizes, act=act, backend=backend),
+            None if normed else route.arguments(*scored, backend=backend),
+            grouped_norm_up.arguments(sizes, backend=backend)
+            if normed
+            else grouped_up.arguments(sizes, act=act, backend=backend),
             grouped_down.arguments(sizes, backend=backend),
-            place=place.arguments(
-                sizes.num_tokens, sizes.num_experts, sizes.dtype, block=block, backend=backend
-            ),
+            place=place.arguments(*scored, block=block, backend=backend),
         )
     if fused:
         normed = act == NORM_SILU
@@ -222,25 +227,33 @@ def choose(
     if training:
         return "dense", None
     if sizes.num_tokens > MAX_CHUNK:
-        if kernel_backend and grouped_tiles.covers(sizes, kernel_backend):
-            if kernels_work(sizes, kernel_backend, names):
-                return "grouped", kernel_backend
+        if kernel_backend and kernels_work(sizes, kernel_backend, names):
+            return "grouped", kernel_backend
         # In plain operations the loads are read on the host, once a layer.
         grouped = compute_backend == "cpu" and sizes.num_tokens >= MIN_GROUPED_TOKENS
         return ("grouped" if grouped else "dense"), None
-    if kernel_backend and covers(sizes) and kernels_work(sizes, kernel_backend, names):
+    if kernel_backend and kernels_work(sizes, kernel_backend, names):
         return "union", kernel_backend
     # Reading the union on the host costs a GPU more, once a layer, than the experts that it saves.
     return ("union" if compute_backend == "cpu" else "dense"), None
 
 
-def has_kernels(act: str, fused: bool, long: bool) -> bool:
-    """Whether there are kernels for an activation, in a chunk of more than MAX_CHUNK or not."""
-    return act in ACTIVATIONS or fused and not long and act == NORM_SILU
+def has_kernels(act: str, fused: bool) -> bool:
+    """Whether there are kernels for an activation."""
+    return act in ACTIVATIONS or fused and act == NORM_SILU
 
 
-def kernel_names(act: str, fused: bool) -> tuple[str, ...]:
+def covered(sizes: Sizes, act: str, backend: str) -> bool:
+    """Whether the kernels take a layer and a chunk of these sizes."""
+    if sizes.num_tokens <= MAX_CHUNK:
+        return covers(sizes)
+    return (grouped_norm_up if act == NORM_SILU else grouped_tiles).covers(sizes, backend)
+
+
+def kernel_names(act: str, fused: bool, long: bool) -> tuple[str, ...]:
     """The kernels of a layer."""
+    if long:
+        return GROUPED_NORM_KERNELS if act == NORM_SILU else GROUPED_KERNELS
     return UNION_KERNELS[NORM_SILU if act == NORM_SILU else "fused" if fused else "separate"]
 
 
@@ -260,6 +273,6 @@ def forget():
     tuned_tables.cache_clear()
     for module in (
         *(route, up, down, routed_up, residual_down, norm_up, normed),
-        *(place, grouped_up, grouped_down),
+        *(place, grouped_up, grouped_norm_up, grouped_down),
     ):
         module.arguments.cache_clear()

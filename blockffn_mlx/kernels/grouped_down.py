@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from ..quantisation import ExpertWeights
 from . import grouped_up, place
-from .grouped_tiles import GroupedTile, choose_tiles
+from .grouped_tiles import GroupedTile, choose_tiles, window
 from .kernel import Call, Kernel, Sample, prepare
 from .samples import RandomLayer
 from .tiles import Sizes
@@ -15,8 +15,11 @@ from .tiles import Sizes
 @cache
 def arguments(sizes: Sizes, *, backend: str, tile: GroupedTile | None = None) -> Call:
     """A launch for a chunk; the table chooses the tile unless one is given."""
-    num_tokens, hidden_size, _, _, dtype, _, (_, packing) = sizes
+    num_tokens, hidden_size, _, expert_size, dtype, _, (_, packing) = sizes
     tile = tile or choose_tiles(num_tokens, backend, dtype, packing).down
+    # no stage is wider than an expert
+    windows = min(tile.windows, -(-expert_size // window(dtype, packing)))
+    tile = tile._replace(windows=windows)
     return prepare(
         GROUPED_DOWN,
         backend=backend,

@@ -242,6 +242,10 @@ class DecoFFN(nn.Module):
             hidden = hidden.astype(mx.float32)
         return self.activation(hidden)
 
+    def norm(self, product: mx.array) -> tuple[mx.array, ...]:
+        """What kernels of a long chunk take of the experts' norm; `product` as `route` gives it."""
+        return product[:, -1], self.constants().norm, route.epsilon(self.eps)
+
     def __call__(self, x: mx.array) -> mx.array:
         """[B, T, H] -> [B, T, H]."""
         flat = x.reshape(-1, x.shape[-1])
@@ -270,7 +274,7 @@ class DecoFFN(nn.Module):
         else:
             scores = routed(self, logits, self.finish(logits, x.dtype), x.shape[:-1])
             scores = scores if self.own is None else scores[:, self.own]
-            out = plan.run(flat, scores, up, down, self.activate, mean)
+            out = plan.run(flat, scores, up, down, self.activate, mean, self.norm(product))
             out = out if shared is None else out + shared
         if self.sharding_group is not None:
             out = mx.distributed.all_sum(out, group=self.sharding_group)

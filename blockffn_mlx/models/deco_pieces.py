@@ -135,8 +135,9 @@ class DecoExit(NamedTuple):
         product = x.astype(mx.float32) @ router
         logits = product[:, :-1]
         scores = (mx.maximum(logits, 0) * scale).astype(x.dtype)
+        eps = route.epsilon(self.eps)
         if plan.fused and plan.up and plan.down:
-            eps, one = route.epsilon(self.eps), residual_down.factor_array(1.0)
+            one = residual_down.factor_array(1.0)
             hidden, active = plan.up(x, product, scale, expert_norm, eps, *up)
             (h,) = plan.down(hidden, active, h, one, *down)
             used = active[:1]
@@ -146,7 +147,8 @@ class DecoExit(NamedTuple):
             def activate(z: mx.array) -> mx.array:
                 return nn.silu(mx.fast.rms_norm(z.astype(mx.float32), expert_norm, self.eps))
 
-            h = h + plan.run(x, scores, *weights, activate, product[:, -1])
+            means = product[:, -1]
+            h = h + plan.run(x, scores, *weights, activate, means, (means, expert_norm, eps))
             used = used_experts(scores)
         seen = (logits, scores) if watched else ()
         count = (used,) if counted else ()

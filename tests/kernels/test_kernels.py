@@ -120,7 +120,8 @@ def test_every_kernel_matches_its_twin(name, dtype, packing):
         found = kernel.run(sample, BACKEND)
         mx.eval(found)
     assert doctor.relative_error(found, kernel.run(sample.widened())) < TOLERANCE[dtype]
-    whole = name not in ("up", "place", "grouped_up")  # these leave room for all tokens unwritten
+    # these leave room for all tokens unwritten
+    whole = name not in ("up", "place", "grouped_up", "grouped_norm_up")
     assert ON_GPU or not whole or runs[-1].counters.unwritten == 0
 
 

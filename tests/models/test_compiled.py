@@ -14,7 +14,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from blockffn_mlx import device
 from blockffn_mlx.ffn import plan
-from blockffn_mlx.kernels import grouped_tiles
+from blockffn_mlx.kernels import grouped_norm_up, grouped_tiles
 from blockffn_mlx.kernels.kernel import Call
 from blockffn_mlx.models.activation import intervene, record_router_scores
 from blockffn_mlx.models.compiled import CompiledPasses
@@ -298,6 +298,32 @@ def test_deco(monkeypatch, compiled, name, bits):
     if bits:
         nn.quantize(model, 32, bits, class_predicate=lambda p, m: p.endswith("_proj"))
     agree(monkeypatch, compiled, model, caches(CACHES[name], layers=3))
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "dense"])
+def test_prompts_of_a_deco(monkeypatch, compiled, grouped):
+    """Grouped by kernels, and through every expert."""
+    if not grouped:
+        monkeypatch.setattr(grouped_norm_up, "covers", lambda *_: False)
+        monkeypatch.setattr(device, "compute_backend", lambda: "cuda")
+    model = tiny_deco(**DECO)
+    agree(monkeypatch, compiled, model, model.make_cache, lengths=(70, 1, 66))
+
+
+def test_a_decos_router_computes_in_float32(monkeypatch, compiled):
+    model = tiny_deco(**DECO)
+    model.set_dtype(mx.bfloat16)
+    first, second, seen = *model.layers[:2], []
+    second.mlp.observer = lambda logits, scores: seen.append(logits)
+    # so that what the router takes is the same to the last bit
+    for linear in (first.self_attn.o_proj, first.mlp.down_proj, second.self_attn.o_proj):
+        linear.weight = mx.zeros_like(linear.weight)
+    ids = mx.array([[5, 6, 7, 8]])
+    model.model(ids, model.make_cache())
+    assert compiled == [True]
+    monkeypatch.setattr(CompiledPasses, "run", lambda *arguments: None)
+    model.model(ids, model.make_cache())
+    assert seen[0].dtype == mx.float32 and mx.allclose(*seen, rtol=1e-5, atol=1e-5)
 
 
 def test_deco_watched_counted_and_changed(monkeypatch, compiled):

@@ -50,6 +50,41 @@ def test_a_layer_is_the_formula(sizes, tokens):
     assert relative_error(found, oracle(layer, x)) < TOLERANCE[mx.float32]
 
 
+@pytest.mark.parametrize("bits", [0, 4, 8])
+@pytest.mark.parametrize("sizes", [COVERED, ROOMY], ids=["d32", "d64"])
+def test_a_long_chunk_is_the_formula(sizes, bits):
+    """In tiles of tokens that share an expert; one token has none, and one expert no token."""
+    layer = routed_layers(tiny(**sizes))[0].mlp
+    layer.set_dtype(mx.bfloat16)
+    x = mx.random.normal((150, sizes["hidden_size"]), key=mx.random.key(1)).astype(mx.bfloat16)
+    x[1] = 0
+    weight = layer.moe_router.weight
+    weight[3] = 0
+    layer.moe_router.weight = weight
+    if bits:
+        for name in ("expert_up_proj", "expert_down_proj"):
+            layer[name] = layer[name].to_quantized(32, bits)
+    with running() as runs:
+        found = layer(x[None])[0]
+        mx.eval(found)
+    assert ON_GPU or names(runs) == ["place", "grouped_norm_up", "grouped_down"]
+    layer.set_dtype(mx.float32)  # before unpacking, which would round
+    for name in ("expert_up_proj", "expert_down_proj"):
+        layer[name] = layer[name].to_dequantized() if bits else layer[name]
+    assert relative_error(found, oracle(layer, float64(x))) < TOLERANCE[mx.bfloat16]
+
+
+def test_a_wide_expert_of_a_long_chunk_goes_to_plain_operations():
+    layer = routed_layers(tiny(**COVERED | {"expert_size": 160}))[0].mlp
+    x = mx.random.normal((1, 70, 64))
+    found = layer(x)
+    layer.backend = "dense"
+    assert mx.allclose(found, layer(x), atol=1e-4)
+    layer.backend = BACKEND
+    with pytest.raises(ValueError, match="the kernels take"):
+        layer(x)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_packed_layers(bits, dtype):

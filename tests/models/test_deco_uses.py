@@ -128,11 +128,16 @@ def test_its_passes_are_predicted_from_a_config(bits):
     hub = json.loads((GOLDEN / "deco_simple" / "config.json").read_text())
     ours = vars(tiny(hidden_size=64, head_dim=16, expert_size=32, shared_expert_size=32).args)
     for config, routed in ((hub, sum(hub["moe_layer_freq"])), (ours, sum(TINY["moe_layer_freq"]))):
-        passes = trace_passes(model_from_config(config, bits, 32), 8, 20)
+        model = model_from_config(config, bits, 32)
+        passes = trace_passes(model, 8, 20)
         for graph in (passes.decode, passes.chunk):
             names = [launch.name for launch in graph.launches]
             assert sum("norm_up" in name for name in names) == routed, names
             assert 0 < graph.bytes(0.2) < graph.bytes(1.0)
+        names = [launch.name for launch in trace_passes(model, 8, 100).prefill.launches]
+        assert (
+            sum("grouped_norm_up" in name for name in names) == routed - 1
+        )  # the last is asked for nothing
 
 
 SHARD_PROGRAM = """
