@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import sys
+import warnings
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -59,7 +60,10 @@ def kernel_backend() -> str | None:
 @cache
 def kernels_turned_off() -> bool:
     """Whether the environment turns the kernels off; read once."""
-    return os.environ.get("BLOCKFFN_KERNELS") == "ops"
+    asked = os.environ.get("BLOCKFFN_KERNELS", "")
+    if asked not in ("", "ops"):
+        warnings.warn(f"BLOCKFFN_KERNELS={asked} changes nothing: write ops", stacklevel=2)
+    return asked == "ops"
 
 
 def name() -> str:

@@ -303,6 +303,10 @@ def test_environment_turns_kernels_off(monkeypatch):
             monkeypatch.setenv("BLOCKFFN_KERNELS", value)
         assert device.kernel_backend() == kernels.available_backend() == expected
     device.kernels_turned_off.cache_clear()
+    monkeypatch.setenv("BLOCKFFN_KERNELS", "off")
+    with pytest.warns(UserWarning, match="BLOCKFFN_KERNELS=off changes nothing: write ops"):
+        assert device.kernel_backend() == "metal"
+    device.kernels_turned_off.cache_clear()
 
 
 COVERED_LAYER = dict(hidden_size=64, num_experts=9, expert_size=32)
