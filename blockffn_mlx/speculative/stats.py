@@ -46,12 +46,15 @@ class SpeculationStats:
 
     def parts(self) -> list[str]:
         """What speculation did, in words: most telling first, the same wherever it is shown."""
+        plain = f"{self.plain_tokens} plain token{'s' * (self.plain_tokens != 1)}"
+        if not self.rounds:
+            return ["nothing drafted", plain]
         return [
             f"{self.tokens_per_round:.2f} tokens a round",
             f"{self.rounds} round{'s' * (self.rounds != 1)}",
             f"{self.accepted} of {self.drafted} drafted tokens accepted",
             f"{self.union_ratio:.1%} of experts in a round",
-            f"{self.plain_tokens} plain token{'s' * (self.plain_tokens != 1)}",
+            plain,
         ]
 
     def __str__(self) -> str:

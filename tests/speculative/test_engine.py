@@ -373,3 +373,4 @@ def test_stats_of_nothing():
     stats = SpeculationStats()
     assert stats.tokens_per_round == 0 and stats.union_ratio == 0
     assert np.isfinite(list(stats.as_dict().values())).all()
+    assert str(SpeculationStats(plain_tokens=1)) == "nothing drafted, 1 plain token"
