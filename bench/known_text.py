@@ -8,7 +8,7 @@ passes, the draft head's network, every wait.
 
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import median
 from typing import Any
@@ -16,10 +16,12 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.sample_utils import greedy_sampler
 
 from blockffn_mlx.models.eagle import EagleHead
 from blockffn_mlx.speculative import Policy, SpeculationStats, Tree, stream
 from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
+from blockffn_mlx.speculative.verify import target_pass
 
 # How often the right token of a level is its first one, if it is there at all.
 RIGHT_FIRST = 0.75
@@ -151,3 +153,46 @@ def speculative_ms(
             prompt_cache=text.cache,
         )
     )
+
+
+def parts_of_a_round(
+    model: Any, drafter: EagleDrafter, tokens: list[int], width: int, repeats: int = 10
+) -> dict[str, float]:
+    """Milliseconds of a round's steps, and of a plain step: building a graph, handing it over,
+    waiting for it. Two of a draft's tokens hold in every round."""
+    times: dict[str, list[float]] = {}
+
+    def timed(name: str, step: Callable[..., Any], *arguments: Any) -> Any:
+        begin = time.perf_counter()
+        result = step(*arguments)
+        times.setdefault(name, []).append(1e3 * (time.perf_counter() - begin))
+        return result
+
+    def plain(cache: list[Any], token: mx.array) -> tuple[mx.array, mx.array]:
+        hidden = model.hidden(token[None], cache)
+        return hidden, greedy_sampler(model.logits(hidden).squeeze(0))
+
+    def once(cache: list[Any]):
+        length = cache[0].offset
+        tree = timed("build draft", drafter.draft, tokens[length], width, 63)
+        timed("hand over draft", mx.async_eval, tree.tokens, tree.parents, tree.ranks)
+        hidden, logits, union = timed("build pass", target_pass, model, cache, tree)
+        best = greedy_sampler(logits)
+        timed("hand over pass", mx.async_eval, best, union, hidden)
+        timed("wait for both", mx.eval, best, union, hidden)
+        for layer_cache in cache:
+            layer_cache.trim(width - 2)
+        drafter.observe(hidden[:, :2], tokens[length : length + 2])
+        arrays = timed("build plain", plain, cache, mx.array(tokens[:1]))
+        timed("hand over plain", mx.async_eval, *arrays)
+        timed("wait for plain", mx.eval, *arrays)
+        for layer_cache in cache:
+            layer_cache.trim(1)
+
+    drafter.reset()
+    cache, prompt = model.make_cache(), tokens[: len(tokens) // 2]
+    hidden = model.hidden(mx.array(prompt)[None], cache)
+    drafter.observe(hidden, prompt)
+    for _ in range(repeats):
+        once(cache)
+    return {name: round(median(values[3:]), 3) for name, values in times.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from known_text import KnownText, SetDraft, TimedPolicy, rounds_summary
+from known_text import KnownText, SetDraft, TimedPolicy, parts_of_a_round, rounds_summary
 from mlx_lm.generate import generate_step
 
 import blockffn_mlx as bf
@@ -81,6 +81,12 @@ def demo(note: Rows, args: argparse.Namespace, models: dict[str, Any]):
         elif speculates:
             timed[mode] = TimedPolicy(FixedWidth(int(width)), [])
     bench.policies = dict(timed)
+    if getattr(drafter, "network", None) is not None and width != "auto":
+        text = tokenizer.encode("Once there was a brave mouse who lived in a garden. " * 8)
+        bench.set_backend("auto")
+        parts = parts_of_a_round(model, drafter, text, int(width))
+        note(f"parts of a round of {width}", levels=drafter.worthwhile_levels(), **parts)
+        drafter.reset()
     for mode in [*MODES][::-1]:  # what is asked for first
         first = time.perf_counter()
         bench.answer(mode, questions[0])
@@ -132,19 +138,20 @@ def golden(note: Rows, args: argparse.Namespace, models: dict[str, Any]):
             options = {"max_tokens": 16, "prefill_step_size": 16}
             expected = [t for t, _ in generate_step(mx.array(prompt), model, **options)]
             text = KnownText([*prompt, *expected, *range(3, 90)], len(prompt))
-            # The last one knows the answer; both of the head's drafts begin anew.
-            set_draft = SetDraft(head.head, model, text, 0.8, 0)
-            for kind, drafter in enumerate((LookupDrafter(min_ngram=1), head, set_draft)):
-                drafter.reset()
-                policy = FixedWidth(8 if kind == 0 else 16)
-                steps = stream(mx.array(prompt), model, drafter, policy=policy, stats=stats,
-                               **options)  # fmt: skip
-                found = [token for token, _, _ in steps]
-                turns += 1
-                if found != expected:
-                    other.append(gap_at_first_difference(model, prompt, expected, found))
-            if number == 0:
-                begin = time.perf_counter()  # what the first one compiles does not count
+            # They take turns; the last one knows the answer.
+            kind = number // 3 % 3
+            drafter = (LookupDrafter(min_ngram=1), head, SetDraft(head.head, model, text, 0.8, 0))[
+                kind
+            ]
+            drafter.reset()
+            policy = FixedWidth(8 if kind == 0 else 16)
+            steps = stream(mx.array(prompt), model, drafter, policy=policy, stats=stats, **options)
+            found = [token for token, _, _ in steps]
+            turns += 1
+            if found != expected:
+                other.append(gap_at_first_difference(model, prompt, expected, found))
+            if number == 8:
+                begin = time.perf_counter()  # what the first ones compile does not count
             if number % 20 == 19 or number + 1 == args.prompts or not time_left(args, begin):
                 note(f"golden {name}", prompts=number + 1, answers=turns, same=turns - len(other),
                      gaps=other[:10], **stats.as_dict())  # fmt: skip

@@ -31,6 +31,7 @@ from known_text import (
     KnownText,
     SetDraft,
     TimedPolicy,
+    parts_of_a_round,
     plain_ms,
     rounds_summary,
     speculative_ms,
@@ -191,7 +192,8 @@ def large(note: Rows, args: argparse.Namespace, models: dict[str, Any]):
         table(note, medians, bench.counts)
     set_backend(bench.ours, "auto")
     for width in args.widths:
-        note(f"parts of a round of {width}", **parts_of_a_round(bench, width))
+        drafter, tokens = bench.drafter(0.9), bench.text.tokens
+        note(f"parts of a round of {width}", **parts_of_a_round(bench.ours, drafter, tokens, width))
 
 
 def auto(note: Rows, args: argparse.Namespace, models: dict[str, Any]):
@@ -206,35 +208,6 @@ def auto(note: Rows, args: argparse.Namespace, models: dict[str, Any]):
         bench.rounds(f"auto, chance {chance}", chance, partial(AdaptiveWidth, cost, draft=draft))
     for medians in alternate(note, args, bench.modes, bench.counts):
         table(note, medians, bench.counts)
-
-
-def parts_of_a_round(bench: Bench, width: int, repeats: int = 8) -> dict[str, float]:
-    """Milliseconds of a round's steps: building a graph, handing it over, waiting for it."""
-    model, text, drafter = bench.ours, bench.text, bench.drafter(0.9)
-    cache = model.make_cache()
-    hidden = model.hidden(text.prompt[None], cache)
-    drafter.observe(hidden, text.tokens[: text.prompt_length])
-    times: dict[str, list[float]] = {}
-
-    def timed(name: str, step: Callable[..., Any], *arguments: Any) -> Any:
-        begin = time.perf_counter()
-        result = step(*arguments)
-        times.setdefault(name, []).append(1e3 * (time.perf_counter() - begin))
-        return result
-
-    for _ in range(repeats):
-        length = cache[0].offset
-        tree = timed("build draft", drafter.draft, text.tokens[length], width, 63)
-        timed("hand over draft", mx.async_eval, tree.tokens, tree.parents, tree.ranks)
-        timed("wait for draft", mx.eval, tree.tokens, tree.parents, tree.ranks)
-        hidden, logits, union = timed("build pass", target_pass, model, cache, tree)
-        best = mx.argmax(logits, axis=-1)
-        timed("hand over pass", mx.async_eval, best, union, hidden)
-        timed("wait for pass", mx.eval, best, union, hidden)
-        for layer_cache in cache:
-            layer_cache.trim(width - 2)
-        drafter.observe(hidden[:, :2], text.tokens[length : length + 2])
-    return {name: round(median(values[2:]), 3) for name, values in times.items()}
 
 
 # ---- attention over long prefixes ----

@@ -3,6 +3,7 @@
 from .attention import ATTENTION
 from .best_tree import BEST_TREE
 from .down import DOWN
+from .draft_input import DRAFT_INPUT
 from .grouped_down import GROUPED_DOWN
 from .grouped_norm_up import GROUPED_NORM_UP
 from .grouped_up import GROUPED_UP
@@ -19,6 +20,7 @@ from .up import UP
 
 ALL = (
     *(ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, NORM_UP, NORMED, ATTENTION),
-    *(PLACE, GROUPED_UP, GROUPED_NORM_UP, GROUPED_DOWN, TOP_TOKENS, GROW_BEAMS, BEST_TREE),
+    *(PLACE, GROUPED_UP, GROUPED_NORM_UP, GROUPED_DOWN),
+    *(DRAFT_INPUT, TOP_TOKENS, GROW_BEAMS, BEST_TREE),
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}

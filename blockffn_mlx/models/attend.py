@@ -61,6 +61,8 @@ class AncestorMask:
     @cached_property
     def window(self) -> mx.array:
         """The loose rows as bits, uint32 [N]."""
+        if not self.width:
+            return attention.no_window()
         bits = np.zeros(32 * max(8, -(-self.width // 32)), np.uint32)
         bits[list(self.loose)] = 1
         return mx.array((bits.reshape(-1, 32) << np.arange(32, dtype=np.uint32)).sum(1, np.uint32))
@@ -98,7 +100,7 @@ def takes_chunk(num_tokens: int, mask: Mask) -> bool:
     """
     backend = device.compute_backend()
     if backend == "cuda":
-        return num_tokens <= MAX_CHUNK and (num_tokens > 1 or not isinstance(mask, str | None))
+        return num_tokens <= MAX_CHUNK and mask is not None
     return backend == "metal" and MLX_VECTOR_ROWS < num_tokens <= MAX_CHUNK
 
 

@@ -11,6 +11,7 @@ from mlx_lm.models.base import BaseModelArgs, create_attention_mask
 from mlx_lm.models.cache import KVCache
 
 from ..ffn import ACTIVATIONS, MAX_CHUNK, BlockFFN
+from ..kernels.draft_input import consecutive
 from . import known_type  # noqa: F401
 from .activation import count_experts, counted_share, record_router_scores
 from .attend import Mask
@@ -216,6 +217,16 @@ class Model(nn.Module):
         """Token ids [B, T] -> scaled embeddings [B, T, H]."""
         return self.model.embed(tokens)
 
+    def embedding_rows(self, tokens: mx.array) -> tuple[mx.array, mx.array, float]:
+        """Where the embeddings of tokens uint32 [T] lie, for who looks them up in a kernel.
+
+        Returns:
+            A table [N, H], places in it, uint32 [T], and what its rows are to be multiplied by.
+        """
+        if type(self.model.embed_tokens) is nn.Embedding:
+            return self.model.embed_tokens.weight, tokens, self.model.scale_emb
+        return self.embed(tokens[None]).squeeze(0), consecutive(0, len(tokens)), 1.0
+
     def hidden(
         self,
         tokens: mx.array,
@@ -250,7 +261,11 @@ class Model(nn.Module):
         """`logits` for some token ids [V'] only: hidden states [..., H] -> [..., V']."""
         tied = self.args.tie_word_embeddings
         rows = linear_rows(self.model.embed_tokens if tied else self.lm_head, tokens)
-        return lambda hidden_states: rows(hidden_states / self.logit_divisor)
+        # A copy, so that the division can be done once.
+        for name in ("scales", "biases") if "scales" in rows else ("weight",):
+            if rows.get(name) is not None:
+                rows[name] = rows[name] / self.logit_divisor
+        return rows
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Splits kv_b_proj, whose rows are [k_nope | v] per head, into the halves MLA uses."""

@@ -11,7 +11,7 @@ from mlx_lm.models.llama import MLP
 
 from .attend import Mask
 from .attention import Attention, Positions
-from .eagle_pieces import HeadPasses
+from .eagle_pieces import DraftRows, HeadPasses
 
 
 @dataclass
@@ -101,9 +101,6 @@ class EagleHead(nn.Module):
         """
         if mask is None:
             mask = create_attention_mask(hidden, cache[0])
-        compiled = self.compiled.run(self, embeddings, hidden, cache, positions, mask)
-        if compiled is not None:
-            return compiled
         if "input_norm1" in self:
             embeddings = self.input_norm1(embeddings)
         if "input_norm2" in self:
@@ -113,3 +110,10 @@ class EagleHead(nn.Module):
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x = layer(x, mask, layer_cache, where)
         return x
+
+    def draft(
+        self, rows: DraftRows, cache: list[KVCache], positions: mx.array, mask: Mask = "causal"
+    ) -> mx.array:
+        """The same for rows that are still to be looked up, compiled where that can be."""
+        compiled = self.compiled.run(self, rows, cache, positions, mask)
+        return self(*rows.looked_up(), cache, positions, mask) if compiled is None else compiled

@@ -1,7 +1,7 @@
 """A draft head's pass, compiled on either side of its cache as the target's passes are."""
 
 from collections.abc import Callable
-from functools import cache
+from functools import lru_cache, partial
 from operator import is_
 from typing import Any, NamedTuple
 
@@ -10,10 +10,52 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from .. import device
+from ..kernels import Call, draft_input, probe
+from ..kernels.draft_input import DRAFT_INPUT
 from ..kernels.tracing import is_tracing
 from .attend import Mask, scaled_dot_product_attention
 from .compiled import JOINED, arrays_of, form_of, is_plain, join, with_transpose
 from .pieces import Arrays, Entry, LinearMap, Shape
+
+# Rows up to which the package's kernels multiply: a draft's own. More come with prompts, for which
+# a class of kernels more would have to be built.
+MOST_ROWS = 16
+
+
+class DraftRows(NamedTuple):
+    """What the rows of a draft continue, where it lies.
+
+    Attributes:
+        table: Embeddings [N, H], still to be scaled.
+        places: Among them those of the tokens that follow, uint32 [T] or longer.
+        scale: Of the embeddings.
+        hidden: Hidden states after the target's norm, or the head's own output, [1, S, H].
+        sources: Among them those of the rows, uint32 [T] or longer.
+        num_rows: T.
+    """
+
+    table: mx.array
+    places: mx.array
+    scale: float
+    hidden: mx.array
+    sources: mx.array
+    num_rows: int
+
+    def looked_up(self) -> tuple[mx.array, mx.array]:
+        """Embeddings and hidden states of the rows, [1, T, H] each."""
+        embeddings = self.table[self.places[: self.num_rows]] * self.scale
+        return embeddings[None], self.hidden[:, self.sources[: self.num_rows]]
+
+
+class Launches(NamedTuple):
+    """What a pass launches for its linear maps."""
+
+    backend: str | None
+    fc: Call | None
+    projection: Call | None
+    output: Call | None
+    gate_up: Call | None
+    down: Call | None
 
 
 class HeadMaps(NamedTuple):
@@ -26,28 +68,47 @@ class HeadMaps(NamedTuple):
     down: LinearMap
     eps: float
 
+    def launches(self, rows: int, backend: str | None) -> Launches:
+        """Made once for a number of rows."""
+        if backend and not probe.works(DRAFT_INPUT, rows, self.fc.form.dtype, backend=backend):
+            backend = None
+        least = backend if rows <= MOST_ROWS else None
+        return Launches(
+            backend,
+            self.fc.launch(rows, least, "residual"),
+            self.entry.projection.launch(rows, least),
+            self.output.launch(rows, least, "residual"),
+            self.gate_up.launch(rows, least, "norm"),
+            self.down.launch(rows, least, "residual"),
+        )
+
     def enter(
         self,
-        embeddings: mx.array,
-        hidden: mx.array,
+        launches: Launches,
+        rows: int,
+        scale: float,
+        given: Arrays,
         positions: mx.array,
         norms: tuple[Any, Any],
         fc: Arrays,
-        bias: Any,
+        bias: mx.array,
         weights: Arrays,
     ) -> tuple[mx.array, ...]:
-        """embeddings and hidden [1, T, H] -> the layer's input [T, H], queries, keys and values."""
-        parts = [
-            x if norm is None else mx.fast.rms_norm(x, norm, self.eps)
-            for x, norm in zip((embeddings.squeeze(0), hidden.squeeze(0)), norms, strict=True)
-        ]
-        x = self.fc(None, mx.concatenate(parts, axis=-1), fc)
-        x = x if bias is None else x + bias
-        shape = Shape(1, len(x), True, (), False, "auto", None)
-        return x, *self.entry(shape, None, x, positions, None, weights)
+        """The arrays of `DraftRows` -> the layer's input [T, H], queries, keys and values."""
+        table, places, hidden, sources = given
+        inputs = table, places, hidden.squeeze(0), sources, *norms, bias
+        settings: dict[str, Any] = {"rows": rows, "scale": scale, "eps": self.eps}
+        if launches.backend:
+            x, added = draft_input.launch(*inputs, **settings, backend=launches.backend)
+        else:
+            x, added = draft_input.twin(*inputs, **settings)
+        x = add(added, x, self.fc, launches.fc, fc)
+        shape = Shape(1, rows, True, (), False, "auto", None)
+        return x, *self.entry(shape, launches.projection, x, positions, None, weights)
 
     def leave(
         self,
+        launches: Launches,
         x: mx.array,
         attended: mx.array,
         output: Arrays,
@@ -57,23 +118,29 @@ class HeadMaps(NamedTuple):
     ) -> mx.array:
         """x [T, H] and attended [1, heads, T, D] -> [1, T, H]."""
         attended = attended.swapaxes(1, 2).reshape(len(x), -1)
-        h = added(x, attended, self.output, output)
-        normed = mx.fast.rms_norm(h, norm, self.eps)
-        gate, up = mx.split(self.gate_up(None, normed, gate_up), 2, axis=-1)
-        return added(h, nn.silu(gate) * up, self.down, down)[None]
+        h = add(x, attended, self.output, launches.output, output)
+        both, _ = self.gate_up.normed(launches.gate_up, h, norm, self.eps, gate_up)
+        gate, up = mx.split(both, 2, axis=-1)
+        return add(h, nn.silu(gate) * up, self.down, launches.down, down)[None]
 
 
-def added(residual: mx.array, x: mx.array, linear: LinearMap, weights: Arrays) -> mx.array:
+def add(
+    residual: mx.array, x: mx.array, linear: LinearMap, launch: Call | None, weights: Arrays
+) -> mx.array:
     """residual + the map of x."""
-    if linear.form.packing is None:
+    if launch is None and linear.form.packing is None:
         return mx.addmm(residual, x, weights[1])
-    return residual + linear(None, x, weights)
+    return linear.add(launch, residual, x, weights, 1.0)
 
 
-@cache
-def compiled(maps: HeadMaps) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Both halves."""
-    return mx.compile(maps.enter), mx.compile(maps.leave)
+@lru_cache(maxsize=256)
+def compiled(
+    maps: HeadMaps, rows: int, scale: float, backend: str | None
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Both halves of a pass over so many rows."""
+    launches = maps.launches(rows, backend)
+    enter = partial(maps.enter, launches, rows, scale)
+    return mx.compile(enter), mx.compile(partial(maps.leave, launches))
 
 
 class HeadPasses:
@@ -92,20 +159,20 @@ class HeadPasses:
     def run(
         self,
         head: nn.Module,
-        embeddings: mx.array,
-        hidden: mx.array,
+        rows: DraftRows,
         cache: list[KVCache],
-        positions: mx.array | None,
+        positions: mx.array,
         mask: Mask,
     ) -> mx.array | None:
-        """A pass, as EagleHead takes it; None where its layers have to run."""
+        """A pass, as `EagleHead.draft` takes it; None where its layers have to run."""
         if device.compute_backend() == "cpu" and not is_tracing():
             return None
-        if positions is None or head.training or not self.current(head):
+        if head.training or not self.current(head):
             return None
         assert self.maps is not None
-        enter, leave = compiled(self.maps)
-        x, queries, keys, values = enter(embeddings, hidden, positions, *self.enters)
+        enter, leave = compiled(self.maps, rows.num_rows, rows.scale, device.kernel_backend())
+        given = rows.table, rows.places, rows.hidden, rows.sources
+        x, queries, keys, values = enter(given, positions, *self.enters)
         keys, values = cache[0].update_and_fetch(keys, values)
         scale = head.layers[0].self_attn.scale
         attended = scaled_dot_product_attention(queries, keys, values, cache[0], scale, mask)
@@ -154,6 +221,8 @@ class HeadPasses:
         norms = tuple(
             head[name].weight if name in head else None for name in ("input_norm1", "input_norm2")
         )
-        self.enters = norms, with_transpose(arrays_of(fc)), fc.get("bias"), weights
+        bias = fc["bias"] if "bias" in fc else mx.zeros_like(norm.weight)
+        mx.eval(bias)
+        self.enters = norms, with_transpose(arrays_of(fc)), bias, weights
         output, down = (with_transpose(arrays_of(m)) for m in (attention.o_proj, mlp.down_proj))
         self.leaves = output, norm.weight, gate_up, down

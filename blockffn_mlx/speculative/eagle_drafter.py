@@ -8,8 +8,10 @@ from mlx_lm.models.cache import KVCache
 from .. import device
 from ..arrays import ints, one_row
 from ..kernels import best_tree, grow_beams, probe, top_tokens
+from ..kernels.draft_input import consecutive, same
 from ..models.attend import AncestorMask, longest_piece
 from ..models.eagle import EagleHead
+from ..models.eagle_pieces import DraftRows
 from .target import Target
 from .tree import Tree, check_size
 
@@ -161,17 +163,19 @@ class EagleDrafter:
     def catch_up(self, next_token: int) -> mx.array:
         """Runs all waiting rows, the last one with `next_token`; returns their output."""
         hidden = mx.concatenate(self.waiting, axis=1)
-        tokens = mx.array(self.waiting_tokens[1:] + [next_token])
+        tokens = self.waiting_tokens[1:] + [next_token]
         self.drop_scratch_rows()  # an interrupted draft may have left some
         first = self.length - len(self.waiting_tokens)
         self.positions += range(first, self.length)
         self.waiting, self.waiting_tokens = [], []
         positions = mx.arange(first, self.length)
         for begin in range(0, len(tokens), self.max_waiting):
-            piece = slice(begin, begin + self.max_waiting)
-            out = self.head(
-                self.embed(tokens[piece]), hidden[:, piece], self.cache, positions[piece]
-            )
+            some = tokens[begin : begin + self.max_waiting]
+            count = len(some)
+            # four at least, which are no scalars that CUDA leaves with the host
+            table = self.target.embedding_rows(mx.array(some + [0] * (4 - count), mx.uint32))
+            rows = DraftRows(*table, hidden, consecutive(begin, count), count)
+            out = self.head.draft(rows, self.cache, positions[begin : begin + count])
         return out
 
     def drop_scratch_rows(self):
@@ -185,7 +189,7 @@ class EagleDrafter:
         Candidate (level d, beam b, rank j) has the flat index K + (d - 1) K^2 + b K + j, the
         first level the indices below K: parents come before their children.
         """
-        out = self.catch_up(root)[:, -1:]
+        out = self.catch_up(root)
         num_rows = self.cache[0].offset
         top_k = min(top_k, self.vocab_size)
         levels, backend = depth + 1, self.backend()
@@ -195,7 +199,8 @@ class EagleDrafter:
         # A level's positions: mx.fast.rope takes one a row.
         positions = mx.repeat(mx.arange(self.length, self.length + depth), top_k)
         for level in range(levels):
-            tree = (*self.top_tokens(out, top_k, backend), nodes, scores, beams, beam_scores)
+            best = self.top_tokens(out if level else out[:, -1:], top_k, backend)
+            tree = (*best, nodes, scores, beams, beam_scores)
             if backend:
                 grown = grow_beams.launch(*tree, level=level, backend=backend)
             else:
@@ -203,13 +208,14 @@ class EagleDrafter:
             nodes, scores, beams, beam_scores = grown
             if level == depth:
                 break
-            row = one_row(beams, grow_beams.ROW)
-            hidden = out[:, row] if level else mx.repeat(out, top_k, axis=1)
+            # all beams of the first level follow the last row
+            last = same(out.shape[1] - 1, top_k)
+            sources = one_row(beams, grow_beams.ROW) if level else last
             columns = (level + 1) * top_k
             mask = AncestorMask(num_rows, columns, words=beams[grow_beams.WORDS :])
             at = positions[level * top_k : (level + 1) * top_k]
-            tokens = self.embed(one_row(beams, grow_beams.TOKEN))
-            out = self.head(tokens, hidden, self.cache, at, mask)
+            table = self.target.embedding_rows(one_row(beams, grow_beams.TOKEN))
+            out = self.head.draft(DraftRows(*table, out, sources, top_k), self.cache, at, mask)
         self.drop_scratch_rows()
         filled = grow_beams.num_candidates(top_k, levels)
         size = min(total_tokens, filled + 1)

@@ -23,6 +23,12 @@ class Target(Protocol):
     def embed(self, tokens: mx.array) -> mx.array:
         """Token ids [B, T] -> scaled embeddings [B, T, H]."""
 
+    def embedding_rows(self, tokens: mx.array) -> tuple[mx.array, mx.array, float]:
+        """Token ids uint32 [T] -> a table of embeddings [N, H], their places in it, and a factor.
+
+        Only an EAGLE head asks for it.
+        """
+
     def hidden(
         self,
         tokens: mx.array,

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from blockffn_mlx.kernels import best_tree, grow_beams, top_tokens
+from blockffn_mlx.kernels import best_tree, draft_input, grow_beams, top_tokens
 from blockffn_mlx.kernels.grow_beams import ROOT, num_candidates
 from helpers.kernel_runs import BACKEND, needs_gpu_or_compiler, running
 
@@ -35,6 +35,26 @@ def test_the_likeliest_tokens(vocab, top, dtype):
     assert np.array_equal(np.array(tokens)[kept], expected[kept])
     assert np.abs(np.array(logprobs) - likely)[kept].max() < 2e-5
     assert mx.all(logprobs <= 0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(mx.float32, 1e-5), (mx.bfloat16, 2e-2)])
+@pytest.mark.parametrize("norms", [(), (0,), (1,), (0, 1)])
+def test_a_head_finds_its_input(norms, dtype, tolerance):
+    """Rows of any number, a width that no simdgroup divides, places that repeat."""
+    drawn = np.random.default_rng(1)
+    table, hidden = (mx.array(drawn.normal(size=(n, 96))).astype(dtype) for n in (30, 9))
+    given = [mx.array(drawn.uniform(0.5, 2, 96)).astype(dtype) for _ in range(3)]
+    pair = [given[i] if i in norms else None for i in range(2)]
+    for rows in (1, 5):
+        places = mx.array([29, 0, 7, 7, 3], mx.uint32)
+        operands = (table, places, hidden, draft_input.same(8, rows), *pair, given[2])
+        settings = {"rows": rows, "scale": 1.5, "eps": 1e-5}
+        with running():
+            found = draft_input.launch(*operands, **settings, backend=BACKEND)
+            mx.eval(found)
+        for mine, theirs in zip(found, draft_input.twin(*operands, **settings), strict=True):
+            assert mine.shape == theirs.shape and mine.dtype == dtype
+            assert mx.abs(mine - theirs).max() <= tolerance * mx.abs(theirs).max()
 
 
 @pytest.mark.parametrize("top, levels", [(1, 3), (2, 1), (3, 4), (10, 6)])

@@ -8,9 +8,13 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 from blockffn_mlx import device
+from blockffn_mlx.kernels import probe
+from blockffn_mlx.kernels.draft_input import consecutive
 from blockffn_mlx.models import eagle_pieces
 from blockffn_mlx.models.attend import AncestorMask
 from blockffn_mlx.models.eagle import EagleHead, HeadArgs
+from blockffn_mlx.models.eagle_pieces import DraftRows
+from helpers.kernel_runs import BACKEND, ON_GPU, needs_gpu_or_compiler, running
 
 
 def make_head(**changed) -> EagleHead:
@@ -31,7 +35,8 @@ def draft(head: EagleHead) -> mx.array:
         x = given[:, :, at : at + length]
         if mask:
             mask = AncestorMask(6, mask, among=mx.random.uniform(shape=(3, mask)) < 0.5)
-        out.append(head(*x, cache, mx.arange(at, at + length), mask))
+        rows = DraftRows(x[0, 0], consecutive(0, length), 1.0, x[1], consecutive(0, length), length)
+        out.append(head.draft(rows, cache, mx.arange(at, at + length), mask or "causal"))
         at += length
     return mx.concatenate(out, axis=1)
 
@@ -62,6 +67,33 @@ def test_compiled_heads_draft_the_same(monkeypatch, name, bits):
     found, expected = both_ways(monkeypatch, head)
     assert head.compiled.maps is not None
     assert mx.abs(found - expected).max() < 1e-5 * mx.abs(expected).max()
+
+
+@needs_gpu_or_compiler
+@pytest.mark.parametrize("bits", [0, 4])
+@pytest.mark.parametrize("name", ["plain", "norms"])
+def test_kernels_draft_the_same(monkeypatch, name, bits):
+    """Eight launches a pass beside rotation, cache and attention: five of linear maps."""
+    head = make_head(**HEADS[name])
+    if bits:
+        nn.quantize(head, 32, bits)
+    mx.random.seed(4)
+    expected = draft(head)
+    mx.random.seed(4)
+    monkeypatch.setattr(eagle_pieces, "is_tracing", lambda: True)
+    monkeypatch.setattr(device, "kernel_backend", lambda: BACKEND)
+    monkeypatch.setattr(probe, "works", lambda *_, **__: True)
+    mx.disable_compile()
+    try:
+        with running() as runs:
+            found = draft(head)
+            mx.eval(found)
+    finally:
+        mx.enable_compile()
+    maps = ["residual_down", "down", "residual_down", "normed", "residual_down"]
+    names = [run.name.removeprefix("blockffn_").removesuffix("_affine") for run in runs]
+    assert ON_GPU or names[:6] == names[-6:] == ["draft_input", *maps]
+    assert mx.abs(found - expected).max() < 1e-4 * mx.abs(expected).max()
 
 
 @pytest.mark.parametrize(
