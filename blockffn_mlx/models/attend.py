@@ -100,7 +100,7 @@ def takes_chunk(num_tokens: int, mask: Mask) -> bool:
     """
     backend = device.compute_backend()
     if backend == "cuda":
-        return num_tokens <= MAX_CHUNK and mask is not None
+        return num_tokens <= MAX_CHUNK and (num_tokens > 1 or mask is not None)
     return backend == "metal" and MLX_VECTOR_ROWS < num_tokens <= MAX_CHUNK
 
 
