@@ -17,6 +17,7 @@ import metal_host
 from blockffn_mlx import device
 from blockffn_mlx.ffn import MAX_CHUNK
 from blockffn_mlx.kernels.kernel import build_kernel
+from blockffn_mlx.models.eagle import EagleHead
 from blockffn_mlx.speculative import load_draft
 from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
 from blockffn_mlx.speculative.tree import path_to
