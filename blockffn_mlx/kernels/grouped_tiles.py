@@ -18,7 +18,7 @@ class GroupedTile(NamedTuple):
         stages: Windows of tokens in threadgroup memory, at least two.
         batch: Eights of tokens whose loads come together; even on CUDA.
         windows: Of weights, that a stage is wide.
-        depth: Stages whose weights are on their way in registers, less than `stages`.
+        depth: Stages whose weights are on their way in registers; less than `stages` in `down`.
         block: Tokens whose outputs a threadgroup of the down kernel holds, a multiple of 32.
     """
 
@@ -54,7 +54,7 @@ class GroupedTiles(NamedTuple):
 # Descending. "cuda": measured on an H200, see docs/kernels-log.md. "metal": not measured on a Mac.
 GROUPED_TILES = {
     "metal": [
-        GroupedTiles(1, GroupedTile(64, 2, 4, 2, 2, 1, 1), GroupedTile(32, 1, 4, 2, 2, 1, 1, 128))
+        GroupedTiles(1, GroupedTile(64, 2, 4, 2, 2, 1, 2), GroupedTile(32, 1, 4, 2, 2, 1, 1, 128))
     ],
     "cuda": [
         GroupedTiles(
