@@ -99,7 +99,7 @@ void grouped_up_projection(
     typename Weights::Span spans[DEPTH][WINDOWS][OCTETS];
     if (has_rows) {
 #pragma unroll
-      for (int j = 0; j < DEPTH * WINDOWS; ++j) {
+      for (int j = 0; j < min(DEPTH, STEPS) * WINDOWS; ++j) {
         load_window<OCTETS, WIDTH>(
             spans[j / WINDOWS][j % WINDOWS], up, weight_row, j * WINDOW, HIDDEN, lane);
       }
