@@ -8,7 +8,7 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 from blockffn_mlx import device
-from blockffn_mlx.kernels import probe
+from blockffn_mlx.kernels import graph, probe
 from blockffn_mlx.kernels.draft_input import consecutive
 from blockffn_mlx.models import eagle_pieces
 from blockffn_mlx.models.attend import AncestorMask
@@ -94,6 +94,27 @@ def test_kernels_draft_the_same(monkeypatch, name, bits):
     names = [run.name.removeprefix("blockffn_").removesuffix("_affine") for run in runs]
     assert ON_GPU or names[:6] == names[-6:] == ["draft_input", *maps]
     assert mx.abs(found - expected).max() < 1e-4 * mx.abs(expected).max()
+
+
+def test_a_pass_of_a_draft_is_twelve_launches(monkeypatch):
+    """Each takes 5 to 8 us of the host, and a round has three to six passes."""
+    head = make_head(num_attention_heads=2)
+    for backend in ("gpu_backend", "compute_backend", "kernel_backend"):
+        monkeypatch.setattr(device, backend, lambda: "metal")
+    monkeypatch.setattr(probe, "works", lambda *_, **__: True)
+
+    cache = KVCache()
+    mx.eval(cache.update_and_fetch(*mx.zeros((2, 1, 2, 6, 32))))
+
+    def run(x, words):
+        mask = AncestorMask(6, 10, words=words)
+        rows = DraftRows(x, consecutive(0, 10), 1.0, x[None], consecutive(0, 10), 10)
+        return head.draft(rows, [cache], mx.arange(10), mask)
+
+    for _ in range(2):  # the first time makes what is kept
+        traced = graph.trace(run, mx.zeros((10, 64)), mx.zeros((2, 10), mx.uint32))
+    names = [launch.name for launch in traced.launches]
+    assert len(names) <= 12, " ".join(names)
 
 
 @pytest.mark.parametrize(
