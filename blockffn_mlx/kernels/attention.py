@@ -79,13 +79,17 @@ def scale_array(value: float) -> mx.array:
 @cache
 def no_mask() -> mx.array:
     """What stands for the mask of a causal chunk."""
-    return mx.ones((1, 1, 16), mx.bool_)
+    everything = mx.ones((1, 1, 16), mx.bool_)
+    mx.eval(everything)
+    return everything
 
 
 @cache
 def no_window() -> mx.array:
     """What stands for rows of which some count."""
-    return mx.zeros(8, mx.uint32)
+    nothing = mx.zeros(8, mx.uint32)
+    mx.eval(nothing)
+    return nothing
 
 
 # Rows in order, rows behind them of which some count, and which: uint32 [N], in bits.
