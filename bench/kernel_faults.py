@@ -39,7 +39,7 @@ FIRST = {"union": "kernel_edges", "route": "route"}  # by the faulty file
 FIRST |= {
     "norm_up": "norm_up",
     "grouped_norm_up": "grouped_norm_up",
-    "normed": "normed",
+    **dict.fromkeys(("normed", "normed_gate"), "normed"),
     "routed_up": "kernels",
     "residual_down": "kernels",
     "attention": "attention",

@@ -19,6 +19,7 @@ from ..kernels import (
     grouped_up,
     norm_up,
     normed,
+    normed_gate,
     place,
     probe,
     residual_down,
@@ -272,7 +273,8 @@ def forget():
     _make_plan.cache_clear()
     tuned_tables.cache_clear()
     for module in (
-        *(route, up, down, routed_up, residual_down, norm_up, normed),
+        *(route, up, down, routed_up, residual_down, norm_up),
+        *(normed, normed_gate),
         *(place, grouped_up, grouped_norm_up, grouped_down),
     ):
         module.arguments.cache_clear()

@@ -11,7 +11,7 @@ from functools import cache
 import mlx.core as mx
 
 from ..quantisation import Format
-from . import down, normed, probe, residual_down
+from . import down, normed, normed_gate, probe, residual_down
 from .kernel import Call
 from .tiles import Sizes, covers
 
@@ -19,6 +19,7 @@ from .tiles import Sizes, covers
 KERNELS = {
     "": (down, down.DOWN),
     "norm": (normed, normed.NORMED),
+    "gate": (normed_gate, normed_gate.NORMED_GATE),
     "residual": (residual_down, residual_down.RESIDUAL_DOWN),
 }
 
@@ -47,13 +48,14 @@ def arguments(
     Args:
         num_tokens, output_dims, input_dims: T, and the shape of the weight.
         form: Of the weight; activations have its dtype.
-        joined: "norm" for a launch of `normed.call`, "residual" if the result is added to one.
+        joined: "norm" for a launch of `normed.call`, "gate" for one of `normed_gate.call`,
+            "residual" if the result is added to one.
         backend: "metal" or "cuda".
     """
     dtype, packing = form
     sizes = Sizes(num_tokens, output_dims, 1, input_dims, dtype, form, form)
     module, kernel = KERNELS[joined]
-    if joined == "norm" and num_tokens > normed.MOST_TOKENS:
+    if joined in ("norm", "gate") and num_tokens > normed.MOST_TOKENS:
         return None
     if not covers(sizes) or not probe.works(kernel, num_tokens, dtype, packing, backend=backend):
         return None

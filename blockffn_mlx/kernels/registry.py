@@ -11,6 +11,7 @@ from .grow_beams import GROW_BEAMS
 from .kernel import Kernel
 from .norm_up import NORM_UP
 from .normed import NORMED
+from .normed_gate import NORMED_GATE
 from .place import PLACE
 from .residual_down import RESIDUAL_DOWN
 from .route import ROUTE
@@ -19,7 +20,7 @@ from .top_tokens import TOP_TOKENS
 from .up import UP
 
 ALL = (
-    *(ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, NORM_UP, NORMED, ATTENTION),
+    *(ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, NORM_UP, NORMED, NORMED_GATE, ATTENTION),
     *(PLACE, GROUPED_UP, GROUPED_NORM_UP, GROUPED_DOWN),
     *(DRAFT_INPUT, TOP_TOKENS, GROW_BEAMS, BEST_TREE),
 )

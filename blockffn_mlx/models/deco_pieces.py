@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from ..ffn import Plan, make_plan
 from ..ffn.plan import NORM_SILU
-from ..kernels import Call, Sizes, residual_down, route
+from ..kernels import Call, Sizes, normed_gate, residual_down, route
 from ..kernels.tracing import one_launch
 from .activation import has_router, used_experts
 from .compiled import arrays_of, form_of, is_plain, join, with_transpose
@@ -33,7 +33,7 @@ class GatedMap(NamedTuple):
 
     def launches(self, shape: Shape) -> tuple[Call | None, Call | None]:
         """Of the two products."""
-        gate_up = self.gate_up.launch(shape.rows, shape.backend, "norm")
+        gate_up = self.gate_up.launch(shape.rows, shape.backend, "gate")
         return gate_up, self.down.launch(shape.rows, shape.backend, "residual")
 
     def add(
@@ -44,11 +44,16 @@ class GatedMap(NamedTuple):
         eps: float,
         gate_up: Arrays,
         down: Arrays,
-    ) -> tuple[mx.array, mx.array]:
-        """h [T, H] + the MLP of RMSNorm(h), and RMSNorm(h)."""
-        both, x = self.gate_up.normed(launches[0], h, norm, eps, gate_up)
-        gate, up = mx.split(both, 2, axis=-1)
-        return self.down.add(launches[1], h, gated(gate, up), down, 1.0), x
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """h [T, H] + the MLP of RMSNorm(h); RMSNorm(h), and the same in float32."""
+        first, last = launches
+        if first and first.kernel is normed_gate.NORMED_GATE:
+            stored = self.gate_up.stored(gate_up)
+            hidden, x, wide = normed_gate.call(first, h, norm, eps, stored)
+        else:
+            both, x = self.gate_up.normed(first, h, norm, eps, gate_up)
+            hidden, wide = gated(*mx.split(both, 2, axis=-1)), x.astype(mx.float32)
+        return self.down.add(last, h, hidden, down, 1.0), x, wide
 
 
 @one_launch
@@ -88,7 +93,7 @@ class DenseExit(NamedTuple):
         """h [B * T, H] and attended [B, heads, T, D] -> h behind the layer; no router to watch."""
         own, mlp = launches
         h = add_attended(self.output, own, h, attended, output, 1.0)
-        h, _ = self.mlp.add(mlp, h, norm, self.eps, gate_up, down)
+        h, *_ = self.mlp.add(mlp, h, norm, self.eps, gate_up, down)
         return (h,)
 
 
@@ -131,8 +136,8 @@ class DecoExit(NamedTuple):
         plan, own, shared = launches
         batch_size, _, num_tokens, _ = attended.shape
         h = add_attended(self.output, own, h, attended, output, 1.0)
-        h, x = self.shared.add(shared, h, norm, self.eps, gate_up, shared_down)
-        product = x.astype(mx.float32) @ router
+        h, x, wide = self.shared.add(shared, h, norm, self.eps, gate_up, shared_down)
+        product = wide @ router
         logits = product[:, :-1]
         scores = (mx.maximum(logits, 0) * scale).astype(x.dtype)
         eps = route.epsilon(self.eps)

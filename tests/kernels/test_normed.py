@@ -1,4 +1,4 @@
-"""A norm and the product behind it in one launch, against float64, and where it is used."""
+"""A norm and what multiplies it in one launch, against float64, and where that is used."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 import metal_host
 from blockffn_mlx import device
-from blockffn_mlx.kernels import Tile, normed, probe, random_layer
+from blockffn_mlx.kernels import Tile, normed, normed_gate, probe, random_layer
 from blockffn_mlx.models.pieces import LinearMap
 from blockffn_mlx.quantisation import ExpertWeights, Format, Quantization
 from helpers.ffn_cases import TOLERANCE, float64, relative_error
@@ -54,6 +54,20 @@ def test_matches_float64(sizes, dtype, bits):
         assert relative_error(mine, exact) < 2 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("sizes, dtype, bits", CASES[::2], ids=str)
+def test_a_gated_pair_matches_float64(sizes, dtype, bits):
+    """DECO's; the product of two has the errors of both."""
+    inputs = operands(sizes, dtype, bits)
+    with running():
+        y, rounded, wide = normed_gate.launch(*inputs, eps=EPS, backend=BACKEND)
+        mx.eval(y, rounded, wide)
+    assert (y.dtype, rounded.dtype, wide.dtype) == (dtype, dtype, mx.float32)
+    assert mx.array_equal(wide, rounded.astype(mx.float32))
+    gate, up = np.split(formula(*inputs), 2, axis=1)
+    for mine, exact in zip(y, gate / (1 + np.exp(-gate)) * up, strict=True):
+        assert relative_error(mine, exact) < 4 * TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("tokens", [1, 13])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_tokens_are_rounded_as_by_mlx(dtype, tokens):
@@ -68,11 +82,12 @@ def test_tokens_are_rounded_as_by_mlx(dtype, tokens):
     assert dtype == mx.float32 or mx.mean(found != expected) < 0.01
 
 
-def test_nan_stays_in_its_token():
+@pytest.mark.parametrize("kernel", [normed, normed_gate])
+def test_nan_stays_in_its_token(kernel):
     x, norm, weights = operands((9, 32, 96), mx.bfloat16)
     x[3, 70] = mx.nan
     with running():
-        outputs = normed.launch(x, norm, weights, eps=EPS, backend=BACKEND)
+        outputs = kernel.launch(x, norm, weights, eps=EPS, backend=BACKEND)
         mx.eval(outputs)
     for out in outputs:
         lost = mx.isnan(out)
@@ -88,27 +103,29 @@ def test_nan_stays_in_its_token():
         *((8, 4, mx.bfloat16), (9, 8, mx.bfloat16), (33, 0, mx.bfloat16)),
     ],
 )
-def test_every_access_is_sound_and_metal_would_take_the_source(tokens, bits, dtype):
+@pytest.mark.parametrize("kernel", [normed, normed_gate])
+def test_every_access_is_sound_and_metal_would_take_the_source(kernel, tokens, bits, dtype):
     x, norm, weights = operands((tokens, 64, 160), dtype, bits)
     with running("check", order="shuffled", seed=tokens, poison=0x7F) as runs:
-        found = normed.launch(x, norm, weights, eps=EPS, backend=BACKEND)
+        found = kernel.launch(x, norm, weights, eps=EPS, backend=BACKEND)
         mx.eval(found)
     assert metal_host.limits(runs[-1].launch) == []
     assert runs[-1].counters.threadgroup_bytes <= 32768
     assert runs[-1].counters.unwritten == 0
-    assert probe.agree(found, normed.twin(x, norm, weights, eps=EPS), dtype)
+    assert probe.agree(found, kernel.twin(x, norm, weights, eps=EPS), dtype)
 
 
 @in_harness
 @pytest.mark.parametrize("tokens, dtype, bits", [(5, mx.bfloat16, 0), (13, mx.float16, 4)])
-def test_weights_and_tokens_that_are_on_their_way(tokens, dtype, bits):
+@pytest.mark.parametrize("kernel", [normed, normed_gate])
+def test_weights_and_tokens_that_are_on_their_way(kernel, tokens, dtype, bits):
     """Tiles of CUDA's: two windows at a time, with their tokens ahead, and one without."""
     x, norm, weights = operands((tokens, 32, 1184), dtype, bits)
     tile = Tile(8 if tokens <= 8 else 16, True, 2, 8, 2, not bits)
     with running():
-        found = normed.launch(x, norm, weights, eps=EPS, backend=BACKEND, tile=tile)
+        found = kernel.launch(x, norm, weights, eps=EPS, backend=BACKEND, tile=tile)
         mx.eval(found)
-    assert probe.agree(found, normed.twin(x, norm, weights, eps=EPS), dtype)
+    assert probe.agree(found, kernel.twin(x, norm, weights, eps=EPS), dtype)
 
 
 @in_harness

@@ -140,6 +140,15 @@ def test_its_passes_are_predicted_from_a_config(bits):
         )  # the last is asked for nothing
 
 
+@pytest.mark.parametrize("bits, tokens, launches", [(None, 1, 11), (4, 1, 11), (8, 8, 12)])
+def test_a_layer_launches_as_little_as_it_can(bits, tokens, launches):
+    """As BlockFFN's, with two more for the shared expert; for a chunk a copy."""
+    sizes = dict(hidden_size=64, head_dim=16, expert_size=32, shared_expert_size=32)
+    model = tiny(**sizes, num_hidden_layers=5, moe_layer_freq=[0, 1, 1, 1, 1])
+    passes = trace_passes(model_from_config(vars(model.args), bits, 32), tokens, 20)
+    assert passes.chunk.launches_per_layer(5) == launches
+
+
 SHARD_PROGRAM = """
 import mlx.core as mx
 from helpers.deco_models import tiny
