@@ -240,24 +240,21 @@ inline uint moved(uint word, uint zero) {
   return word ^ zero;
 }
 
-template <int BATCH, int COLUMNS, typename Rows, typename Eight>
-inline void multiply_batch(const Rows& rows, const Eight* eights, float (*sums)[COLUMNS]) {
+template <int COLUMNS, typename Rows, typename Eight>
+inline void multiply_tokens(const Rows& rows, const Eight* eights, float (*sums)[COLUMNS]) {
   const uint zero = blockIdx.y;  // which the compiler does not know
 #pragma unroll
   for (int j = 0; j < Rows::SPAN / 2; j += 2) {
     const int half = j < Rows::SPAN / 4 ? 0 : 1, k = j % (Rows::SPAN / 4);
+    const uint *x = eights[0].x[half], *y = eights[1].x[half];
+    const uint words[4] = {
+        moved(Rows::token_pair(x, k), zero), moved(Rows::token_pair(y, k), zero),
+        moved(Rows::token_pair(x, k + 1), zero), moved(Rows::token_pair(y, k + 1), zero)};
 #pragma unroll
-    for (int n = 0; n < BATCH; n += 2) {
-      const uint *x = eights[n].x[half], *y = eights[n + 1].x[half];
-      const uint words[4] = {
-          moved(Rows::token_pair(x, k), zero), moved(Rows::token_pair(y, k), zero),
-          moved(Rows::token_pair(x, k + 1), zero), moved(Rows::token_pair(y, k + 1), zero)};
-#pragma unroll
-      for (int i = 0; i < COLUMNS / 2; ++i) {
-        multiply_16x8x16(
-            sums[n] + 2 * i, sums[n + 1] + 2 * i, words[0], words[1], words[2], words[3],
-            rows.pairs[i][j], rows.pairs[i][j + 1], typename Rows::Type(0));
-      }
+    for (int i = 0; i < COLUMNS / 2; ++i) {
+      multiply_16x8x16(
+          sums[0] + 2 * i, sums[1] + 2 * i, words[0], words[1], words[2], words[3],
+          rows.pairs[i][j], rows.pairs[i][j + 1], typename Rows::Type(0));
     }
   }
 }

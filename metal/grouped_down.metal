@@ -133,7 +133,7 @@ inline void move_sums(
   const bool turned = COLUMNS == 8 && lane_row(lane) % 2;
 #pragma unroll
   for (int first = 0; first < TileType::SLOTS; first += SLOTS) {
-    if (8 * uint(first / Lanes::SLOTS) < count) {
+    if (first == 0 || 8 * uint(first / Lanes::SLOTS) < count) {
       threadgroup float* places[SLOTS];
 #pragma unroll
       for (int i = 0; i < SLOTS; ++i) {

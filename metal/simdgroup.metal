@@ -132,12 +132,12 @@ struct SumLanes {
   }
 };
 
-// sums += BATCH eights of tokens by the weight rows.
-template <int BATCH, int OCTETS, typename Rows, typename Eight>
-inline void multiply_batch(
+// sums += two eights of tokens by the weight rows.
+template <int OCTETS, typename Rows, typename Eight>
+inline void multiply_tokens(
     const thread Rows& rows, const thread Eight* eights, thread float (*sums)[OCTETS]) {
 #pragma unroll
-  for (int n = 0; n < BATCH; ++n) {
+  for (int n = 0; n < 2; ++n) {
 #pragma unroll
     for (int i = 0; i < OCTETS; ++i) {
       float pair[2] = {sums[2 * n][i], sums[2 * n + 1][i]};

@@ -134,8 +134,8 @@ struct StagedTile {
     }
   }
 
-  // Adds window `window` of a stage, for the first `count` tokens, rounded up to 8 * BATCH: whoever
-  // knows that these come together can load the next while some are multiplied.
+  // Adds window `window` of a stage, for the first `count` tokens, rounded up to 8 * BATCH: without
+  // branches between them, the next tokens are loaded while some are multiplied.
   template <int BATCH, typename StageType>
   void add_window(
       const thread typename Weights::Span* spans, StageType stage, int window, uint count,
@@ -149,19 +149,22 @@ struct StagedTile {
       const Rows rows(spans, part);
 #pragma unroll
       for (int first = 0; first < TOKENS / 8; first += BATCH) {
-        if (8 * uint(first) < count) {
-          Eight eights[BATCH];
+        if (first == 0 || 8 * uint(first) < count) {
 #pragma unroll
-          for (int n = 0; n < BATCH; ++n) {
+          for (int n = first; n < first + BATCH; n += 2) {
             const threadgroup uint4* const data = stage.data +
-                (8 * (first + n) * StageType::PIECES + window * StageType::WINDOW_PIECES);
+                (8 * n * StageType::PIECES + window * StageType::WINDOW_PIECES);
+            Eight eights[2];
 #pragma unroll
             for (int i = 0; i < PIECES; ++i) {
-              eights[n].set(0, i, data[place0 ^ (part * PIECES + i)]);
-              eights[n].set(1, i, data[place1 ^ (part * PIECES + i)]);
+              const uint piece = part * PIECES + i;
+              eights[0].set(0, i, data[place0 ^ piece]);
+              eights[0].set(1, i, data[place1 ^ piece]);
+              eights[1].set(0, i, data[(place0 ^ piece) + 8 * StageType::PIECES]);
+              eights[1].set(1, i, data[(place1 ^ piece) + 8 * StageType::PIECES]);
             }
+            multiply_tokens(rows, eights, sums + n * Lanes::SLOTS);
           }
-          multiply_batch<BATCH>(rows, eights, sums + first * Lanes::SLOTS);
         }
       }
     }

@@ -16,7 +16,7 @@ class GroupedTile(NamedTuple):
         octets: Rows of a simdgroup, in eights; 1, 2 or 4. CUDA's matrix unit takes two.
         simdgroups: Each with rows of its own.
         stages: Windows of tokens in threadgroup memory, at least two.
-        batch: Eights of tokens whose loads come together; even on CUDA.
+        batch: Eights of tokens that are multiplied together or not at all; an even number.
         windows: Of weights, that a stage is wide.
         depth: Stages whose weights are on their way in registers; less than `stages` in `down`.
         block: Tokens whose outputs a threadgroup of the down kernel holds, a multiple of 32.
@@ -58,9 +58,11 @@ GROUPED_TILES = {
     ],
     "cuda": [
         GroupedTiles(
-            1536, GroupedTile(128, 4, 4, 3, 2, 1, 2), GroupedTile(64, 4, 4, 3, 4, 2, 1, 256)
+            1536, GroupedTile(112, 4, 4, 3, 14, 1, 2), GroupedTile(32, 4, 8, 3, 4, 2, 1, 128)
         ),
-        GroupedTiles(1, GroupedTile(128, 4, 4, 3, 2, 1, 2), GroupedTile(32, 4, 4, 3, 4, 2, 2, 128)),
+        GroupedTiles(
+            1, GroupedTile(112, 4, 4, 3, 14, 1, 2), GroupedTile(32, 4, 4, 3, 4, 2, 2, 128)
+        ),
     ],
 }
 
@@ -113,7 +115,8 @@ def fitting(
 ) -> GroupedTile:
     """The tile with narrower stages, fewer tokens at a time or fewer outputs, where needed."""
     windows = min(tile.windows, max(1, STAGE_WIDTH // window(dtype, packing)))
-    tile = tile._replace(windows=windows)
+    # unpacked weights take registers that would hold those on their way
+    tile = tile._replace(windows=windows, depth=1 if packing else tile.depth)
     while tile.memory(dtype, packing) > MEMORY[backend]:
         if tile.block > 2 * tile.tokens:
             tile = tile._replace(block=tile.block // 2)

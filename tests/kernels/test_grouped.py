@@ -152,7 +152,8 @@ def test_tiles_fit_into_threadgroup_memory():
                 for tiles in grouped_tiles.grouped_tiles(backend, dtype, packing):
                     for tile in (tiles.up, tiles.down):
                         assert tile.memory(dtype, packing) <= grouped_tiles.MEMORY[backend]
-                        assert tile.tokens % (8 * tile.batch) == 0 and tile.stages >= 2
+                        assert tile.tokens % (8 * tile.batch) == 0 and tile.batch % 2 == 0
+                        assert tile.stages >= 2
                     assert tiles.down.block % 32 == 0 and tiles.down.rows % 32 == 0
 
 
