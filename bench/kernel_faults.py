@@ -33,6 +33,7 @@ TESTS = [
     "norm_up",
     "grouped_norm_up",
     "normed",
+    "rotate",
 ]
 TESTS += ["kernels", "kernel_language", "grouped"]
 FIRST = {"union": "kernel_edges", "route": "route"}  # by the faulty file
@@ -40,6 +41,7 @@ FIRST |= {
     "norm_up": "norm_up",
     "grouped_norm_up": "grouped_norm_up",
     **dict.fromkeys(("normed", "normed_gate"), "normed"),
+    "rotate": "rotate",
     "routed_up": "kernels",
     "residual_down": "kernels",
     "attention": "attention",

@@ -270,11 +270,13 @@ class _Walk:
                 self.add(name, short, "small", inputs, outputs)
             return
         with_norm = kernel.startswith("blockffn_normed")
-        of_one = "blockffn" in kernel and "down" in kernel and inputs[0].shape[0] == 1
+        matrix = inputs[min(len(inputs) - 1, 3 if with_norm else 4 if "residual" in kernel else 2)]
+        of_one = kernel.startswith("blockffn") and "down" in kernel and len(matrix.shape) == 2
         if with_norm or of_one:  # a linear map
-            *_, rows, dims = inputs[0].shape
-            matrix = inputs[3 if with_norm else 4 if "residual" in kernel else 2]
-            weights = dims * math.prod(matrix.shape[:-1])
+            inputs[0] = self.ordered(name, inputs[0])
+            rows = math.prod(outputs[0].shape) // matrix.shape[0]
+            dims = math.prod(inputs[0].shape) // rows
+            weights = dims * matrix.shape[0]
             self.add(
                 name, kernel, "linear", inputs, outputs, rows=rows, weights=weights,
                 flops=2 * rows * weights, bits=8 * matrix.itemsize * matrix.shape[-1] // dims,
@@ -285,9 +287,9 @@ class _Walk:
             flops = 4 * math.prod(outputs[0].shape) * inputs[2].shape[2]
             self.add(name, kernel, "attention", inputs, outputs, flops=flops)
             return
-        # only this package's arrays with an axis of experts have three axes
+        # of this package's arrays those with an axis of experts have three axes, and a product
         of_experts = [x for x in (*inputs, *outputs) if len(x.shape) == 3 and "blockffn" in kernel]
-        if not of_experts:
+        if not of_experts or kernel.startswith("blockffn_rotate"):
             self.add(name, kernel, "small", inputs, outputs)
             return
         grouped = "grouped" in kernel  # reads every weight, and of h only what it needs

@@ -72,7 +72,7 @@ class Sample(NamedTuple):
 
     def widened(self) -> "Sample":
         """The same with every floating-point operand in float32."""
-        whole = (mx.uint32, mx.bool_)
+        whole = (mx.int32, mx.uint32, mx.bool_)
         wide = [o if o.dtype in whole else o.astype(mx.float32) for o in self.operands]
         return Sample(tuple(wide), self.settings)
 

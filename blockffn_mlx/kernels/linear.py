@@ -73,11 +73,12 @@ def call(
 
     Args:
         launch: From `arguments`.
-        x: [T, in], or [1, T, in].
+        x: [T, in], or [1, T, in]; with a residual any shape that lies in memory so.
         weights: [out, in], plain; or weight, scales and biases.
         residual: [T, out].
         factor: Of the product.
     """
-    added = [] if residual is None else [residual, residual_down.factor_array(factor)]
-    one = x if x.ndim == 3 else x[None]
-    return launch(one, only_expert(), *added, *weights)[0]
+    if residual is None:
+        return launch(x if x.ndim == 3 else x[None], only_expert(), *weights)[0]
+    added = residual, residual_down.factor_array(factor)
+    return launch(x, only_expert(), *added, *weights)[0]

@@ -14,14 +14,15 @@ from .normed import NORMED
 from .normed_gate import NORMED_GATE
 from .place import PLACE
 from .residual_down import RESIDUAL_DOWN
+from .rotate import ROTATE
 from .route import ROUTE
 from .routed_up import ROUTED_UP
 from .top_tokens import TOP_TOKENS
 from .up import UP
 
 ALL = (
-    *(ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, NORM_UP, NORMED, NORMED_GATE, ATTENTION),
-    *(PLACE, GROUPED_UP, GROUPED_NORM_UP, GROUPED_DOWN),
+    *(ROUTE, UP, DOWN, ROUTED_UP, RESIDUAL_DOWN, NORM_UP, NORMED, NORMED_GATE, ROTATE),
+    *(ATTENTION, PLACE, GROUPED_UP, GROUPED_NORM_UP, GROUPED_DOWN),
     *(DRAFT_INPUT, TOP_TOKENS, GROW_BEAMS, BEST_TREE),
 )
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in ALL}

@@ -85,7 +85,7 @@ RESIDUAL_DOWN = Kernel(
     threadgroup float partials[SIMDGROUPS * TOKENS * Partials<8 * OCTETS>::stride];
     down_projection<T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, AHEAD, EXPERTS, HIDDEN,
                     EXPERT_SIZE>(
-        h, active, WEIGHTS, y, h_shape[1], added_to(residual, factor), partials,
+        h, active, WEIGHTS, y, residual_shape[0], added_to(residual, factor), partials,
         threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
     launch=launch,

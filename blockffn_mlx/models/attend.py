@@ -6,15 +6,16 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.base import scaled_dot_product_attention as mlx_attention
-from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from .. import device
 from ..ffn import MAX_CHUNK
 from ..kernels import attention, probe
+from .cache import KVCache, whole_arrays
 
 # Caches that lie in one piece, and what says how many of their rows count.
-FILLED_ROWS = {KVCache: "offset", BatchKVCache: "_idx"}
+FILLED_ROWS = {KVCache: "offset", mlx_cache.KVCache: "offset", mlx_cache.BatchKVCache: "_idx"}
 # The kernel reads the keys once a token. Over more of them other ways, which read them less often,
 # are taken: plain operations on CUDA, 73 to 92 us for a tree of 32 over 2,048 to 8,192 keys of an
 # H200, where the kernel of then took 234 to 816 (docs/speculation.md), and MLX's own on Metal.
@@ -147,6 +148,39 @@ def scaled_dot_product_attention(
     return mlx_attention(queries, keys, values, cache=cache, scale=scale, mask=words)
 
 
+def append_and_attend(
+    queries: mx.array, new: mx.array, cache: Any, scale: float, mask: Mask
+) -> mx.array:
+    """Appends keys and behind them values to a cache, and attends over it.
+
+    Args:
+        queries: [B, heads, T, D].
+        new: [2 B, kv_heads, T, D].
+        cache: Any of mlx-lm's.
+        scale: Of the products of queries and keys.
+        mask: As above.
+
+    Returns:
+        [B, T, heads, D]; of one token [B, heads, 1, D], which lies in memory so.
+    """
+    num_tokens, plain = queries.shape[2], isinstance(cache, KVCache)
+    if plain:
+        cache.write(new)
+        chunk = takes_chunk(num_tokens, mask)
+        if chunk and (out := attended_by_token(queries, cache, scale, mask)) is not None:
+            return out
+        keys, values = cache.keys_and_values()
+    else:
+        keys, values = cache.update_and_fetch(*mx.split(new, 2))
+    if plain and not chunk:  # what the function below would come to
+        out = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=scale, mask=as_array(mask)
+        )
+    else:
+        out = scaled_dot_product_attention(queries, keys, values, cache, scale, mask)
+    return out if num_tokens == 1 else out.swapaxes(1, 2)
+
+
 def attention_kernel(
     queries: mx.array,
     cache: Any | None,
@@ -166,11 +200,26 @@ def attention_kernel(
     Returns:
         [B, heads, T, D].
     """
+    out = attended_by_token(queries, cache, scale, mask, rotary)
+    return None if out is None else out.swapaxes(1, 2)
+
+
+def attended_by_token(
+    queries: mx.array,
+    cache: Any | None,
+    scale: float,
+    mask: Mask,
+    rotary: mx.array | None = None,
+) -> mx.array | None:
+    """`attention_kernel` as the kernel leaves it, [B, T, heads, D]."""
     backend = device.kernel_backend()
     if backend is None or cache is None or type(cache) not in FILLED_ROWS:
         return None
-    keys, values, length = cache.keys, cache.values, getattr(cache, FILLED_ROWS[type(cache)])
-    if keys is None or values is None or length > MAX_KERNEL_KEYS:
+    length = getattr(cache, FILLED_ROWS[type(cache)])
+    if length > MAX_KERNEL_KEYS:
+        return None
+    keys, values = whole_arrays(cache)
+    if keys is None or values is None:
         return None
     looked_at, tree = None, None
     if isinstance(mask, AncestorMask):
@@ -189,7 +238,7 @@ def attention_kernel(
     fits = values.shape[-1] == (rotary_dims or dims) and attention.covers(sizes)
     if not fits or not probe.works(attention.ATTENTION, num_tokens, queries.dtype, backend=backend):
         return None
-    out = attention.launch(
+    return attention.launch(
         queries,
         keys,
         values,
@@ -200,7 +249,6 @@ def attention_kernel(
         backend=backend,
         tree=tree,
     )
-    return out.swapaxes(1, 2)
 
 
 def attention_ops(

@@ -6,10 +6,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.nn.layers.distributed import shard_linear
 from mlx_lm.models.mla import MultiLinear
 
 from ..ffn import MAX_CHUNK
+from ..kernels.rotate import LEAST
 from .attend import Mask, as_array, attention_kernel, scaled_dot_product_attention, takes_chunk
 
 # MLA's inner norms keep the default of the original code whatever the config says.
@@ -77,6 +79,16 @@ class Positions:
     def clear_padding(self, x: mx.array) -> mx.array:
         """x [B, T, H] with zeros for padding, for which no router chooses an expert."""
         return x if self.counts is None else mx.where(self.counts, x, 0)
+
+    def by_row(self, batch_size: int) -> mx.array:
+        """Each token's position [B * T], for one sequence at least `rotate.LEAST`."""
+        if self.per_token is not None:
+            return mx.broadcast_to(self.per_token, (batch_size, self.num_tokens)).flatten()
+        if isinstance(self.offset, mx.array):
+            return (self.offset[:, None] + mx.arange(self.num_tokens)).flatten()
+        length = self.num_tokens if batch_size > 1 else max(self.num_tokens, LEAST)
+        row = np.arange(self.offset, self.offset + length, dtype=np.int32)
+        return mx.array(np.tile(row, batch_size))
 
     @property
     def length(self) -> int:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_inplace
+from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.base import BaseModelArgs, create_attention_mask
-from mlx_lm.models.cache import KVCache
 
 from ..ffn import ACTIVATIONS, MAX_CHUNK, BlockFFN
 from ..kernels.draft_input import consecutive
@@ -16,6 +16,7 @@ from . import known_type  # noqa: F401
 from .activation import count_experts, counted_share, record_router_scores
 from .attend import Mask
 from .attention import Attention, MLAttention, Positions
+from .cache import KVCache
 from .compiled import CompiledPasses
 from .padding import without_padding
 
@@ -283,9 +284,10 @@ class Model(nn.Module):
             weights.pop("lm_head.weight", None)
         return weights
 
-    def make_cache(self) -> list[KVCache]:
+    def make_cache(self) -> list[mlx_cache.KVCache]:
         """One cache per layer. For MLA, keys hold the latent and values the rotary key."""
-        return [KVCache() for _ in self.layers]
+        kind = mlx_cache.KVCache if self.args.attention_type == "mla" else KVCache
+        return [kind() for _ in self.layers]
 
     def shard(self, group: mx.distributed.Group | None = None):
         """Splits heads and expert widths over the processes of `group` (tensor parallel).

@@ -7,8 +7,9 @@ shards, MLA, dynamic NTK, interventions, long passes, machines without the kerne
 layers.
 """
 
-from collections.abc import Callable, Sequence
-from operator import getitem, is_
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -17,13 +18,17 @@ import mlx.nn as nn
 from .. import device
 from ..ffn import BlockFFN, Plan
 from ..kernels import Sizes
+from ..kernels.rotate import Heads
 from ..kernels.tracing import is_tracing
 from ..quantisation import Format, Quantization
 from .activation import has_router
-from .attend import scaled_dot_product_attention
+from .attend import append_and_attend
 from .pieces import Arrays, Entry, Exit, LinearMap, Shape, entry_piece, exit_piece
 
 JOINED = ("q_proj", "k_proj", "v_proj")
+# Of an MLP: whatever its compiled form does not know has to be off.
+STATE = attrgetter("training", "sharding_group", "intervention", "backend")
+END = object()
 MAX_TABLES = 64  # shapes of passes whose compiled functions are kept
 
 
@@ -42,11 +47,11 @@ class CompiledPasses:
     """Compiled passes of one model. They notice by themselves when its modules or arrays change."""
 
     def __init__(self):
-        # every place of a module or an array in the layers, as owner and key, and what was there
-        self.owners: list[Any] = []
-        self.keys: list[Any] = []
+        # whatever holds a module or an array in the layers, and what was there
+        self.holders: list[Iterable[Any]] = []
         self.found: list[Any] = []
         self.parts: list[LayerParts] | None = None
+        self.mlps: list[Any] = []
         self.tables: dict[Shape, tuple[Plan, list[Callable]]] = {}
 
     def __reduce__(self):  # copies of a model compile their own
@@ -81,31 +86,23 @@ class CompiledPasses:
         backend = asked if asked in ("metal", "cuda") else device.kernel_backend()
         if backend is None and device.compute_backend() == "cpu" and not is_tracing():
             return None
-        parts = self.current_parts(model)
+        parts = self.current_parts(model, asked)
         if parts is None or h.dtype != parts[0].entry.projection.form.dtype:
             return None
-        per_token = positions.per_token is not None
         watched = tuple(getattr(part.mlp, "observer", None) is not None for part in parts)
         counted = counts is not None
-        shape = Shape(batch_size, num_tokens, per_token, watched, counted, asked, backend)
+        shape = Shape(batch_size, num_tokens, watched, counted, asked, backend)
         pieces = self.pieces(shape, parts, model.norm.eps)
         if pieces is None:
             return None
-        if per_token:
-            where = mx.broadcast_to(positions.per_token, (batch_size, num_tokens)).flatten()
-        else:
-            where = mx.array(positions.offset)
-
+        where = positions.by_row(batch_size)
         h = h.reshape(batch_size * num_tokens, -1)
-        queries, keys, values = pieces[0](h, where, *parts[0].entry_arrays)
+        queries, both = pieces[0](h, where, *parts[0].entry_arrays)
         last = len(parts) - 1
         for i, (part, layer_cache) in enumerate(zip(parts, cache, strict=True)):
-            keys, values = layer_cache.update_and_fetch(keys, values)
-            attended = scaled_dot_product_attention(
-                queries, keys, values, cache=layer_cache, scale=part.attention_scale, mask=mask
-            )
+            attended = append_and_attend(queries, both, layer_cache, part.attention_scale, mask)
             if i < last:
-                h, queries, keys, values, *seen = pieces[i + 1](
+                h, queries, both, *seen = pieces[i + 1](
                     h, attended, where, part.exit_arrays, parts[i + 1].entry_arrays
                 )
             else:
@@ -116,30 +113,19 @@ class CompiledPasses:
                 part.mlp.observer(*seen)
         return h
 
-    def current_parts(self, model: nn.Module) -> list[LayerParts] | None:
+    def current_parts(self, model: nn.Module, asked: str) -> list[LayerParts] | None:
         """The layers' parts; None if one of them has to go the plain way."""
-        try:
-            now = map(getitem, self.owners, self.keys)  # some thousand, once a pass
-            unchanged = bool(self.found) and all(map(is_, now, self.found))
-        except (KeyError, IndexError):
-            unchanged = False
-        if not unchanged:
+        now = chain.from_iterable(self.holders)  # some hundred, once a pass
+        if not self.found or not all(map(is_, now, self.found)):
             self.tables.clear()
             parts = [part for layer in model.layers if (part := layer_parts(layer)) is not None]
             self.parts = parts if len(parts) == len(model.layers) else None
-            slots = [(model.layers, i) for i in range(len(model.layers))]
-            for layer in model.layers:
-                slots += [(module, key) for module in layer.modules() for key in module]
-            self.owners, self.keys = (list(column) for column in zip(*slots, strict=True))
-            self.found = list(map(getitem, self.owners, self.keys))
-        mlps = [part.mlp for part in self.parts or () if hasattr(part.mlp, "observer")]
-        if not mlps or any(
-            mlp.training
-            or mlp.sharding_group is not None
-            or mlp.intervention is not None
-            or mlp.backend != mlps[0].backend
-            for mlp in mlps
-        ):
+            modules = chain.from_iterable(layer.modules() for layer in model.layers)
+            # the last one is missed where something new stands before it
+            self.holders = [model.layers, *(module.values() for module in modules), [END]]
+            self.found = list(chain.from_iterable(self.holders))
+            self.mlps = [layer.mlp for layer in model.layers if has_router(layer)]
+        if self.parts is None or set(map(STATE, self.mlps)) != {(False, None, None, asked)}:
             return None
         return self.parts
 
@@ -186,16 +172,21 @@ def layer_halves(layer: nn.Module) -> tuple[Entry, Any] | None:
     if len(set(forms[:3])) > 1 or rope.type == "dynamic":
         return None
     norm = layer.input_layernorm
-    hidden_size, heads = len(norm.weight), attention.num_heads + 2 * attention.num_kv_heads
-    entry = Entry(
-        norm.eps, LinearMap(heads * rope.dims, hidden_size, forms[0]), attention.num_heads,
-        attention.num_kv_heads, rope.dims, rope.base,
-        1 / rope.factor if rope.type == "linear" else 1.0,
-    )  # fmt: skip
+    hidden_size = len(norm.weight)
+    entry = entry_of(attention, norm.eps, hidden_size)
     output = LinearMap(hidden_size, attention.num_heads * rope.dims, forms[3])
     # Other architectures say themselves what stands behind their attention.
     leave = layer.exit(output) if hasattr(layer, "exit") else blockffn_exit(layer, output)
     return None if leave is None else (entry, leave)
+
+
+def entry_of(attention: nn.Module, eps: float, input_dims: int) -> Entry:
+    """A layer up to its cache; its norm's eps counts if it has a norm."""
+    rope = attention.rope
+    factor = rope.factor if rope.type == "linear" else 1.0
+    heads = Heads(attention.num_heads, attention.num_kv_heads, rope.dims, rope.base, 1 / factor)
+    rows = (heads.num_heads + 2 * heads.num_kv_heads) * heads.dims
+    return Entry(eps, LinearMap(rows, input_dims, form_of(attention.q_proj)), heads)
 
 
 def blockffn_exit(layer: nn.Module, output: LinearMap) -> Exit | None:

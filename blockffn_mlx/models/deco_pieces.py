@@ -15,7 +15,7 @@ from ..kernels import Call, Sizes, normed_gate, residual_down, route
 from ..kernels.tracing import one_launch
 from .activation import has_router, used_experts
 from .compiled import arrays_of, form_of, is_plain, join, with_transpose
-from .pieces import Arrays, LinearMap, Shape, add_attended
+from .pieces import Arrays, LinearMap, Shape, add_attended, by_sequence
 
 EVERYTHING = Plan("dense", None, "silu")  # of a layer without experts
 
@@ -90,7 +90,7 @@ class DenseExit(NamedTuple):
         gate_up: Arrays,
         down: Arrays,
     ) -> Arrays:
-        """h [B * T, H] and attended [B, heads, T, D] -> h behind the layer; no router to watch."""
+        """h [B * T, H] and attended [B, T, heads, D] -> h behind the layer; no router to watch."""
         own, mlp = launches
         h = add_attended(self.output, own, h, attended, output, 1.0)
         h, *_ = self.mlp.add(mlp, h, norm, self.eps, gate_up, down)
@@ -134,7 +134,6 @@ class DecoExit(NamedTuple):
     ) -> Arrays:
         """As `pieces.Exit`; `router` is the transposed [H, E + 1] of `deco.Constants`."""
         plan, own, shared = launches
-        batch_size, _, num_tokens, _ = attended.shape
         h = add_attended(self.output, own, h, attended, output, 1.0)
         h, x, wide = self.shared.add(shared, h, norm, self.eps, gate_up, shared_down)
         product = wide @ router
@@ -157,7 +156,7 @@ class DecoExit(NamedTuple):
             used = used_experts(scores)
         seen = (logits, scores) if watched else ()
         count = (used,) if counted else ()
-        return h, *count, *(rows.reshape(batch_size, num_tokens, -1) for rows in seen)
+        return h, *count, *by_sequence(seen, len(attended))
 
 
 def exit_of(layer: nn.Module, output: LinearMap) -> DecoExit | DenseExit | None:

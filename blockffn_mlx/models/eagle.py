@@ -1,5 +1,6 @@
 """EAGLE's draft head: one decoder layer that continues the target's hidden states."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +84,7 @@ class EagleHead(nn.Module):
         self,
         embeddings: mx.array,
         hidden: mx.array,
-        cache: list[KVCache],
+        cache: Sequence[KVCache],
         positions: mx.array | None,
         mask: Mask = None,
     ) -> mx.array:
@@ -112,7 +113,7 @@ class EagleHead(nn.Module):
         return x
 
     def draft(
-        self, rows: DraftRows, cache: list[KVCache], positions: mx.array, mask: Mask = "causal"
+        self, rows: DraftRows, cache: Sequence[KVCache], positions: mx.array, mask: Mask = "causal"
     ) -> mx.array:
         """The same for rows that are still to be looked up, compiled where that can be."""
         compiled = self.compiled.run(self, rows, cache, positions, mask)

@@ -1,6 +1,6 @@
 """A draft head's pass, compiled on either side of its cache as the target's passes are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from operator import is_
 from typing import Any, NamedTuple
@@ -13,8 +13,8 @@ from .. import device
 from ..kernels import Call, draft_input, probe
 from ..kernels.draft_input import DRAFT_INPUT
 from ..kernels.tracing import is_tracing
-from .attend import Mask, scaled_dot_product_attention
-from .compiled import JOINED, arrays_of, form_of, is_plain, join, with_transpose
+from .attend import Mask, append_and_attend
+from .compiled import JOINED, arrays_of, entry_of, form_of, is_plain, join, with_transpose
 from .pieces import Arrays, Entry, LinearMap, Shape
 
 # Rows up to which the package's kernels multiply: a draft's own. More come with prompts, for which
@@ -52,7 +52,7 @@ class Launches(NamedTuple):
 
     backend: str | None
     fc: Call | None
-    projection: Call | None
+    entry: tuple[Call | None, Call | None]
     output: Call | None
     gate_up: Call | None
     down: Call | None
@@ -73,10 +73,11 @@ class HeadMaps(NamedTuple):
         if backend and not probe.works(DRAFT_INPUT, rows, self.fc.form.dtype, backend=backend):
             backend = None
         least = backend if rows <= MOST_ROWS else None
+        shape = Shape(1, rows, (), False, "auto", backend)
         return Launches(
             backend,
             self.fc.launch(rows, least, "residual"),
-            self.entry.projection.launch(rows, least),
+            (self.entry.projection.launch(rows, least), self.entry.rotation(shape)),
             self.output.launch(rows, least, "residual"),
             self.gate_up.launch(rows, least, "norm"),
             self.down.launch(rows, least, "residual"),
@@ -94,7 +95,7 @@ class HeadMaps(NamedTuple):
         bias: mx.array,
         weights: Arrays,
     ) -> tuple[mx.array, ...]:
-        """The arrays of `DraftRows` -> the layer's input [T, H], queries, keys and values."""
+        """The arrays of `DraftRows` -> the layer's input [T, H], and what `Entry` gives."""
         table, places, hidden, sources = given
         inputs = table, places, hidden.squeeze(0), sources, *norms, bias
         settings: dict[str, Any] = {"rows": rows, "scale": scale, "eps": self.eps}
@@ -103,8 +104,8 @@ class HeadMaps(NamedTuple):
         else:
             x, added = draft_input.twin(*inputs, **settings)
         x = add(added, x, self.fc, launches.fc, fc)
-        shape = Shape(1, rows, True, (), False, "auto", None)
-        return x, *self.entry(shape, launches.projection, x, positions, None, weights)
+        shape = Shape(1, rows, (), False, "auto", launches.backend)
+        return x, *self.entry(shape, launches.entry, x, positions, None, weights)
 
     def leave(
         self,
@@ -116,9 +117,8 @@ class HeadMaps(NamedTuple):
         gate_up: Arrays,
         down: Arrays,
     ) -> mx.array:
-        """x [T, H] and attended [1, heads, T, D] -> [1, T, H]."""
-        attended = attended.swapaxes(1, 2).reshape(len(x), -1)
-        h = add(x, attended, self.output, launches.output, output)
+        """x [T, H] and attended [1, T, heads, D] -> [1, T, H]."""
+        h = add(x, attended.reshape(len(x), -1), self.output, launches.output, output)
         both, _ = self.gate_up.normed(launches.gate_up, h, norm, self.eps, gate_up)
         gate, up = mx.split(both, 2, axis=-1)
         return add(h, nn.silu(gate) * up, self.down, launches.down, down)[None]
@@ -160,7 +160,7 @@ class HeadPasses:
         self,
         head: nn.Module,
         rows: DraftRows,
-        cache: list[KVCache],
+        cache: Sequence[KVCache],
         positions: mx.array,
         mask: Mask,
     ) -> mx.array | None:
@@ -172,10 +172,9 @@ class HeadPasses:
         assert self.maps is not None
         enter, leave = compiled(self.maps, rows.num_rows, rows.scale, device.kernel_backend())
         given = rows.table, rows.places, rows.hidden, rows.sources
-        x, queries, keys, values = enter(given, positions, *self.enters)
-        keys, values = cache[0].update_and_fetch(keys, values)
+        x, queries, both = enter(given, positions, *self.enters)
         scale = head.layers[0].self_attn.scale
-        attended = scaled_dot_product_attention(queries, keys, values, cache[0], scale, mask)
+        attended = append_and_attend(queries, both, cache[0], scale, mask)
         return leave(x, attended, *self.leaves)
 
     def current(self, head: nn.Module) -> bool:
@@ -202,18 +201,14 @@ class HeadPasses:
         if None in together:
             return
         weights, gate_up = (with_transpose(arrays) for arrays in together if arrays is not None)
-        norm, rope = layer.post_attention_layernorm, attention.rope
+        norm = layer.post_attention_layernorm
         hidden_size, width = head.args.hidden_size, head.args.intermediate_size
-        heads = attention.num_heads + 2 * attention.num_kv_heads
-        entry = Entry(
-            norm.eps, LinearMap(heads * rope.dims, hidden_size, form_of(attention.q_proj)),
-            attention.num_heads, attention.num_kv_heads, rope.dims, rope.base,
-            1 / rope.factor if rope.type == "linear" else 1.0,
-        )  # fmt: skip
+        entry = entry_of(attention, norm.eps, hidden_size)
+        attended = entry.heads.num_heads * entry.heads.dims
         self.maps = HeadMaps(
             LinearMap(hidden_size, 2 * hidden_size, form_of(fc)),
             entry,
-            LinearMap(hidden_size, attention.num_heads * rope.dims, form_of(attention.o_proj)),
+            LinearMap(hidden_size, attended, form_of(attention.o_proj)),
             LinearMap(2 * width, hidden_size, form_of(mlp.gate_proj)),
             LinearMap(hidden_size, width, form_of(mlp.down_proj)),
             norm.eps,

@@ -1,12 +1,12 @@
 """The halves of a layer on either side of its cache, as functions of arrays: what is compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from ..ffn import Plan, make_plan
-from ..kernels import Call, Sizes, linear, normed, residual_down, route
+from ..kernels import Call, Sizes, linear, normed, probe, residual_down, rotate, route
 from ..kernels.tracing import one_launch
 from ..quantisation import Format
 from .activation import used_experts
@@ -19,8 +19,6 @@ class Shape(NamedTuple):
 
     Attributes:
         batch_size, num_tokens: B and T.
-        per_token: Whether every token has a position of its own, [B * T]; else they count up from
-            an offset, a scalar or [B].
         watched: Which layers' routers somebody watches.
         counted: Whether each layer says how many experts it used.
         asked: The backend of the experts that is asked for, "auto" as a rule.
@@ -29,7 +27,6 @@ class Shape(NamedTuple):
 
     batch_size: int
     num_tokens: int
-    per_token: bool
     watched: tuple[bool, ...]
     counted: bool
     asked: str
@@ -97,40 +94,55 @@ class Entry(NamedTuple):
 
     eps: float
     projection: LinearMap
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    base: float
-    scale: float
+    heads: rotate.Heads
+
+    def launches(self, shape: Shape) -> tuple[Call | None, Call | None]:
+        """Of the product, which comes by sequence, and of the rotation."""
+        product = self.projection.launch(shape.rows, shape.backend, "norm")
+        if product:
+            whole = (shape.batch_size, shape.num_tokens, self.projection.output_dims)
+            product = product._replace(output_shapes=[whole, *product.output_shapes[1:]])
+        return product, self.rotation(shape)
+
+    def rotation(self, shape: Shape) -> Call | None:
+        """The launch of the rotation; None for MLX's own."""
+        backend, dtype = shape.backend, self.projection.form.dtype
+        if backend is None:
+            return None
+        if not probe.works(rotate.ROTATE, shape.rows, dtype, backend=backend):
+            return None
+        sizes = (shape.batch_size, shape.num_tokens, dtype)
+        return rotate.arguments(self.heads, *sizes, backend=backend)
 
     def __call__(
         self,
         shape: Shape,
-        launch: Call | None,
+        launches: tuple[Call | None, Call | None],
         h: mx.array,
         positions: mx.array,
         norm: mx.array | None,
         weights: Arrays,
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """h [B * T, H] -> queries, keys and values [B, heads, T, D], rotated; no norm if None."""
-        batch_size, num_tokens, *_ = shape
-        turned, dims = self.num_heads + self.num_kv_heads, self.head_dim
-        x, _ = self.projection.normed(launch, h, norm, self.eps, weights)
-        # [B * T, heads, 1, D] for single tokens, and for positions of their own: mx.fast.rope takes
-        # an offset per row, not per token
-        by_row = num_tokens == 1 or shape.per_token
-        x = x.reshape(*((shape.rows, -1, 1) if by_row else (batch_size, num_tokens, -1)), dims)
-        x, values = mx.split(x, [turned], axis=1 if by_row else 2)
-        if not by_row:
-            x = x.swapaxes(1, 2)
-        x = mx.fast.rope(
-            x, dims, traditional=False, base=self.base, scale=self.scale, offset=positions
-        )
-        if num_tokens > 1 and by_row:
-            x = x.reshape(batch_size, num_tokens, turned, dims).swapaxes(1, 2)
-            values = values.reshape(batch_size, num_tokens, self.num_kv_heads, dims)
-        queries, keys = mx.split(x, [self.num_heads], axis=1)
-        return queries, keys, values if num_tokens == 1 else values.swapaxes(1, 2)
+    ) -> Sequence[mx.array]:
+        """Up to the cache.
+
+        Args:
+            shape: Of the pass.
+            launches: From `launches`.
+            h: [B * T, H].
+            positions: [B * T], or more.
+            norm: The norm's weight; None for no norm.
+            weights: Of queries, keys and values.
+
+        Returns:
+            Queries [B, heads, T, D]; keys and behind them values [2 B, kv_heads, T, D]. Rotated.
+        """
+        product, rotation = launches
+        x, _ = self.projection.normed(product, h, norm, self.eps, weights)
+        x = x.reshape(shape.batch_size, shape.num_tokens, self.projection.output_dims)
+        operands = x, positions, rotate.periods(self.heads)
+        if rotation:
+            return rotation(*operands)
+        return rotate.twin(*operands, num_heads=self.heads.num_heads)
 
 
 class ExitLaunches(NamedTuple):
@@ -177,12 +189,11 @@ class Exit(NamedTuple):
         up: Arrays,
         down: Arrays,
     ) -> Arrays:
-        """h [B * T, H] and attended [B, heads, T, D] -> h behind the layer.
+        """h [B * T, H] and attended [B, T, heads, D] -> h behind the layer.
 
         If counted, the number of experts in use comes with it, uint32 [1]; where somebody watches,
         the router's logits and scores [B, T, E].
         """
-        batch_size, _, num_tokens, _ = attended.shape
         h = add_attended(self.output, launches.output, h, attended, output, self.residual_scale)
         logits, x = self.router.normed(launches.router, h, norm, self.eps, router)
         plan, scores = launches.experts, route.twin(logits, router_norm, eps=self.router_eps)
@@ -197,7 +208,7 @@ class Exit(NamedTuple):
             used = used_experts(scores)
         seen = (logits, scores) if watched else ()
         count = (used,) if counted else ()
-        return h, *count, *(rows.reshape(batch_size, num_tokens, -1) for rows in seen)
+        return h, *count, *by_sequence(seen, len(attended))
 
 
 def add_attended(
@@ -208,10 +219,17 @@ def add_attended(
     weights: Arrays,
     factor: float,
 ) -> mx.array:
-    """h [B * T, H] + factor * the output projection of attended [B, heads, T, D]."""
-    x = attended if attended.shape[2] == 1 else attended.swapaxes(1, 2)
-    x = x.reshape(*([1] if launch else []), len(h), -1)  # as the kernel takes it
+    """h [B * T, H] + factor * the output projection of attended [B, T, heads, D].
+
+    The kernel takes any shape, and the fewer views, the less a pass costs the host.
+    """
+    x = attended if launch else attended.reshape(len(h), -1)
     return output.add(launch, h, x, weights, factor)
+
+
+def by_sequence(seen: Sequence[mx.array], batch_size: int) -> Iterator[mx.array]:
+    """What watchers see [B * T, E] as [B, T, E]."""
+    return (rows.reshape(batch_size, -1, rows.shape[-1]) for rows in seen)
 
 
 @one_launch
@@ -221,9 +239,9 @@ def add_scaled(h: mx.array, x: mx.array, factor: float) -> mx.array:
 
 
 def entry_piece(entry: Entry, shape: Shape) -> Callable[..., Any]:
-    """(h, positions, norm, weights) -> queries, keys, values."""
-    launch = entry.projection.launch(shape.rows, shape.backend, "norm")
-    return lambda *arrays: entry(shape, launch, *arrays)
+    """(h, positions, norm, weights) -> queries, keys and values."""
+    launches = entry.launches(shape)
+    return lambda *arrays: entry(shape, launches, *arrays)
 
 
 def exit_piece(
@@ -232,8 +250,8 @@ def exit_piece(
     """From one attention to the next, or to the final norm; `leave` is an `Exit` or of its kind.
 
     Returns:
-        (h, attended, positions, exit_arrays, entry_arrays) -> h, queries, keys, values; without an
-        entry (h, attended, exit_arrays, norm) -> hidden states. A count of experts and what a
+        (h, attended, positions, exit_arrays, entry_arrays) -> h, queries, keys and values; without
+        an entry (h, attended, exit_arrays, norm) -> hidden states. A count of experts and what a
         watcher sees come last.
     """
     launches = leave.launches(shape)
@@ -245,10 +263,10 @@ def exit_piece(
 
     if entry is None:
         return final
-    launch = entry.projection.launch(shape.rows, shape.backend, "norm")
+    entry_launches = entry.launches(shape)
 
     def middle(h, attended, positions, arrays, next_arrays):
         h, *seen = leave(launches, watched, shape.counted, h, attended, *arrays)
-        return h, *entry(shape, launch, h, positions, *next_arrays), *seen
+        return h, *entry(shape, entry_launches, h, positions, *next_arrays), *seen
 
     return middle

@@ -240,7 +240,7 @@ def rising(values: np.ndarray) -> np.ndarray:
 
 def deepened(cache: KVCache, length: int) -> KVCache:
     """A cache of `length` empty rows like a short one's: attention's time asks for no more."""
-    deep = KVCache()
+    deep = type(cache)()
     deep.update_and_fetch(
         *(
             mx.zeros((*rows.shape[:2], length, rows.shape[-1]), rows.dtype)

@@ -3,13 +3,13 @@
 from bisect import bisect_left
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
 
 from .. import device
 from ..arrays import ints, one_row
 from ..kernels import best_tree, grow_beams, probe, top_tokens
 from ..kernels.draft_input import consecutive, same
 from ..models.attend import AncestorMask, longest_piece
+from ..models.cache import KVCache
 from ..models.eagle import EagleHead
 from ..models.eagle_pieces import DraftRows
 from .target import Target

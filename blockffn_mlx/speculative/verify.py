@@ -8,6 +8,7 @@ from mlx_lm.models.cache import KVCache
 
 from ..arrays import ints
 from ..models.attend import AncestorMask
+from ..models.cache import held_arrays
 from .target import Target
 from .tree import Tree, path_to
 
@@ -18,7 +19,7 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 def check_cache(cache: list[Any]) -> None:
     """Raises ValueError unless every layer's cache can drop rows from its middle."""
     for layer_cache in cache:
-        if type(layer_cache) is not KVCache:
+        if not isinstance(layer_cache, KVCache):
             raise ValueError(
                 f"speculation needs mlx-lm's plain KVCache, not {type(layer_cache).__name__}: "
                 "leave out the cache size limit and cache quantisation, or decode without a draft"
@@ -122,7 +123,6 @@ def keep_path(cache: list[KVCache], num_nodes: int, path: list[int]) -> None:
     for layer_cache in cache:
         if moved < length:
             # Taking makes the copy that source and destination need, as they overlap.
-            held: Any
-            for held in (layer_cache.keys, layer_cache.values):
+            for held in held_arrays(layer_cache):
                 held[..., into, :] = mx.take(held, rows, axis=2)
         layer_cache.trim(num_nodes - length)

@@ -39,7 +39,9 @@ def compiled(monkeypatch):
         if self.kernel.projection:
             names = [name for name in self.kernel.inputs if name not in settings]
             first, arrays = inputs[: len(names)], inputs[len(names) :]
-            # a linear map is one expert, whose axis it does not have
+            # a linear map is one expert, whose axis it does not have; its input has any shape
+            if "residual" in names and arrays[0].ndim == 2:
+                first = (first[0].reshape(1, len(first[2]), -1), *first[1:])
             arrays = [array[None] if array.ndim == 2 else array for array in arrays]
             if self.packed:
                 weights = Packed(*arrays, constants["GROUP_SIZE"], constants["BITS"], "affine")
@@ -48,6 +50,8 @@ def compiled(monkeypatch):
             inputs = (*first, weights)
         if self.kernel.name == "place":
             settings["block"] = constants["BLOCK"]
+        if self.kernel.name == "rotate":
+            settings["num_heads"] = constants["HEADS"]
         if "SILU" in constants:
             settings["act"] = "silu" if constants["SILU"] else "relu"
         out = self.kernel.twin(*inputs, **settings)
