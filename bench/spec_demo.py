@@ -21,7 +21,7 @@ from blockffn_mlx.analysis.spec_bench import (
     chosen_questions,
     read_questions,
 )
-from blockffn_mlx.checkpoints.load import unpack
+from blockffn_mlx.checkpoints.load import dequantize
 from blockffn_mlx.prompt import choose_format, is_chat_model
 from blockffn_mlx.speculative import (
     AdaptiveWidth,
@@ -56,16 +56,21 @@ def time_left(args: argparse.Namespace, since: float) -> bool:
     return time.perf_counter() - since < args.seconds
 
 
+def make_plain(model: Any):
+    """Turns packed weights into bfloat16, in the order in which kernels read them."""
+    model.set_dtype(mx.float32)  # scales first, so that unpacking does not round
+    dequantize(model)
+    model.set_dtype(mx.bfloat16)
+
+
 def demo(note: Rows, args: argparse.Namespace, models: dict[str, Any]):
     """The four modes over questions, one after the other."""
     model, tokenizer = bf.load(args.model)
     if not args.packed:
-        unpack(model)
-        model.set_dtype(mx.bfloat16)
+        make_plain(model)
     drafter = make_drafter(args.draft, model, tokenizer)
     if not args.packed and getattr(drafter, "network", None) is not None:
-        unpack(drafter.network)
-        drafter.network.set_dtype(mx.bfloat16)
+        make_plain(drafter.network)
     questions = [q for file in args.questions for q in read_questions(file)]
     questions = chosen_questions(questions, args.limit)
     chat = choose_format(tokenizer, is_chat_model(model, tokenizer))

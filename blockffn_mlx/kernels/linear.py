@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..quantisation import Format
 from . import down, normed, normed_gate, probe, residual_down
 from .kernel import Call
-from .tiles import Sizes, covers
+from .tiles import Sizes, choose_tiles, covers
 
 # By what comes with the product.
 KERNELS = {
@@ -57,7 +57,12 @@ def arguments(
     module, kernel = KERNELS[joined]
     if joined in ("norm", "gate") and num_tokens > normed.MOST_TOKENS:
         return None
-    if not covers(sizes) or not probe.works(kernel, num_tokens, dtype, packing, backend=backend):
+    # The rows of one expert end with those of a tile, however many experts would need.
+    if not covers(sizes._replace(hidden_size=32)):
+        return None
+    if output_dims % (8 * choose_tiles(num_tokens, backend, dtype, packing).down.octets):
+        return None
+    if not probe.works(kernel, num_tokens, dtype, packing, backend=backend):
         return None
     return module.arguments(sizes, backend=backend)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from .attend import Mask
 from .attention import Attention, MLAttention, Positions
 from .cache import KVCache
 from .compiled import CompiledPasses
+from .output import multiply
 from .padding import without_padding
 
 
@@ -254,9 +256,8 @@ class Model(nn.Module):
         """Hidden states after the final norm [..., H] -> logits [..., V]."""
         if self.logit_divisor != 1:
             hidden_states = hidden_states / self.logit_divisor
-        if self.args.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(hidden_states)
-        return self.lm_head(hidden_states)
+        tied = self.args.tie_word_embeddings
+        return multiply(self.model.embed_tokens if tied else self.lm_head, hidden_states)
 
     def logits_for(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
         """`logits` for some token ids [V'] only: hidden states [..., H] -> [..., V']."""
@@ -266,7 +267,8 @@ class Model(nn.Module):
         for name in ("scales", "biases") if "scales" in rows else ("weight",):
             if rows.get(name) is not None:
                 rows[name] = rows[name] / self.logit_divisor
-        return rows
+        rows.eval()
+        return partial(multiply, rows)
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Splits kv_b_proj, whose rows are [k_nope | v] per head, into the halves MLA uses."""

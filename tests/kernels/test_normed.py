@@ -17,7 +17,7 @@ EPS = 1e-2  # large, so that it counts
 
 # Tokens, rows and width: every tile of Metal's, no multiple of its tokens or of a round of k.
 SIZES = [(1, 96, 160), (2, 32, 1152), (3, 64, 96), (8, 32, 224), (13, 96, 160), (32, 32, 544)]
-SIZES += [(33, 32, 96)]
+SIZES += [(33, 32, 96), (5, 48, 96)]  # 48 rows: no multiple of 32
 CASES = [
     ((tokens, rows, width), (mx.float32, mx.bfloat16, mx.float16)[i % 3], (0, 4, 8)[j])
     for i, (tokens, rows, width) in enumerate(SIZES)
@@ -153,6 +153,7 @@ def test_what_comes_with_a_product(monkeypatch):
     assert launched(1, 64, 96) == launched(normed.MOST_TOKENS, 64, 96, 4) == "normed"
     assert launched(normed.MOST_TOKENS + 1, 64, 96) == "down"
     assert launched(1, 64, 40) is launched(4, 72, 96) is launched(4, 64, 96, 2) is None
+    assert launched(16, 384, 48) == "normed"  # no multiple of 32, but of a tile
     assert launched(65, 64, 96) is None
     monkeypatch.setattr(probe, "works", lambda kernel, *_, **__: kernel is not normed.NORMED)
     assert launched(1, 64, 96) is None and launched(2, 64, 96) == "down"
