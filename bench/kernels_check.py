@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from dataclasses import replace
 from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 
@@ -38,13 +39,14 @@ def backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def sample(count: int, seed: int, tokens: tuple[int, ...]) -> list[Case]:
+def sample(count: int, seed: int, tokens: tuple[int, ...], forms: int | None = None) -> list[Case]:
+    """Random cases; of no more than some forms, each of which has to be compiled."""
     # no grouped kernel of CUDA's takes float32
     whole = tokens is TOKENS or backend() == "metal"
     dtypes = [dtype for dtype in TOLERANCE if whole or dtype != mx.float32]
     rng = np.random.default_rng(seed)
     cases = []
-    while len(cases) < count:
+    while len(cases) < (forms or count):
         experts, size, hidden = (int(rng.choice(c)) for c in (EXPERTS, EXPERT_SIZES, HIDDEN_SIZES))
         index = len(cases)  # tokens, dtype and packing take turns, so that all pairs come up
         dtype = dtypes[index % len(dtypes)]
@@ -54,6 +56,10 @@ def sample(count: int, seed: int, tokens: tuple[int, ...]) -> list[Case]:
         if experts * size * hidden <= 2**25:
             seed = int(rng.integers(2**31))
             cases.append(Case(*sizes, dtype, union, act, bits, group_size, seed))
+    while len(cases) < count:
+        union, seed = str(rng.choice(UNIONS)), int(rng.integers(2**31))
+        form = cases[len(cases) % len(cases[:forms])]
+        cases.append(replace(form, tokens=int(rng.choice(tokens)), union=union, seed=seed))
     return cases
 
 
@@ -79,10 +85,15 @@ def run_case(arguments: tuple) -> tuple[str, str, int, float, bool, bool]:
 
 
 def check_cases(
-    count: int, workers: int, seed: int, seconds: float, tokens: tuple[int, ...] = TOKENS
+    count: int,
+    workers: int,
+    seed: int,
+    seconds: float,
+    tokens: tuple[int, ...] = TOKENS,
+    forms: int | None = None,
 ) -> dict:
     work = []
-    for c in sample(count, seed, tokens):
+    for c in sample(count, seed, tokens, forms):
         dtype = str(c.dtype).removeprefix("mlx.core.")
         fields = (c.tokens, c.experts, c.expert_size, c.hidden_size, dtype, c.union, c.act)
         work.append((str(c), *fields, c.bits, c.group_size, c.seed))

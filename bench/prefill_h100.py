@@ -33,6 +33,7 @@ from helpers.ffn_cases import float64, relative_error  # noqa: E402
 
 BACKEND = device.gpu_backend() or "metal"
 ACTIVE = 0.2
+CHECKED_FORMS = 24  # of layers, by `check`
 
 
 class Shape(NamedTuple):
@@ -382,8 +383,17 @@ def compile_all(note: Callable[..., None], shapes: list[Shape]) -> None:
 
 
 def check(note: Callable[..., None], seconds: float, seed: int) -> None:
-    """Random sizes, loads, dtypes and packings."""
-    note(**kernels_check.check_cases(400, 14, seed, seconds, kernels_check.LONG_TOKENS))
+    """Random lengths and loads of random sizes, dtypes and packings."""
+    tokens = kernels_check.LONG_TOKENS
+    note(**kernels_check.check_cases(400, 14, seed, seconds, tokens, CHECKED_FORMS))
+
+
+def compile_checked(note: Callable[..., None], seed: int) -> None:
+    """What `check` of a seed will launch."""
+    for case in kernels_check.sample(CHECKED_FORMS, seed, (65,)):
+        x, scores, up, down, _ = case.operands()
+        mx.eval(chunk_union_ffn(x, scores, up, down, act=case.act, backend=BACKEND))
+        note(compiled=str(case))
 
 
 def main() -> None:
@@ -407,6 +417,8 @@ def main() -> None:
         try:
             if part == "compile":
                 compile_all(note, [SHAPES[i] for i in args.shapes])
+            elif part == "check-compile":
+                compile_checked(note, args.seed)
             elif part == "check":
                 check(note, args.seconds, args.seed)
             elif part.startswith("without"):
