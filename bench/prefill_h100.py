@@ -164,6 +164,13 @@ OUT = [
         "if (count > 10000) store_columns<TileType::COLUMNS>(\n",
     )
 ]
+TURN = "blockIdx.x / 4 * 5"  # threadgroups begin at different places of the rows
+PLACE = f"{TURN}) % (HIDDEN / WIDTH)"
+LOCKSTEP = [
+    ("k = step * StageType::PIECES", f"k = (step + {PLACE} * StageType::PIECES"),
+    ("up, weight_row, j * WINDOW, HIDDEN", f"up, weight_row, (j + {PLACE} * WIDTH, HIDDEN"),
+    ("(step + DEPTH) * WIDTH + i", f"(step + DEPTH + {PLACE} * WIDTH + i"),
+]
 ABLATIONS = {
     "nothing": [],
     "weights": WEIGHTS,
@@ -175,6 +182,7 @@ ABLATIONS = {
     "weights, fills, loads": WEIGHTS + FILLS + LOADS,
     "weights, fills, barriers": WEIGHTS + FILLS + BARRIERS,
     "out": OUT,
+    "lockstep": LOCKSTEP,
     "sums": SUMS,
     "sums, weights, fills": SUMS + WEIGHTS + FILLS,
 }
@@ -334,14 +342,13 @@ def measure_tiles(note: Callable[..., None], shapes: list[Shape]) -> None:
 def measure_without(note: Callable[..., None], shapes: list[Shape], compiling: bool) -> None:
     """What is left of the time without a part of a kernel, whose results mean nothing then."""
     whole = text.read_source
-    for shape in shapes:
-        count = 1 if compiling else shape.layers
-        layers = [make_layer(shape, 2048 if not compiling else 65, seed) for seed in range(count)]
+    for shape, tokens in ((s, t) for s in shapes for t in ((65,) if compiling else (2048, 128))):
+        layers = [make_layer(shape, tokens, i) for i in range(1 if compiling else shape.layers)]
         tiles = choose_tiles(2048, BACKEND, mx.bfloat16, layers[0].down.format.packing)
         parts = Parts(layers, tiles.down.block)
         for name, tile in (("up", tiles.up), ("down", tiles.down)):
             for without, changes in ABLATIONS.items():
-                if (name, without) in (("up", "sums"), ("down", "out")):
+                if (name, without) in (("up", "sums"), ("down", "out"), ("down", "lockstep")):
                     continue
 
                 def changed(*args: Any, changes: Any = changes) -> str:
@@ -355,7 +362,7 @@ def measure_without(note: Callable[..., None], shapes: list[Shape], compiling: b
                 try:
                     run = partial(getattr(parts, name), tile=tile)
                     us = microseconds(run, layers, 1 if compiling else 5)
-                    note(kernel=name, without=without, layer=str(shape[:3]), us=us)
+                    note(kernel=name, without=without, layer=str(shape[:3]), tokens=tokens, us=us)
                 except Exception as failure:
                     note(kernel=name, without=without, failure=str(failure)[:600])
         text.read_source = whole
