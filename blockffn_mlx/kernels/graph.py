@@ -274,7 +274,8 @@ class _Walk:
         of_one = kernel.startswith("blockffn") and "down" in kernel and len(matrix.shape) == 2
         if with_norm or of_one:  # a linear map
             inputs[0] = self.ordered(name, inputs[0])
-            rows = math.prod(outputs[0].shape) // matrix.shape[0]
+            tokens, outs = (outputs[1], inputs[1]) if with_norm else (outputs[0], matrix)
+            rows = math.prod(tokens.shape) // outs.shape[0]  # a gated product is half as wide
             dims = math.prod(inputs[0].shape) // rows
             weights = dims * matrix.shape[0]
             self.add(
