@@ -26,6 +26,19 @@ inline void list_tiles(Counts counts, threadgroup uint* starts, uint simdgroup, 
   threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
+// The expert that a tile belongs to: how many experts' tiles end before it.
+template <int EXPERTS>
+inline uint tile_expert(const threadgroup uint* starts, uint tile, uint lane) {
+  uint expert = 0;
+#pragma unroll
+  for (int i = 0; i < (EXPERTS + 31) / 32; ++i) {
+    const uint other = i * 32 + lane;
+    const bool before = other < EXPERTS && starts[min(other, uint(EXPERTS - 1)) + 1] <= tile;
+    expert += popcount(uint(simd_vote::vote_t(simd_ballot(before))));
+  }
+  return expert;
+}
+
 // Starts to fill the stage of a step with the rows of x that are listed, by pieces.
 template <
     typename StageType, int TOKENS, int STAGES, int HIDDEN, typename T, typename FillerType>
@@ -88,11 +101,8 @@ void grouped_up_projection(
   const Filler<StageType, TOKENS, THREADS> filler(thread_index);
   list_tiles<EXPERTS, TOKENS>(counts, starts, simdgroup, lane);
 
-  uint expert = 0;
   for (uint i = group; i < starts[EXPERTS] * TILES; i += groups) {
-    while (i / TILES >= starts[expert + 1]) {
-      ++expert;
-    }
+    const uint expert = tile_expert<EXPERTS>(starts, i / TILES, lane);
     const uint mine = i % TILES * ROWS + simdgroup * 8 * OCTETS;
     const bool has_rows = mine < uint(EXPERT_SIZE);
     const ulong weight_row = ulong(expert) * EXPERT_SIZE + mine + Lanes::weight_row(lane);
@@ -112,9 +122,7 @@ void grouped_up_projection(
     const ulong place = ulong(expert) * tokens + first;
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile has been multiplied
     for (uint j = thread_index; j < TOKENS; j += THREADS) {
-      const uint token = lists[place + min(j, count - 1)];
-      listed[j] = token * (HIDDEN / StageType::PIECE);
-      weights[j] = float(scores[ulong(token) * EXPERTS + expert]);
+      listed[j] = lists[place + min(j, count - 1)] * (HIDDEN / StageType::PIECE);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -122,6 +130,10 @@ void grouped_up_projection(
     for (int step = 0; step + 1 < STAGES; ++step) {
       fill_listed<StageType, TOKENS, STAGES, HIDDEN>(
           x, memory, listed, count, step, filler);
+    }
+    for (uint j = thread_index; j < TOKENS; j += THREADS) {  // wanted when all is multiplied
+      const ulong token = listed[j] / (HIDDEN / StageType::PIECE);
+      weights[j] = float(scores[token * EXPERTS + expert]);
     }
     TileType tile;
     tile.clear();
