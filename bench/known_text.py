@@ -28,12 +28,17 @@ RIGHT_FIRST = 0.75
 
 
 class KnownText:
-    """A text, the sampler that says it, and what a tree needs to know of it."""
+    """A text, the sampler that says it, and what it needs to know of the latest tree.
+
+    Attributes:
+        known: Tokens before the tree's root.
+        depths: Of the nodes.
+    """
 
     def __init__(self, tokens: list[int], prompt_length: int):
         self.tokens, self.prompt_length = tokens, prompt_length
         self.cache: list[Any] = []
-        self.depths = [0]
+        self.known, self.depths = 0, [0]
 
     @property
     def prompt(self) -> mx.array:
@@ -42,9 +47,10 @@ class KnownText:
     def sample(self, logprobs: mx.array) -> mx.array:
         """Log-probabilities [n, V] of one token, or of the nodes of the latest tree."""
         num_nodes = len(logprobs)
-        depths = self.depths if num_nodes > 1 else [0]
-        first = self.cache[0].offset - num_nodes + 1
-        said = mx.array([self.tokens[first + depth] for depth in depths], mx.uint32)
+        if num_nodes == 1:  # rows of the cache are tokens then
+            said = mx.array([self.tokens[self.cache[0].offset]], mx.uint32)
+        else:
+            said = mx.array([self.tokens[self.known + 1 + d] for d in self.depths], mx.uint32)
         return mx.depends([said], [mx.argmax(logprobs, axis=-1)])[0]  # takes as long as choosing
 
 
@@ -76,7 +82,7 @@ class SetDraft(EagleDrafter):
                 depths.append(level)
             if count:
                 above = len(tokens) - count + right
-        self.text.depths = depths
+        self.text.known, self.text.depths = self.length, depths
         tree = Tree.from_lists(tokens, parents)
         # the pass waits for what the head computes
         (waited,) = mx.depends([tree.tokens], [drafted.tokens])
