@@ -19,7 +19,8 @@ struct GatedOperands {
     for (int i = 0; i < OCTETS; ++i) {
       const uint at = 8 * i + row, other = at < uint(HALF) ? 0 : OUTPUTS - HALF;
       if (k < uint(WIDTH)) {
-        matrix.from_row(normed.plain.first_row + at + other, WIDTH).load(out[i], 0, k, WIDTH);
+        const Weights rows = matrix.from_row(normed.plain.first_row + at + other, WIDTH);
+        rows.load(out[i], 0, k, WIDTH);
       } else {
         Weights::clear(out[i]);
       }

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Iterator
 from importlib import resources
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,7 +59,7 @@ def kernel_text(kernel: "Kernel", backend: str, packed: bool = False) -> KernelT
         arrays, weights = ["weight"], "PlainWeights<T>{weight}"
     body = kernel.body.replace("WEIGHTS", weights)
     if backend == "metal":
-        header = without_comments(read_source(f"{kernel.name}.metal", {}))
+        header = used_parts(without_comments(read_source(f"{kernel.name}.metal", {})), body)
     else:
         # cuda.h names everything that the kernels take from Metal's own headers
         header = read_source(f"{kernel.name}.metal", {"simdgroup.metal": "cuda.h"})
@@ -72,6 +73,33 @@ def kernel_text(kernel: "Kernel", backend: str, packed: bool = False) -> KernelT
 def without_comments(source: str) -> str:
     """The same for the compiler, a third shorter: MLX hashes all of it at every launch."""
     return re.sub(r"\n\s*", "\n", re.sub(r"\s*//.*", "", source))
+
+
+def used_parts(header: str, body: str) -> str:
+    """Of a header without comments the functions and types that a body comes to, for that reason.
+
+    What is used stands before its use, so one way back from the end finds all.
+    """
+    kept, words = [], set(re.findall(r"\w+", body))
+    for part in reversed(list(parts(header))):
+        name = re.search(r"^struct (\w+)|(\w+)\(", part, re.MULTILINE)
+        if name is None or words & set(name.groups()):
+            kept.append(part)
+            words.update(re.findall(r"\w+", part))
+    return "".join(reversed(kept))
+
+
+def parts(header: str) -> Iterator[str]:
+    """Definitions and directives, one after the other."""
+    part, depth = "", 0
+    for line in header.splitlines(keepends=True):
+        part += line
+        directive = line.startswith("#")
+        depth += 0 if directive else line.count("{") - line.count("}")
+        if depth == 0 and (directive or line.endswith((";\n", "}\n"))):
+            yield part
+            part = ""
+    yield part
 
 
 def filed(text: KernelText) -> KernelText:
