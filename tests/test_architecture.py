@@ -77,6 +77,11 @@ def test_every_module_has_a_room():
     assert {dotted(path)[0] for path in MODULES} - ABOVE <= set(FLOOR)
 
 
+def test_every_kernel_is_on_its_page():
+    page = (ROOT / "docs" / "kernels.md").read_text()
+    assert [p.name for p in (ROOT / "metal").glob("*.metal") if p.name not in page] == []
+
+
 def test_what_is_imported_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + project["optional-dependencies"]["parquet"]
