@@ -259,6 +259,7 @@ def dequantize(model: nn.Module):
     ]
     model.update_modules(tree_unflatten(plain))
     dequantize_model(model)
+    model.train(model.training)  # new modules begin as if they were to be trained
 
 
 def unpack(model: nn.Module):

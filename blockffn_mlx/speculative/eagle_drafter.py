@@ -1,6 +1,7 @@
 """EAGLE-2: drafts a dynamic tree with a head that continues the target's hidden states."""
 
 from bisect import bisect_left
+from functools import lru_cache
 
 import mlx.core as mx
 
@@ -22,6 +23,14 @@ TOP_K, DEPTH = 10, 5
 LEVEL_LAYERS, OTHER_LAYERS = 1.5, 2.0
 # Before evidence a level holds as often as the one before it.
 PRIOR_CHANCE, PRIOR_ROUNDS, MEMORY = 0.7, 2.0, 0.95
+
+
+@lru_cache(maxsize=32)
+def depths_of_beams(top_k: int, depth: int) -> mx.array:
+    """0 for the beams of the first level, 1 for those of the next, and so on."""
+    depths = mx.repeat(mx.arange(depth), top_k)
+    mx.eval(depths)
+    return depths
 
 
 class EagleDrafter:
@@ -197,7 +206,7 @@ class EagleDrafter:
         room = max(levels, self.depth + 1)
         nodes, scores, beams, beam_scores = grow_beams.start(top_k, room)
         # A level's positions: mx.fast.rope takes one a row.
-        positions = mx.repeat(mx.arange(self.length, self.length + depth), top_k)
+        positions = depths_of_beams(top_k, depth) + self.length
         for level in range(levels):
             best = self.top_tokens(out if level else out[:, -1:], top_k, backend)
             tree = (*best, nodes, scores, beams, beam_scores)
