@@ -156,7 +156,7 @@ def main():
     for bits in (b or None for b in args.bits):
         layers = DecoLayers(bits)
         for tokens in TOKENS:
-            table = TILES["cuda packed" if bits else "cuda"]
+            table = TILES[f"cuda {bits} bits" if bits else "cuda"]
             tiles = next(t for t in table if tokens <= t.up.tokens)
             up, down = (
                 build(name, tile, bits, args.folder, args.library, args.include)

@@ -19,13 +19,17 @@ struct Shape { int sizes[10]; int operator[](int i) const { return sizes[i]; } }
 
 
 def cuda_source(
-    name: str, bits: int | None, template: dict[str, int | bool], wide: tuple[str, ...] = ()
+    name: str,
+    bits: int | None,
+    template: dict[str, int | bool],
+    wide: tuple[str, ...] = (),
+    staged: bool = False,
 ) -> str:
     """The text that MLX would make of a projection for bfloat16, without MLX's own headers.
 
     Inputs named in `wide` are float32.
     """
-    text = kernel_text(KERNELS[name], "cuda", bits is not None)
+    text = kernel_text(KERNELS[name], "cuda", bits is not None, staged)
     parameters = []
     for array in text.input_names:
         packed = array == "active" or bits and array == "weight"

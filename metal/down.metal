@@ -1,6 +1,7 @@
 // Down projection: y = sum over the union's experts of h down^T.
 #pragma once
 #include <metal_stdlib>
+#include "staged_tokens.metal"
 #include "tile.metal"
 using namespace metal;
 
@@ -13,6 +14,7 @@ struct DownOperands {
   uint first_row;  // of the output
   uint length;     // active experts * EXPERT_SIZE
   Active list;
+  enum { COLUMNS = EXPERT_SIZE };
 
   void prepare(uint, uint) const thread {}
 
@@ -33,6 +35,10 @@ struct DownOperands {
         Weights::clear(out[i]);
       }
     }
+  }
+
+  const device T* tokens_at(uint k) const thread {
+    return h + (k / EXPERT_SIZE * tokens * EXPERT_SIZE + k % EXPERT_SIZE);
   }
 
   // Tokens past the last repeat it; nobody reads their columns.
@@ -62,16 +68,17 @@ struct AsSummed {
 //   y: [tokens, HIDDEN]
 template <
     typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD,
-    int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights, typename Active, typename Finish>
+    int EXPERTS, int HIDDEN, int EXPERT_SIZE, typename Weights, typename Active, typename Finish,
+    typename Source>
 void down_projection(
     const device T* h, Active active, Weights down, device T* y, uint tokens, Finish finish,
-    threadgroup float* partials, uint group, uint simdgroup, uint lane) {
+    threadgroup float* partials, Source source, uint group, uint simdgroup, uint lane) {
   const int ROWS = 8 * OCTETS;
   const uint first_row = group * ROWS;
   typedef DownOperands<T, EXPERTS, HIDDEN, EXPERT_SIZE, Active> Operands;
   const Operands operands = {h, tokens, first_row, active[0] * EXPERT_SIZE, active + 1};
   Tile<MATRIX, T, Weights, OCTETS, TOKENS> tile;
-  stream_rows<OCTETS, SIMDGROUPS, DEPTH, AHEAD>(tile, down, operands, simdgroup, lane);
+  stream_rows<OCTETS, SIMDGROUPS, DEPTH, AHEAD>(tile, down, operands, simdgroup, lane, source);
   store_partials<TOKENS, ROWS>(tile, partials, simdgroup, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 

@@ -39,21 +39,16 @@ inline uint tile_expert(const threadgroup uint* starts, uint tile, uint lane) {
   return expert;
 }
 
-// The window of a row that a step takes, if the first takes `first`.
-inline int step_place(int step, int first, int steps) {
-  return step + first < steps ? step + first : step + first - steps;
-}
-
-// Starts to fill the stage of a step with the rows of x that are listed, by pieces, from `place` on.
+// Starts to fill the stage of a step with the rows of x that are listed, by pieces.
 template <
     typename StageType, int TOKENS, int STAGES, int HIDDEN, typename T, typename FillerType>
 inline void fill_listed(
     const device T* x, threadgroup uint4* memory, const threadgroup uint* listed, uint count,
-    int step, int place, FillerType filler) {
+    int step, FillerType filler) {
   const int WIDTH = StageType::PIECES * StageType::PIECE;
   if (step * WIDTH < HIDDEN) {
     const StageType stage = StageType::at(memory, step % STAGES);
-    const uint k = place * StageType::PIECES + filler.piece;
+    const uint k = step * StageType::PIECES + filler.piece;
     const bool inside = HIDDEN % WIDTH == 0 || k < uint(HIDDEN / StageType::PIECE);
     uint sources[FillerType::TURNS];
 #pragma unroll
@@ -85,11 +80,10 @@ struct Unnormed {
 //   h: [EXPERTS, tokens, EXPERT_SIZE], row i of an expert for the i-th token of its list; rows
 //      behind them stay unwritten
 //   memory: [STAGES * Stage::SIZE]   starts: [EXPERTS + 1]   listed, weights: [TOKENS]
-// Weights are on their way for DEPTH steps. Each expert begins SHIFT steps further along the rows than
-// the one before, so that not all threadgroups ask for the same part of each row.
+// Weights are on their way for DEPTH steps.
 template <
     typename T, int TOKENS, int OCTETS, int SIMDGROUPS, int STAGES, int BATCH, int WINDOWS,
-    int DEPTH, int SHIFT, int EXPERTS, int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights,
+    int DEPTH, int EXPERTS, int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights,
     typename Scores, typename Counts, typename Norm>
 void grouped_up_projection(
     const device T* x, Scores scores, Counts counts, const device uint* lists, Norm norm, Weights up,
@@ -112,14 +106,12 @@ void grouped_up_projection(
     const uint mine = i % TILES * ROWS + simdgroup * 8 * OCTETS;
     const bool has_rows = mine < uint(EXPERT_SIZE);
     const ulong weight_row = ulong(expert) * EXPERT_SIZE + mine + Lanes::weight_row(lane);
-    const int start = expert * SHIFT % STEPS;
     typename Weights::Span spans[DEPTH][WINDOWS][OCTETS];
     if (has_rows) {
 #pragma unroll
       for (int j = 0; j < min(DEPTH, STEPS) * WINDOWS; ++j) {
         load_window<OCTETS, WIDTH>(
-            spans[j / WINDOWS][j % WINDOWS], up, weight_row,
-            step_place(j / WINDOWS, start, STEPS) * WIDTH + j % WINDOWS * WINDOW, HIDDEN, lane);
+            spans[j / WINDOWS][j % WINDOWS], up, weight_row, j * WINDOW, HIDDEN, lane);
       }
     }
 
@@ -137,7 +129,7 @@ void grouped_up_projection(
 #pragma unroll
     for (int step = 0; step + 1 < STAGES; ++step) {
       fill_listed<StageType, TOKENS, STAGES, HIDDEN>(
-          x, memory, listed, count, step, step_place(step, start, STEPS), filler);
+          x, memory, listed, count, step, filler);
     }
     for (uint j = thread_index; j < TOKENS; j += THREADS) {  // wanted when all is multiplied
       const ulong token = listed[j] / (HIDDEN / StageType::PIECE);
@@ -154,15 +146,14 @@ void grouped_up_projection(
           await_copies<STAGES - 2>();
           threadgroup_barrier(mem_flags::mem_threadgroup);
           fill_listed<StageType, TOKENS, STAGES, HIDDEN>(
-              x, memory, listed, count, step + STAGES - 1,
-              step_place(step + STAGES - 1, start, STEPS), filler);
+              x, memory, listed, count, step + STAGES - 1, filler);
           if (has_rows) {
             const StageType stage = StageType::at(memory, step % STAGES);
 #pragma unroll
             for (int i = 0; i < WINDOWS; ++i) {
               tile.template add_window<BATCH>(spans[s][i], stage, i, count, lane);
               if (step + DEPTH < STEPS) {
-                const uint k = step_place(step + DEPTH, start, STEPS) * WIDTH + i * WINDOW;
+                const uint k = (step + DEPTH) * WIDTH + i * WINDOW;
                 load_window<OCTETS, WIDTH>(spans[s][i], up, weight_row, k, HIDDEN, lane);
               }
             }

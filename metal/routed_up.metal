@@ -21,12 +21,12 @@ struct RoutedScores {
 template <
     typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD,
     int EXPERTS, int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights, typename Logits,
-    typename Norm, typename Eps>
+    typename Norm, typename Eps, typename Source>
 void routed_up_projection(
     const device T* x, Logits logits, Norm norm, Eps eps, Weights up, device T* h,
     device uint* active, uint tokens, threadgroup float* factors, threadgroup uint* masks,
-    threadgroup ushort* list, threadgroup float* partials, uint group, uint groups, uint simdgroup,
-    uint lane) {
+    threadgroup ushort* list, threadgroup float* partials, Source source, uint group, uint groups,
+    uint simdgroup, uint lane) {
   for (uint token = simdgroup; token < tokens; token += SIMDGROUPS) {
     const float factor = norm_factor<EXPERTS>(logits, eps, token, lane);
     if (lane == 0) {
@@ -37,5 +37,6 @@ void routed_up_projection(
   const RoutedScores<T, EXPERTS, Logits, Norm> scores = {logits, norm, factors};
   up_projection<
       T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, AHEAD, EXPERTS, HIDDEN, EXPERT_SIZE, SILU>(
-      x, scores, up, h, active, tokens, masks, list, partials, group, groups, simdgroup, lane);
+      x, scores, up, h, active, tokens, masks, list, partials, source, group, groups, simdgroup,
+      lane);
 }

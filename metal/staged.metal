@@ -7,6 +7,7 @@
 #pragma once
 #include <metal_stdlib>
 #include "simdgroup.metal"
+#include "stage.metal"
 #include "tile.metal"
 using namespace metal;
 
@@ -55,29 +56,6 @@ template <typename T, int BITS, int GROUP>
 inline AffineWeights<T, BITS, GROUP> streamed(AffineWeights<T, BITS, GROUP> weights) {
   return weights;
 }
-
-// A stage: [TOKENS, WINDOWS * WINDOW] in pieces of 16 bytes, which change places within eights so
-// that the lanes of a load are in different banks.
-template <typename T, int TOKENS, int WINDOW, int WINDOWS>
-struct Stage {
-  enum {
-    PIECE = 16 / sizeof(T),
-    WINDOW_PIECES = WINDOW / PIECE,
-    PIECES = WINDOWS * WINDOW_PIECES,
-    SIZE = TOKENS * PIECES
-  };
-  threadgroup uint4* data;
-
-  // The stage of a number; `memory` has room for SIZE pieces each.
-  static Stage at(threadgroup uint4* memory, uint stage) { return {memory + stage * SIZE}; }
-
-  // Eight rows further, or a window, it is as much further; and so it is for the pieces of a half
-  // span, but with an exclusive or.
-  static uint place(uint row, uint piece) {
-    const uint eight = WINDOW_PIECES > 8 ? piece / 8 % 2 : 0;
-    return row * PIECES + (piece ^ eight ^ (row % 2 * 7) ^ (row / 2 % 4));
-  }
-};
 
 // How THREADS threads fill a stage: each takes a piece of every TURN-th row.
 template <typename StageType, int TOKENS, int THREADS>

@@ -128,15 +128,27 @@ struct Tile<true, T, Weights, OCTETS, TOKENS> {
   }
 };
 
+// Tokens are loaded from where they lie. StagedTokens (staged_tokens.metal) is the other way.
+struct DeviceTokens {
+  template <typename Operands>
+  void send(Operands, uint, uint, uint) const thread {}
+  template <int LEFT, typename Operands>
+  Operands arrived(Operands operands, uint, uint) const thread {
+    return operands;
+  }
+  void leave() const thread {}
+};
+
 // Streams the weight rows of a tile: the windows go round the simdgroups of the threadgroup, and
 // each simdgroup keeps DEPTH windows of weights on their way while it works, with their tokens if
 // AHEAD. Otherwise those are loaded when their turn comes, which takes fewer registers. What tokens
 // need before they can be loaded is prepared while the first weights are on their way.
 template <
     int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD, typename TileType, typename Weights,
-    typename Operands>
+    typename Operands, typename Source = DeviceTokens>
 inline void stream_rows(
-    thread TileType& tile, Weights weights, Operands operands, uint simdgroup, uint lane) {
+    thread TileType& tile, Weights weights, Operands operands, uint simdgroup, uint lane,
+    Source source = Source()) {
   const uint window = 4 * Weights::span, step = SIMDGROUPS * window;
   const uint row = lane_row(lane), quarter = lane_quarter(lane);
   typename Weights::Span spans[DEPTH][OCTETS];
@@ -147,6 +159,7 @@ inline void stream_rows(
   for (int i = 0; i < DEPTH; ++i) {
     const uint k = simdgroup * window + i * step + quarter * Weights::span;
     operands.template load_rows<OCTETS>(spans[i], weights, row, k);
+    source.send(operands, i * SIMDGROUPS + simdgroup, simdgroup * window + i * step, lane);
   }
   operands.prepare(simdgroup, lane);
 #pragma unroll
@@ -162,6 +175,8 @@ inline void stream_rows(
     for (int i = 0; i < DEPTH; ++i) {
       const uint start = first + i * step, next = start + DEPTH * step;
       if (start < operands.length) {
+        const uint slot = i * SIMDGROUPS + simdgroup;
+        const auto tokens = source.template arrived<DEPTH - 1>(operands, slot, start);
 #pragma unroll
         for (int part = 0; part < parts; ++part) {
           const typename TileType::Rows rows(spans[i], part);
@@ -170,12 +185,14 @@ inline void stream_rows(
             thread typename TileType::Column& column =
                 columns[AHEAD ? i : 0][AHEAD ? n * parts + part : 0];
             if (!AHEAD) {
-              TileType::load(column, n, part, operands, start, row, quarter);
+              TileType::load(column, n, part, tokens, start, row, quarter);
             }
             tile.add(n, rows, column);
           }
         }
+        source.leave();
         operands.template load_rows<OCTETS>(spans[i], weights, row, next + quarter * Weights::span);
+        source.send(operands, slot, next, lane);
 #pragma unroll
         for (int n = 0; n < ahead; ++n) {
           TileType::load(columns[i][n], n / parts, n % parts, operands, next, row, quarter);

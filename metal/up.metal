@@ -1,6 +1,7 @@
 // Up projection of the union's experts: h = score * act(x up^T), 0 where the score is 0.
 #pragma once
 #include <metal_stdlib>
+#include "staged_tokens.metal"
 #include "tile.metal"
 #include "union.metal"
 using namespace metal;
@@ -12,6 +13,7 @@ struct UpOperands {
   uint tokens;
   ulong first_row;  // of up as [experts * EXPERT_SIZE, HIDDEN]
   uint length;      // HIDDEN
+  enum { COLUMNS = HIDDEN };
 
   void prepare(uint, uint) const thread {}
 
@@ -30,6 +32,8 @@ struct UpOperands {
       }
     }
   }
+
+  const device T* tokens_at(uint k) const thread { return x + k; }
 
   // Tokens past the last repeat it; nobody reads their columns.
   template <int WORDS>
@@ -57,11 +61,12 @@ inline float activate(float z, bool silu) {
 //   h: [EXPERTS, tokens, EXPERT_SIZE], slot i for the i-th active expert; later ones stay unwritten
 template <
     typename T, bool MATRIX, int TOKENS, int OCTETS, int SIMDGROUPS, int DEPTH, bool AHEAD,
-    int EXPERTS, int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights, typename Scores>
+    int EXPERTS, int HIDDEN, int EXPERT_SIZE, bool SILU, typename Weights, typename Scores,
+    typename Source>
 void up_projection(
     const device T* x, Scores scores, Weights up, device T* h, device uint* active, uint tokens,
-    threadgroup uint* masks, threadgroup ushort* list, threadgroup float* partials, uint group,
-    uint groups, uint simdgroup, uint lane) {
+    threadgroup uint* masks, threadgroup ushort* list, threadgroup float* partials, Source source,
+    uint group, uint groups, uint simdgroup, uint lane) {
   const int ROWS = 8 * OCTETS, TILES = EXPERT_SIZE / ROWS;
   const uint count = list_active_experts<EXPERTS, TOKENS, SIMDGROUPS>(
       scores, tokens, masks, list, simdgroup, lane);
@@ -77,7 +82,7 @@ void up_projection(
     const ulong expert_row = ulong(expert) * EXPERT_SIZE + first_row;
     const Operands operands = {x, tokens, expert_row, HIDDEN};
     Tile<MATRIX, T, Weights, OCTETS, TOKENS> tile;
-    stream_rows<OCTETS, SIMDGROUPS, DEPTH, AHEAD>(tile, up, operands, simdgroup, lane);
+    stream_rows<OCTETS, SIMDGROUPS, DEPTH, AHEAD>(tile, up, operands, simdgroup, lane, source);
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the last tile's partials have been read
     store_partials<TOKENS, ROWS>(tile, partials, simdgroup, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);

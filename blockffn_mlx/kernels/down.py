@@ -74,8 +74,8 @@ DOWN = Kernel(
     threadgroup float partials[SIMDGROUPS * TOKENS * Partials<8 * OCTETS>::stride];
     down_projection<T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, AHEAD, EXPERTS, HIDDEN,
                     EXPERT_SIZE>(
-        h, active, WEIGHTS, y, h_shape[1], AsSummed(), partials, threadgroup_position_in_grid.x,
-        simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+        h, active, WEIGHTS, y, h_shape[1], AsSummed(), partials, TOKEN_SOURCE,
+        threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
     launch=launch,
     twin=twin,

@@ -20,7 +20,6 @@ class GroupedTile(NamedTuple):
         windows: Of weights, that a stage is wide.
         depth: Stages whose weights are on their way in registers; less than `stages` in `down`.
         block: Tokens whose outputs a threadgroup of the down kernel holds, a multiple of 32.
-        shift: Steps by which an expert of the up kernel begins further on than the one before.
     """
 
     tokens: int
@@ -31,7 +30,6 @@ class GroupedTile(NamedTuple):
     windows: int
     depth: int
     block: int = 0
-    shift: int = 0
 
     @property
     def rows(self) -> int:
@@ -60,10 +58,10 @@ GROUPED_TILES = {
     ],
     "cuda": [
         GroupedTiles(
-            1536, GroupedTile(112, 4, 4, 3, 14, 1, 2, 0, 5), GroupedTile(32, 4, 8, 3, 4, 2, 1, 128)
+            1536, GroupedTile(112, 4, 4, 3, 14, 1, 2), GroupedTile(32, 4, 8, 3, 4, 2, 1, 128)
         ),
         GroupedTiles(
-            1, GroupedTile(112, 4, 4, 3, 14, 1, 2, 0, 5), GroupedTile(32, 4, 4, 3, 4, 2, 2, 128)
+            1, GroupedTile(112, 4, 4, 3, 14, 1, 2), GroupedTile(32, 4, 4, 3, 4, 2, 2, 128)
         ),
     ],
 }

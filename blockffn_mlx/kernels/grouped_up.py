@@ -119,7 +119,7 @@ GROUPED_UP = Kernel(
     threadgroup uint listed[TOKENS];
     threadgroup float weights[TOKENS];
     grouped_up_projection<T, TOKENS, OCTETS, SIMDGROUPS, STAGES, BATCH, WINDOWS, DEPTH,
-                          SHIFT, EXPERTS, HIDDEN, EXPERT_SIZE, SILU>(
+                          EXPERTS, HIDDEN, EXPERT_SIZE, SILU>(
         x, scores, counts, lists, Unnormed(), streamed(WEIGHTS), h, x_shape[0], memory, starts,
         listed, weights, threadgroup_position_in_grid.x, threadgroups_per_grid.x,
         simdgroup_index_in_threadgroup, thread_index_in_simdgroup);

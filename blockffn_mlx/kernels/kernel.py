@@ -21,8 +21,9 @@ class Kernel:
         name: Of its file in metal/.
         inputs: Names of what it reads, weights aside.
         outputs: Names of what it writes.
-        body: The call into its file. WEIGHTS stands for a projection's weights. Threadgroup memory
-            is declared here because Metal wants it in the kernel itself.
+        body: The call into its file. WEIGHTS stands for a projection's weights, TOKEN_SOURCE for
+            where the tokens of a tile are multiplied from. Threadgroup memory is declared here
+            because Metal wants it in the kernel itself.
         launch: Runs it: (*operands, backend=..., **settings) -> outputs.
         twin: The same in plain operations: (*operands, **settings) -> outputs.
         sample: Operands and settings from a random layer.
@@ -43,6 +44,11 @@ class Kernel:
     projection: str | None = None
     written: Callable[..., tuple[mx.array, ...]] = lambda sample, *outputs: outputs
     long: bool = False
+
+    @property
+    def can_stage(self) -> bool:
+        """Whether the tokens of its tile may come by way of threadgroup memory."""
+        return "TOKEN_SOURCE" in self.body
 
     def run(self, sample: "Sample", backend: str | None = None) -> tuple[mx.array, ...]:
         """The outputs for a sample, of the kernel or (without a backend) of its twin."""
@@ -146,7 +152,7 @@ def prepare(
 @cache
 def build_kernel(kernel: Kernel, backend: str, packed: bool = False, memory: int = 0) -> Any:
     """The object of MLX's for a kernel, made once; CUDA wants to know the bytes of `memory`."""
-    text = kernel_text(kernel, backend, packed)
+    text = kernel_text(kernel, backend, packed, staged=kernel.can_stage and memory > 0)
     name = f"blockffn_{kernel.name}{'_affine' if packed else ''}"
     if backend == "metal":
         return mx.fast.metal_kernel(name=name, **text._asdict())

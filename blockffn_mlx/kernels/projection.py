@@ -34,6 +34,8 @@ def arguments(
     if tile is None:
         tiles = choose_tiles(sizes.num_tokens, backend, sizes.dtype, packing)
         tile = getattr(tiles, kernel.projection)
+    if tile.staged and not kernel.can_stage:
+        tile = tile._replace(staged=False, ahead=True)
     groups = rows // (8 * tile.octets)
     if most_threads:
         groups = min(groups, max_threads(backend) // (32 * tile.simdgroups))
@@ -54,4 +56,5 @@ def arguments(
         },
         outputs=outputs,
         packed=packing is not None,
+        memory=tile.memory(packing),
     )

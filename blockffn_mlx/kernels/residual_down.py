@@ -86,7 +86,8 @@ RESIDUAL_DOWN = Kernel(
     down_projection<T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, AHEAD, EXPERTS, HIDDEN,
                     EXPERT_SIZE>(
         h, active, WEIGHTS, y, residual_shape[0], added_to(residual, factor), partials,
-        threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
+        TOKEN_SOURCE, threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup,
+        thread_index_in_simdgroup);
 """,
     launch=launch,
     twin=twin,

@@ -86,8 +86,8 @@ ROUTED_UP = Kernel(
     routed_up_projection<T, MATRIX, TOKENS, OCTETS, SIMDGROUPS, DEPTH, AHEAD, EXPERTS, HIDDEN,
                          EXPERT_SIZE, SILU>(
         x, logits, norm, eps, WEIGHTS, h, active, x_shape[0], factors, masks, list, partials,
-        threadgroup_position_in_grid.x, threadgroups_per_grid.x, simdgroup_index_in_threadgroup,
-        thread_index_in_simdgroup);
+        TOKEN_SOURCE, threadgroup_position_in_grid.x, threadgroups_per_grid.x,
+        simdgroup_index_in_threadgroup, thread_index_in_simdgroup);
 """,
     launch=launch,
     twin=twin,

@@ -43,13 +43,16 @@ def read_source(name: str, replaced: dict[str, str]) -> str:
     return text(name)
 
 
-def kernel_text(kernel: "Kernel", backend: str, packed: bool = False) -> KernelText:
+def kernel_text(
+    kernel: "Kernel", backend: str, packed: bool = False, staged: bool = False
+) -> KernelText:
     """The text of a kernel.
 
     Args:
         kernel: One of KERNELS.
         backend: "metal" or "cuda".
         packed: Whether a projection's weights are quantised.
+        staged: Whether the tokens of its tile come by way of threadgroup memory.
     """
     arrays, weights = [], ""
     if kernel.projection and packed:
@@ -57,7 +60,11 @@ def kernel_text(kernel: "Kernel", backend: str, packed: bool = False) -> KernelT
         weights = "AffineWeights<T, BITS, GROUP_SIZE>{weight, scales, biases}"
     elif kernel.projection:
         arrays, weights = ["weight"], "PlainWeights<T>{weight}"
-    body = kernel.body.replace("WEIGHTS", weights)
+    body, source = kernel.body.replace("WEIGHTS", weights), "DeviceTokens()"
+    if staged:
+        body = "\n    threadgroup uint4 memory[MEMORY];" + body
+        source = "StagedTokens<T, TOKENS, 512 / BITS>{memory}"
+    body = body.replace("TOKEN_SOURCE", source)
     if backend == "metal":
         header = used_parts(without_comments(read_source(f"{kernel.name}.metal", {})), body)
     else:

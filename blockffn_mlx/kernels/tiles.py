@@ -84,6 +84,8 @@ class Tile(NamedTuple):
         simdgroups: Simdgroups that share the inner dimension.
         depth: Windows of weights that a simdgroup keeps on their way.
         ahead: Whether their tokens are on their way too.
+        staged: Whether these come by way of threadgroup memory instead, which takes packed
+            weights, numbers of 16 bits and the matrix unit.
     """
 
     tokens: int
@@ -92,6 +94,14 @@ class Tile(NamedTuple):
     simdgroups: int
     depth: int
     ahead: bool = False
+    staged: bool = False
+
+    def memory(self, packing: Quantization | None) -> int:
+        """Pieces of 16 bytes of threadgroup memory for staged tokens."""
+        if not self.staged or packing is None:
+            return 0
+        window = 512 // packing.bits
+        return self.simdgroups * self.depth * self.tokens * window // 8
 
 
 class Tiles(NamedTuple):
@@ -103,7 +113,7 @@ class Tiles(NamedTuple):
 
 # By the largest number of tokens. "cuda": measured on an H100, see docs/kernels-log.md.
 # "metal": not measured on a Mac; chosen to stay under 32 KB of threadgroup memory and modest in
-# registers. "packed" stands for packed weights, where unpacking weighs more than loading.
+# registers. "bits" are those of packed weights, where unpacking weighs more than loading.
 TILES = {
     "metal": [
         Tiles(Tile(1, False, 2, 8, 1), Tile(1, False, 2, 8, 1)),
@@ -120,10 +130,16 @@ TILES = {
         Tiles(Tile(32, True, 2, 16, 1, True), Tile(32, True, 2, 16, 1, True)),
         Tiles(Tile(64, True, 2, 8, 1, True), Tile(64, True, 2, 8, 1, True)),
     ],
-    "cuda packed": [
+    "cuda 4 bits": [
         Tiles(Tile(8, True, 4, 8, 2), Tile(8, True, 2, 16, 2)),
         Tiles(Tile(16, True, 4, 8, 2), Tile(16, True, 2, 16, 2)),
-        Tiles(Tile(32, True, 4, 4, 4), Tile(32, True, 4, 8, 1, True)),
+        Tiles(Tile(32, True, 4, 8, 1, staged=True), Tile(32, True, 4, 8, 1, staged=True)),
+        Tiles(Tile(64, True, 2, 8, 2), Tile(64, True, 2, 8, 2)),
+    ],
+    "cuda 8 bits": [
+        Tiles(Tile(8, True, 4, 8, 2), Tile(8, True, 2, 16, 2)),
+        Tiles(Tile(16, True, 4, 8, 2), Tile(16, True, 2, 16, 2)),
+        Tiles(Tile(32, True, 4, 8, 1, True), Tile(32, True, 2, 8, 2, True)),
         Tiles(Tile(64, True, 2, 8, 2), Tile(64, True, 2, 8, 2)),
     ],
     # no matrix unit of CUDA's keeps float32 whole
@@ -163,7 +179,7 @@ def tile_table(backend: str, dtype: mx.Dtype, packing: Quantization | None) -> l
     if backend == "cuda" and dtype == mx.float32:
         return TILES["cuda float32"]
     if backend == "cuda" and packing is not None:
-        return TILES["cuda packed"]
+        return TILES[f"cuda {packing.bits} bits"]
     return TILES[backend]
 
 

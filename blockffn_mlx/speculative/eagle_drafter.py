@@ -1,9 +1,7 @@
 """EAGLE-2: drafts a dynamic tree with a head that continues the target's hidden states."""
 
 from bisect import bisect_left
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import mlx.core as mx
 
@@ -15,15 +13,14 @@ from ..models.attend import AncestorMask, longest_piece
 from ..models.cache import KVCache
 from ..models.eagle import EagleHead
 from ..models.eagle_pieces import DraftRows
-from ..models.output import multiply
 from .target import Target
 from .tree import Tree, check_size
 
 TOP_K, DEPTH = 10, 5
 # A level of the draft is about as much work as this many layers of the target's pass, and what a
-# round does besides both as much as that many: of the host, which builds 13 launches for a level
-# and 8 for a layer, the latter in fewer calls, and keeps a GPU waiting (docs/speculation.md).
-LEVEL_LAYERS, OTHER_LAYERS = 2.5, 3.0
+# round does besides both as much as that many: by launches (docs/speculation.md), which is what
+# counts where the host is what keeps a GPU waiting.
+LEVEL_LAYERS, OTHER_LAYERS = 1.5, 2.0
 # Before evidence a level holds as often as the one before it.
 PRIOR_CHANCE, PRIOR_ROUNDS, MEMORY = 0.7, 2.0, 0.95
 
@@ -66,8 +63,7 @@ class EagleDrafter:
         self.top_k, self.depth = top_k, depth
         self.max_waiting = max_waiting or longest_piece()
         self.target_layers = len(target.make_cache())
-        self.output = target.output_head if frequent is None else target.logits_for(frequent)
-        self.choices: dict[tuple[int, int, str], Callable[..., Any]] = {}
+        self.head_logits = target.logits if frequent is None else target.logits_for(frequent)
         self.reset()
 
     def reset(self, offset: int = 0) -> None:
@@ -212,8 +208,12 @@ class EagleDrafter:
         # A level's positions: mx.fast.rope takes one a row.
         positions = depths_of_beams(top_k, depth) + self.length
         for level in range(levels):
-            tree = nodes, scores, beams, beam_scores
-            grown = self.choose(out if level else out[:, -1:], *tree, level, backend)
+            best = self.top_tokens(out if level else out[:, -1:], top_k, backend)
+            tree = (*best, nodes, scores, beams, beam_scores)
+            if backend:
+                grown = grow_beams.launch(*tree, level=level, backend=backend)
+            else:
+                grown = grow_beams.twin(*tree, level=level)
             nodes, scores, beams, beam_scores = grown
             if level == depth:
                 break
@@ -230,29 +230,6 @@ class EagleDrafter:
         size = min(total_tokens, filled + 1)
         first = mx.array([root], mx.uint32)
         return Tree.grown(first, nodes, scores, size, filled, levels, backend)
-
-    def choose(self, out: mx.array, *state: Any) -> tuple[mx.array, ...]:
-        """The tree with the level behind the head's output; `state` ends with level and backend.
-
-        Compiled where kernels do it: the host takes longer than they do.
-        """
-        *tree, level, backend = state
-        top_k = tree[2].shape[1]
-        if backend is None:
-            return grow_beams.twin(*self.top_tokens(out, top_k), *tree, level=level)
-        key = top_k, level, backend
-        if key not in self.choices:
-
-            def step(out: mx.array, *tree: mx.array) -> tuple[mx.array, ...]:
-                best = self.top_tokens(out, top_k, backend)
-                return grow_beams.launch(*best, *tree, level=level, backend=backend)
-
-            self.choices[key] = mx.compile(step, inputs=[self.output])
-        return self.choices[key](out, *tree)
-
-    def head_logits(self, out: mx.array) -> mx.array:
-        """The head's output [..., H] -> logits [..., V']."""
-        return self.target.logits(out) if self.frequent is None else multiply(self.output, out)
 
     def backend(self) -> str | None:
         """Whose kernels grow the tree; None for plain operations."""

@@ -91,7 +91,7 @@ def test_kernels_match_the_oracle_everywhere(tokens, experts, size, hidden, dtyp
 @in_harness
 @pytest.mark.parametrize("lanes", ["Metal", "CUDA"])
 @pytest.mark.parametrize("name, tile", [
-    ("grouped_up", GroupedTile(32, 4, 2, 3, 2, 1, 2, shift=1)),
+    ("grouped_up", GroupedTile(32, 4, 2, 3, 2, 1, 2)),
     ("grouped_up", GroupedTile(32, 2, 4, 3, 2, 2, 1)),
     ("grouped_down", GroupedTile(16, 2, 4, 3, 2, 1, 2, 64)),
     ("grouped_down", GroupedTile(16, 4, 2, 4, 2, 2, 3, 32)),

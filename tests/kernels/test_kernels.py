@@ -107,6 +107,25 @@ def test_nan_makes_nan(case, where):
     assert mx.array_equal(mx.isnan(out), mx.isnan(expected))
 
 
+@pytest.mark.parametrize("width", [96, 512])  # no multiple of a window, and several
+@pytest.mark.parametrize("tile", [(16, 2, 2, 1), (32, 4, 1, 2), (64, 2, 2, 1)], ids=str)
+@pytest.mark.parametrize("name", [name for name, k in kernels.KERNELS.items() if k.can_stage])
+def test_staged_tokens(name, tile, width):
+    """CUDA's way for packed weights, at sizes that fit into Metal's threadgroup memory."""
+    tokens, octets, simdgroups, depth = tile
+    packing = (8, 32) if tokens == 64 else (4, 64 if width == 512 else 32)
+    tile = kernels.Tile(tokens, True, octets, simdgroups, depth, staged=True)
+    kernel, dtype = kernels.KERNELS[name], mx.float16 if depth == 2 else mx.bfloat16
+    sample = kernel.sample(kernels.random_layer(tokens - 3, 9, 64, width, 5, dtype, packing))
+    with running("check") as runs:
+        found = kernel.launch(*sample.operands, **sample.settings, backend=BACKEND, tile=tile)
+        found = kernel.written(sample, *(found if isinstance(found, tuple) else (found,)))
+        mx.eval(found)
+    assert ON_GPU or runs[-1].launch.grid  # PLACE
+    assert ON_GPU or "StagedTokens" in runs[-1].launch.source
+    assert probe.agree(found, kernel.exact(sample), dtype)
+
+
 @pytest.mark.parametrize("packing", doctor.PACKINGS.values(), ids=doctor.PACKINGS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", kernels.KERNELS)
