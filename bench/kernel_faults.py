@@ -38,6 +38,7 @@ TESTS = [
 TESTS += ["kernels", "kernel_language", "grouped"]
 FIRST = {"union": "kernel_edges", "route": "route"}  # by the faulty file
 FIRST |= {
+    "staged_tokens": "kernels",
     "norm_up": "norm_up",
     "grouped_norm_up": "grouped_norm_up",
     **dict.fromkeys(("normed", "normed_gate"), "normed"),
