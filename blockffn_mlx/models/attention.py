@@ -6,7 +6,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.nn.layers.distributed import shard_linear
 from mlx_lm.models.mla import MultiLinear
 
@@ -87,8 +86,8 @@ class Positions:
         if isinstance(self.offset, mx.array):
             return (self.offset[:, None] + mx.arange(self.num_tokens)).flatten()
         length = self.num_tokens if batch_size > 1 else max(self.num_tokens, LEAST)
-        row = np.arange(self.offset, self.offset + length, dtype=np.int32)
-        return mx.array(np.tile(row, batch_size))
+        row = mx.arange(self.offset, self.offset + length)  # made on the device, which reads it
+        return row if batch_size == 1 else mx.tile(row, batch_size)
 
     @property
     def length(self) -> int:
