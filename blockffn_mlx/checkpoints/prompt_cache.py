@@ -38,7 +38,11 @@ def read_prompt_cache(path: str | Path, model: nn.Module) -> list[Any]:
     model(mx.array([[0]]), fresh)
     if found != [widths(layer) for layer in fresh]:
         raise ValueError(f"{path} holds the prompt cache of another model.")
-    return cache
+    # plain ones as the model makes them
+    return [
+        type(new).from_state(old.state) if type(old) is KVCache else old
+        for old, new in zip(cache, fresh, strict=True)
+    ]
 
 
 def widths(cache: Any) -> tuple[int, ...]:
