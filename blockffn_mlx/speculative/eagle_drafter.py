@@ -18,9 +18,9 @@ from .tree import Tree, check_size
 
 TOP_K, DEPTH = 10, 5
 # A level of the draft is about as much work as this many layers of the target's pass, and what a
-# round does besides both as much as that many: by launches (docs/speculation.md), which is what
-# counts where the host is what keeps a GPU waiting.
-LEVEL_LAYERS, OTHER_LAYERS = 1.5, 2.0
+# round does besides both as much as that many: of the host, which builds 13 launches for a level
+# and 8 for a layer, the latter in fewer calls, and keeps a GPU waiting (docs/speculation.md).
+LEVEL_LAYERS, OTHER_LAYERS = 2.5, 3.0
 # Before evidence a level holds as often as the one before it.
 PRIOR_CHANCE, PRIOR_ROUNDS, MEMORY = 0.7, 2.0, 0.95
 
