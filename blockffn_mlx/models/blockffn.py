@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -256,19 +255,23 @@ class Model(nn.Module):
         """Hidden states after the final norm [..., H] -> logits [..., V]."""
         if self.logit_divisor != 1:
             hidden_states = hidden_states / self.logit_divisor
-        tied = self.args.tie_word_embeddings
-        return multiply(self.model.embed_tokens if tied else self.lm_head, hidden_states)
+        return multiply(self.output_head, hidden_states)
 
-    def logits_for(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
+    @property
+    def output_head(self) -> nn.Module:
+        """What gives the logits: the embedding where both are tied."""
+        return self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
+
+    def logits_for(self, tokens: mx.array) -> nn.Module:
         """`logits` for some token ids [V'] only: hidden states [..., H] -> [..., V']."""
-        tied = self.args.tie_word_embeddings
-        rows = linear_rows(self.model.embed_tokens if tied else self.lm_head, tokens)
+        rows = linear_rows(self.output_head, tokens)
         # A copy, so that the division can be done once.
         for name in ("scales", "biases") if "scales" in rows else ("weight",):
             if rows.get(name) is not None:
                 rows[name] = rows[name] / self.logit_divisor
         rows.eval()
-        return partial(multiply, rows)
+        mx.eval(rows.parameters())
+        return rows
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """Splits kv_b_proj, whose rows are [k_nope | v] per head, into the halves MLA uses."""

@@ -1,7 +1,9 @@
 """EAGLE-2: drafts a dynamic tree with a head that continues the target's hidden states."""
 
 from bisect import bisect_left
+from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 
@@ -13,6 +15,7 @@ from ..models.attend import AncestorMask, longest_piece
 from ..models.cache import KVCache
 from ..models.eagle import EagleHead
 from ..models.eagle_pieces import DraftRows
+from ..models.output import multiply
 from .target import Target
 from .tree import Tree, check_size
 
@@ -63,7 +66,8 @@ class EagleDrafter:
         self.top_k, self.depth = top_k, depth
         self.max_waiting = max_waiting or longest_piece()
         self.target_layers = len(target.make_cache())
-        self.head_logits = target.logits if frequent is None else target.logits_for(frequent)
+        self.output = target.output_head if frequent is None else target.logits_for(frequent)
+        self.choices: dict[tuple[int, int, str], Callable[..., Any]] = {}
         self.reset()
 
     def reset(self, offset: int = 0) -> None:
@@ -208,12 +212,8 @@ class EagleDrafter:
         # A level's positions: mx.fast.rope takes one a row.
         positions = depths_of_beams(top_k, depth) + self.length
         for level in range(levels):
-            best = self.top_tokens(out if level else out[:, -1:], top_k, backend)
-            tree = (*best, nodes, scores, beams, beam_scores)
-            if backend:
-                grown = grow_beams.launch(*tree, level=level, backend=backend)
-            else:
-                grown = grow_beams.twin(*tree, level=level)
+            tree = nodes, scores, beams, beam_scores
+            grown = self.choose(out if level else out[:, -1:], *tree, level, backend)
             nodes, scores, beams, beam_scores = grown
             if level == depth:
                 break
@@ -230,6 +230,29 @@ class EagleDrafter:
         size = min(total_tokens, filled + 1)
         first = mx.array([root], mx.uint32)
         return Tree.grown(first, nodes, scores, size, filled, levels, backend)
+
+    def choose(self, out: mx.array, *state: Any) -> tuple[mx.array, ...]:
+        """The tree with the level behind the head's output; `state` ends with level and backend.
+
+        Compiled where kernels do it: the host takes longer than they do.
+        """
+        *tree, level, backend = state
+        top_k = tree[2].shape[1]
+        if backend is None:
+            return grow_beams.twin(*self.top_tokens(out, top_k), *tree, level=level)
+        key = top_k, level, backend
+        if key not in self.choices:
+
+            def step(out: mx.array, *tree: mx.array) -> tuple[mx.array, ...]:
+                best = self.top_tokens(out, top_k, backend)
+                return grow_beams.launch(*best, *tree, level=level, backend=backend)
+
+            self.choices[key] = mx.compile(step, inputs=[self.output])
+        return self.choices[key](out, *tree)
+
+    def head_logits(self, out: mx.array) -> mx.array:
+        """The head's output [..., H] -> logits [..., V']."""
+        return self.target.logits(out) if self.frequent is None else multiply(self.output, out)
 
     def backend(self) -> str | None:
         """Whose kernels grow the tree; None for plain operations."""

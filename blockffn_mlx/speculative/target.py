@@ -1,9 +1,9 @@
 """What speculation needs of a model, and all that it needs."""
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..models.attend import Mask
 
@@ -61,5 +61,9 @@ class Target(Protocol):
     def logits(self, hidden: mx.array) -> mx.array:
         """Hidden states after the final norm [..., H] -> logits [..., V]."""
 
-    def logits_for(self, tokens: mx.array) -> Callable[[mx.array], mx.array]:
+    @property
+    def output_head(self) -> nn.Module:
+        """The module whose weights `logits` multiplies with."""
+
+    def logits_for(self, tokens: mx.array) -> nn.Module:
         """`logits` for some token ids [V'] only: hidden states [..., H] -> [..., V']."""
