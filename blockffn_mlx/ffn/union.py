@@ -5,6 +5,7 @@ The kernels do the same without reading the union on the host: `plan.Plan`.
 
 import mlx.core as mx
 
+from .. import device
 from ..quantisation import ExpertWeights
 from .dense import dense_ffn, stored_is_faster
 from .experts import Activation, host_values, weigh
@@ -32,8 +33,10 @@ def union_ffn(
         return mx.zeros_like(x)
     index = mx.array(union)
     scores = scores[:, index]
-    if x.dtype == mx.float32 and not (up.format.packing or down.format.packing):
-        # gather_mm reads the chosen experts in place; on a CPU it takes float32 only.
+    packed, on_cpu = up.format.packing or down.format.packing, device.compute_backend() == "cpu"
+    if x.dtype == mx.float32 and on_cpu and not packed:
+        # gather_mm reads the chosen experts in place. On a CPU it takes float32 only; in MLX 0.32.4
+        # on CUDA it was wrong for 130 tokens.
         hidden = mx.gather_mm(x[None], up.plain().swapaxes(1, 2), rhs_indices=index)  # [U, T, d]
         hidden = weigh(hidden, scores.T, act, shift)
         rows = mx.arange(len(union))
