@@ -22,9 +22,9 @@ import kernels_check
 import mlx.core as mx
 import numpy as np
 
-from blockffn_mlx import device, kernels
+from blockffn_mlx import device
 from blockffn_mlx.ffn import chunk_union_ffn
-from blockffn_mlx.kernels import grouped_down, grouped_up, place, random_layer, text
+from blockffn_mlx.kernels import grouped_down, grouped_up, place, random_layer
 from blockffn_mlx.kernels.grouped_tiles import GroupedTile, choose_tiles
 from blockffn_mlx.quantisation import ExpertWeights, Plain, quantized
 
@@ -126,66 +126,6 @@ COMPETING = [
         T(64, 4, 4, 3, 8, 1, 1),
     ]),
 ]  # fmt: skip
-
-
-# What `without` takes out of the kernels, to see what bounds them: texts and what stands for them.
-WEIGHTS = [
-    ("load_window<OCTETS, WIDTH>(spans[s][i], up, weight_row, k, HIDDEN, lane);", ""),
-    ("if (coming.count) {\n              load_window", "if (false) {\n              load_window"),
-]
-FILLS = [("copy_piece(stage.data + at, source, real);", "")]
-LOADS = [
-    (f"data[{place}]", "{lane, piece, lane + n, lane + window}")
-    for i in (0, 1)
-    for place in (f"place{i} ^ piece", f"(place{i} ^ piece) + 8 * StageType::PIECES")
-]
-PRODUCTS = [
-    (
-        "multiply_tokens(rows, eights, sums + n * Lanes::SLOTS);",
-        """for (int m = 0; m < 2; ++m) {
-#pragma unroll
-              for (int i = 0; i < 4 * PIECES; ++i) {
-                sums[n + m][i % 2] += as_type<float>(
-                    eights[m].x[0][i] ^ eights[m].x[1][i] ^ spans[i % OCTETS].words[i]);
-              }
-            }""",
-    )
-]
-SLOTS = "const int COLUMNS = TileType::COLUMNS, SLOTS = BATCH * Lanes::SLOTS;"
-SUMS = [(SLOTS, f"{SLOTS}\nif (count < 10000) return;")]
-AWAIT, BARRIER = (
-    "await_copies<STAGES - 2>();",
-    "threadgroup_barrier(mem_flags::mem_threadgroup);",
-)
-BARRIERS = [(f"{AWAIT}\n{' ' * n}{BARRIER}", AWAIT) for n in (8, 10)]
-OUT = [
-    (
-        "store_columns<TileType::COLUMNS>(\n",
-        "if (count > 10000) store_columns<TileType::COLUMNS>(\n",
-    )
-]
-TURN = "blockIdx.x / 4 * 5"  # threadgroups begin at different places of the rows
-PLACE = f"{TURN}) % (HIDDEN / WIDTH)"
-LOCKSTEP = [
-    ("k = step * StageType::PIECES", f"k = (step + {PLACE} * StageType::PIECES"),
-    ("up, weight_row, j * WINDOW, HIDDEN", f"up, weight_row, (j + {PLACE} * WIDTH, HIDDEN"),
-    ("(step + DEPTH) * WIDTH + i", f"(step + DEPTH + {PLACE} * WIDTH + i"),
-]
-ABLATIONS = {
-    "nothing": [],
-    "weights": WEIGHTS,
-    "fills": FILLS,
-    "weights, fills": WEIGHTS + FILLS,
-    "loads": LOADS,
-    "products": PRODUCTS,
-    "products, loads": LOADS + PRODUCTS,
-    "weights, fills, loads": WEIGHTS + FILLS + LOADS,
-    "weights, fills, barriers": WEIGHTS + FILLS + BARRIERS,
-    "out": OUT,
-    "lockstep": LOCKSTEP,
-    "sums": SUMS,
-    "sums, weights, fills": SUMS + WEIGHTS + FILLS,
-}
 
 
 class Layer(NamedTuple):
@@ -339,37 +279,6 @@ def measure_tiles(note: Callable[..., None], shapes: list[Shape]) -> None:
         del layers, parts
 
 
-def measure_without(note: Callable[..., None], shapes: list[Shape], compiling: bool) -> None:
-    """What is left of the time without a part of a kernel, whose results mean nothing then."""
-    whole = text.read_source
-    for shape, tokens in ((s, t) for s in shapes for t in ((65,) if compiling else (2048, 128))):
-        layers = [make_layer(shape, tokens, i) for i in range(1 if compiling else shape.layers)]
-        tiles = choose_tiles(2048, BACKEND, mx.bfloat16, layers[0].down.format.packing)
-        parts = Parts(layers, tiles.down.block)
-        for name, tile in (("up", tiles.up), ("down", tiles.down)):
-            for without, changes in ABLATIONS.items():
-                if (name, without) in (("up", "sums"), ("down", "out"), ("down", "lockstep")):
-                    continue
-
-                def changed(*args: Any, changes: Any = changes) -> str:
-                    source = whole(*args)
-                    for old, new in changes:
-                        source = source.replace(old, new)
-                    return source
-
-                text.read_source = changed
-                kernels.build_kernel.cache_clear()
-                try:
-                    run = partial(getattr(parts, name), tile=tile)
-                    us = microseconds(run, layers, 1 if compiling else 5)
-                    note(kernel=name, without=without, layer=str(shape[:3]), tokens=tokens, us=us)
-                except Exception as failure:
-                    note(kernel=name, without=without, failure=str(failure)[:600])
-        text.read_source = whole
-        kernels.build_kernel.cache_clear()
-        del layers, parts
-
-
 def compile_all(note: Callable[..., None], shapes: list[Shape]) -> None:
     """Launches every kernel of the other parts once, on zeros: for bench/cuda_cache.py."""
     for index, shape in enumerate(shapes):
@@ -428,8 +337,6 @@ def main() -> None:
                 compile_checked(note, args.seed)
             elif part == "check":
                 check(note, args.seconds, args.seed)
-            elif part.startswith("without"):
-                measure_without(note, [SHAPES[i] for i in args.shapes], part == "without-compile")
             elif part == "layers":
                 measure_layers(note, [SHAPES[i] for i in args.shapes])
             else:

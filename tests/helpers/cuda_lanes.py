@@ -1,8 +1,8 @@
 """The lane arithmetic of metal/cuda.h as Metal text, so that the harness can run it.
 
 What is CUDA's own (its matrix instruction, its copies) is put in terms of shuffles and plain
-copies; where lanes lie in the matrix unit, and who holds what, is cuda.h's text unchanged. Packed
-weights of 4 bits are left out: their unpacking is in CUDA's words.
+copies, and the unpacking of weights by what it comes to; where lanes lie in the matrix unit, and
+who holds what, is cuda.h's text unchanged.
 """
 
 from importlib import resources
@@ -37,12 +37,21 @@ inline float __fdividef(float a, float b) {
 inline float __expf(float a) {
   return exp(a);
 }
-inline uint __byte_perm(uint, uint, uint) {
-  return 0;  // packed weights only
+inline uint __byte_perm(uint a, uint b, uint selected) {
+  uint out = 0;
+  for (uint i = 0; i < 4; ++i) {
+    const uint at = selected >> (4 * i) & 7;
+    out |= ((at < 4 ? a >> (8 * at) : b >> (8 * (at - 4))) & 255) << (8 * i);
+  }
+  return out;
 }
 template <typename T>
-inline uint affine_pair(const thread uint*, int, int, T, T) {
-  return 0;
+inline uint affine_pair(const thread uint* words, int bits, int j, T scale, T bias) {
+  const uint word = bits == 4 ? words[j / 4] >> (j % 4 * 4) : words[j / 2] >> (j % 2 * 16);
+  const uint low = bits == 4 ? word & 15 : word & 255;
+  const uint high = bits == 4 ? word >> 16 & 15 : word >> 8 & 255;
+  return pack_pair(
+      float(low) * float(scale) + float(bias), float(high) * float(scale) + float(bias), scale);
 }
 constant struct { uint y; } blockIdx = {0};
 """
