@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from .. import device
-from ..kernels import MAX_TOKENS
+from ..kernels import MAX_TOKENS, Sizes, covers
 from ..kernels.tiles import tile_table
 from .experts import ExpertLinear, QuantizedExpertLinear
 
@@ -57,6 +57,9 @@ def lengths(model: Any, longest: int) -> list[int]:
     experts = next((module for module in model.modules() if isinstance(module, kinds)), None)
     if backend is None or experts is None:
         return []
-    table = tile_table(backend, *experts.weights.format)
+    (num_experts, *dims), form = experts.weights.shape, experts.weights.format
+    if not covers(Sizes(1, dims[1], num_experts, dims[0], form.dtype, form, form)):
+        return []
+    table = tile_table(backend, *form)
     found = {1, *(tiles.up.tokens for tiles in table), MAX_TOKENS + 1}
     return sorted({min(length, longest) for length in found})

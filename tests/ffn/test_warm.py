@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 import metal_host
@@ -65,6 +66,16 @@ def test_it_stops_when_it_is_told(on_metal):
     warmup.start()
     warmup.stop()
     assert warmup.lengths == [] and not warmup.is_alive() and not on_metal
+
+
+@pytest.mark.parametrize("bits", [3, 6])
+def test_nothing_is_done_for_weights_that_no_kernel_takes(monkeypatch, bits):
+    model = tiny_model(**SIZES)
+    model.set_dtype(mx.bfloat16)
+    monkeypatch.setattr(device, "kernel_backend", lambda: "cuda")
+    assert lengths(model, 65) == [1, 8, 16, 32, 64, 65]
+    nn.quantize(model, 32, bits, class_predicate=lambda _, m: hasattr(m, "to_quantized"))
+    assert lengths(model, 65) == []
 
 
 def test_nothing_is_done_without_kernels():
