@@ -169,7 +169,6 @@ class DecoFFN(nn.Module):
         self.eps = args.rms_norm_eps
         self.router_norm_type = args.router_norm_type
         self.act = args.expert_act_func
-        self.activation = EXPERT_ACTIVATIONS[self.act]
         self.takes_mean = self.act in ("norm_silu", "norm_silu_norms")
         self.num_experts, self.expert_size = args.num_experts, args.expert_size
         # RMSNorm over the experts would take a reduction more; no published model has it.
@@ -240,7 +239,7 @@ class DecoFFN(nn.Module):
             hidden = mx.fast.rms_norm(hidden.astype(mx.float32), self.constants().norm, self.eps)
         elif self.act == "norm_silu_norms":
             hidden = hidden.astype(mx.float32)
-        return self.activation(hidden)
+        return EXPERT_ACTIVATIONS[self.act](hidden)
 
     def norm(self, product: mx.array) -> tuple[mx.array, ...]:
         """What kernels of a long chunk take of the experts' norm; `product` as `route` gives it."""

@@ -133,6 +133,11 @@ def test_a_decos_experts_alone_get_fewer_bits():
     sizes = dict(num_hidden_layers=3, moe_layer_freq=[0, 1, 1], num_attention_heads=1)
     model = deco.Model(deco.ModelArgs(vocab_size=61, hidden_size=64, **sizes))
     predicate = bf.bits_by_use(model, [[0.3], [0.1]], low=3, high=6)
+    ids = mx.array([[5, 17, 3, 42]])
+    before = model(ids)
+    rounded, bits = bf.rounded(model, predicate=predicate)
+    assert 3 < bits < 9 and not mx.allclose(rounded(ids), before, rtol=1e-3)
+    assert mx.array_equal(model(ids), before)
     given = {path: predicate(path, None)["bits"] for path, _ in model.named_modules()}
     assert given["model.layers.1.mlp.expert_up_proj"] == 6
     assert given["model.layers.2.mlp.expert_down_proj"] == 3
