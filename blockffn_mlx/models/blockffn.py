@@ -263,7 +263,7 @@ class Model(nn.Module):
         return self.model.embed_tokens if self.args.tie_word_embeddings else self.lm_head
 
     def logits_for(self, tokens: mx.array) -> nn.Module:
-        """`logits` for some token ids [V'] only: hidden states [..., H] -> [..., V']."""
+        """An output head for some token ids [V'] only: `multiply` takes it for `logits`."""
         rows = linear_rows(self.output_head, tokens)
         # A copy, so that the division can be done once.
         for name in ("scales", "biases") if "scales" in rows else ("weight",):
@@ -325,10 +325,13 @@ class Model(nn.Module):
 
 
 def linear_rows(head: nn.Module, rows: mx.array) -> nn.Module:
-    """A linear map with some rows of an output head or an embedding, quantised like it."""
+    """A linear map with some rows of an output head or an embedding, packed as it is if affine."""
     linear: nn.Module = nn.Linear(1, 1, bias=False)
     if isinstance(head, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
         settings = {name: getattr(head, name) for name in ("group_size", "bits", "mode")}
+        if head.mode != "affine":  # whose scales are exponents, which nothing can be multiplied by
+            linear.weight = mx.dequantize(head.weight[rows], head.scales[rows], **settings)
+            return linear
         linear = nn.QuantizedLinear(512, 1, bias=False, **settings)
     for name in ("weight", "scales", "biases"):
         if name in head and head[name] is not None:

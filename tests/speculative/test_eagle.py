@@ -18,6 +18,7 @@ from blockffn_mlx import device
 from blockffn_mlx.ffn import MAX_CHUNK
 from blockffn_mlx.kernels.kernel import build_kernel
 from blockffn_mlx.models.eagle import EagleHead
+from blockffn_mlx.quantisation import MODE_DEFAULTS
 from blockffn_mlx.speculative import load_draft
 from blockffn_mlx.speculative.eagle_drafter import EagleDrafter
 from blockffn_mlx.speculative.tree import path_to
@@ -252,11 +253,16 @@ def test_norms_bias_and_head_shapes_come_from_the_files(tmp_path, norms, bias, a
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("bits", [None, 8])
-def test_a_reduced_vocabulary_takes_rows_of_the_targets_head(tied, bits):
+@pytest.mark.parametrize("mode", [None, "affine", "mxfp8", "nvfp4"])
+def test_a_reduced_vocabulary_takes_rows_of_the_targets_head(tied, mode):
     model = tiny_model(tie_word_embeddings=tied, hidden_size=64, dim_model_base=16)
-    if bits:
-        nn.quantize(model, 32, bits, class_predicate=lambda n, m: "embed" in n or "head" in n)
+    if mode:
+        nn.quantize(
+            model,
+            *MODE_DEFAULTS[mode][:2],
+            mode=mode,
+            class_predicate=lambda n, m: "embed" in n or "head" in n,
+        )
     rows = mx.array([5, 60, 0, 17])
     hidden = mx.random.normal((1, 3, 64))
     found = model.logits_for(rows)(hidden)
