@@ -15,11 +15,8 @@ from ..kernels.draft_input import DRAFT_INPUT
 from ..kernels.tracing import is_tracing
 from .attend import Mask, append_and_attend
 from .compiled import JOINED, arrays_of, entry_of, form_of, is_plain, join, with_transpose
+from .output import MOST_ROWS
 from .pieces import Arrays, Entry, LinearMap, Shape
-
-# Rows up to which the package's kernels multiply: a draft's own. More come with prompts, for which
-# a class of kernels more would have to be built.
-MOST_ROWS = 16
 
 
 class DraftRows(NamedTuple):

@@ -11,7 +11,8 @@ from ..kernels import Call, linear
 from ..quantisation import Format, Quantization
 from .compiled import arrays_of
 
-# Rows of a tree or of a level of a draft. For more CUDA would have to build a kernel more.
+# Rows of a tree or of a level of a draft: up to so many the package's kernels multiply, here and in
+# a draft head. For the more that come with prompts CUDA would have to build a class of them more.
 MOST_ROWS = 16
 EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding)

@@ -174,7 +174,11 @@ class EagleDrafter:
         return self.grow(tokens[-1], top_k, depth, total_tokens)
 
     def catch_up(self, next_token: int) -> mx.array:
-        """Runs all waiting rows, the last one with `next_token`; returns their output."""
+        """Runs all waiting rows, the last one with `next_token`, `max_waiting` at most in a pass.
+
+        Returns:
+            The head's output in the last pass, [1, T, H].
+        """
         hidden = mx.concatenate(self.waiting, axis=1)
         tokens = self.waiting_tokens[1:] + [next_token]
         self.drop_scratch_rows()  # an interrupted draft may have left some
@@ -232,9 +236,11 @@ class EagleDrafter:
         return Tree.grown(first, nodes, scores, size, filled, levels, backend)
 
     def choose(self, out: mx.array, *state: Any) -> tuple[mx.array, ...]:
-        """The tree with the level behind the head's output; `state` ends with level and backend.
+        """The tree with the level behind the head's output, compiled where kernels make it.
 
-        Compiled where kernels do it: the host takes longer than they do.
+        Args:
+            out: The head's output, [1, beams, H].
+            state: What `grow_beams` gave for the level before, the level, and the backend or None.
         """
         *tree, level, backend = state
         top_k = tree[2].shape[1]

@@ -66,4 +66,4 @@ class Target(Protocol):
         """The module whose weights `logits` multiplies with."""
 
     def logits_for(self, tokens: mx.array) -> nn.Module:
-        """`logits` for some token ids [V'] only: hidden states [..., H] -> [..., V']."""
+        """An output head for some token ids [V'] only, its factor included."""
