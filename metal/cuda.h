@@ -152,13 +152,12 @@ inline uint affine_pair(const uint* words, int bits, int j, T scale, T bias) {
   if (bits == 4) {
     return unpack_nibbles(words[j / 4] >> (j % 4 * 4), scale, bias);
   }
-  // 2^15 + byte, as float. The bias takes the 2^15 away, which leaves it off by a 500th of the
-  // scale, that is of a step of the quantisation, at most.
-  const uint word = words[j / 2], first = 0x7404 + j % 2 * 0x20;
-  const float low = as_type<float>(__byte_perm(word, 0x47000000u, first));
-  const float high = as_type<float>(__byte_perm(word, 0x47000000u, first + 0x10));
-  const float factor = float(scale), offset = float(bias) - 32768.0f * factor;
-  return pack_pair(low * factor + offset, high * factor + offset, scale);
+  // 2^23 + byte, as float
+  const uint word = words[j / 2], first = 0x7540 + j % 2 * 2;
+  const float low = as_type<float>(__byte_perm(word, 0x4b000000u, first)) - 8388608.0f;
+  const float high = as_type<float>(__byte_perm(word, 0x4b000000u, first + 1)) - 8388608.0f;
+  return pack_pair(
+      low * float(scale) + float(bias), high * float(scale) + float(bias), scale);
 }
 
 // The 16-row instruction takes two octets at once.
