@@ -64,10 +64,7 @@ GROUPED_TILES = {
             768, GroupedTile(112, 4, 4, 3, 14, 1, 2), GroupedTile(64, 4, 4, 3, 8, 2, 1, 256)
         ),
         GroupedTiles(
-            384, GroupedTile(112, 4, 4, 3, 14, 1, 2), GroupedTile(32, 4, 4, 3, 4, 2, 2, 128)
-        ),
-        GroupedTiles(
-            176, GroupedTile(64, 2, 4, 3, 8, 2, 2), GroupedTile(32, 2, 4, 3, 4, 2, 2, 128)
+            176, GroupedTile(112, 4, 4, 3, 14, 1, 2), GroupedTile(32, 4, 4, 3, 4, 2, 2, 128)
         ),
         GroupedTiles(1, GroupedTile(32, 2, 4, 4, 4, 2, 2), GroupedTile(32, 2, 4, 3, 4, 2, 2, 128)),
     ],
