@@ -208,7 +208,7 @@ def tune_tiles(args: argparse.Namespace, lengths: list[int] | None) -> int:
     console.print(
         f"{device.name()}: tiles of {kind} weights, {args.hidden_size} wide, "
         f"{args.num_experts} experts of {args.expert_size}; a tile is (tokens, matrix unit, octets "
-        "of rows, simdgroups, depth, tokens ahead)"
+        "of rows, simdgroups, depth, tokens ahead, tokens staged)"
     )
     sizes = (args.hidden_size, args.num_experts, args.expert_size)
     for tuned in tune(
