@@ -13,6 +13,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import ColorDepth
+from prompt_toolkit.patch_stdout import patch_stdout
 
 from ..paths import expand
 from ..prompt import clean
@@ -136,7 +137,8 @@ class TerminalInput:
         """
         self.cleared, self.pasted = False, text
         try:
-            typed = self.session.prompt([(PROMPT_STYLE, PROMPT)], default=text)
+            with patch_stdout():  # warnings of the warm-up come above the line
+                typed = self.session.prompt([(PROMPT_STYLE, PROMPT)], default=text)
         except EOFError:
             return None
         return typed if typed == self.pasted else unquoted(typed)

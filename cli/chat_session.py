@@ -82,7 +82,7 @@ class Chat:
         )
         conversation.pace = PrefillPace(settings.prefill_step_size)
         self.model, self.tokenizer, self.drafting = model, tokenizer, drafting
-        self.need, self.is_warm, self.experts = need, False, None
+        self.need, self.warmup, self.experts = need, Warmup(model), None
         self.conversation, self.settings = conversation, settings
         self.update_sampler()
 
@@ -141,14 +141,12 @@ class Chat:
 
     def _read_line(self, text: str) -> str | None:
         """The next line, which begins with `text`; kernels are built while a person types it."""
-        warmup = Warmup(self.model)
-        if self.is_interactive and not self.is_warm:
-            warmup.start()
+        if self.is_interactive and self.warmup.ident is None:
+            self.warmup.start()
         try:
             return self.input.read(text)
         finally:
-            warmup.stop()
-            self.is_warm = True
+            self.warmup.stop()
 
     def take(self, line: str, instead: bool = False):
         """A message or a command; what is wrong with it becomes one line.

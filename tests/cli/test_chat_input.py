@@ -2,17 +2,23 @@
 
 import io
 import os
+import sys
 from pathlib import Path
+from threading import Timer
 
 import pytest
+from prompt_toolkit.application import create_app_session
 from prompt_toolkit.completion import CompleteEvent
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 from blockffn_mlx.cli.chat_commands import ALIASES, COMMANDS, is_command
 from blockffn_mlx.cli.chat_input import (
     CommandCompleter,
     LineInput,
+    TerminalInput,
     goes_on,
     open_history,
     unquoted,
@@ -25,6 +31,18 @@ def test_messages_of_many_lines():
     assert unquoted('"""\na\n\nb\n"""') == "a\n\nb" and unquoted(' "a" ') == ' "a" '
     lines = LineInput(io.StringIO("a\\\nb\r\n\nlast\\"))
     assert [lines.read() for _ in range(4)] == ["a\nb", "", "last", None]
+
+
+def test_a_warning_while_somebody_types_is_not_written_into_the_line(capsys):
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+
+        def warn_and_send():
+            print("a kernel stays off", file=sys.stderr)
+            pipe.send_text("Hi\r")
+
+        Timer(0.2, warn_and_send).start()
+        assert TerminalInput(None, COMMANDS).read() == "Hi"
+    assert capsys.readouterr().err == ""
 
 
 NOT_BLOCKS = (
