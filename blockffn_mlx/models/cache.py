@@ -22,7 +22,7 @@ class KVCache(mlx_cache.KVCache):
 
     @property
     def keys(self) -> mx.array | None:
-        """[B, kv_heads, capacity, D], a view."""
+        """[B, kv_heads, capacity, D], a view: rows set in it are not set in the cache."""
         return None if self.both is None else mx.split(self.both, 2)[0]
 
     @keys.setter
