@@ -94,9 +94,9 @@ def twin(
 
 
 def sample(layer: RandomLayer) -> Sample:
-    """A chunk's activations as heads of 32, somewhere in a text."""
+    """A chunk's activations as heads of 16, somewhere in a text."""
     num_tokens, hidden_size = layer.x.shape
-    heads = Heads(hidden_size // 32 - 2, 1, 32, 10000.0, 0.5)
+    heads = Heads(hidden_size // 16 - 2, 1, 16, 10000.0, 0.5)
     positions = mx.arange(num_tokens) + 100
     return Sample((layer.x[None], positions, periods(heads)), {"num_heads": heads.num_heads})
 
