@@ -38,8 +38,9 @@ def test_the_strip_shows_experts_while_an_answer_is_made(chat):
 
 def test_a_terminal_of_ascii_gets_ascii(chat):
     terminal = chat("-m", "-1", "--temp", "1", "--seed", "1", PYTHONIOENCODING="ascii")
-    rows = during(terminal, "Tell me").rstrip().split("\n")
-    assert re.fullmatch(r"0 [ .:\-=#]+", rows[-1]), rows[-1]
+    # A look may fall between the text and the strip below it.
+    looks = (during(terminal, "Tell me").rstrip().split("\n")[-1] for _ in range(5))
+    assert any(re.fullmatch(r"0 [ .:\-=+#]+", row) for row in looks)
     drawn = terminal.enter("/sparsity")
     assert re.search(r" 1 [.:\-=+#]{9} ", drawn)
     assert terminal.raw.isascii()
