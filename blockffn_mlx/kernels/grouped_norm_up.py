@@ -5,8 +5,8 @@ from functools import cache
 import mlx.core as mx
 
 from ..quantisation import ExpertWeights
-from . import grouped_tiles, grouped_up, place, route
-from .grouped_tiles import GroupedTile, choose_tiles
+from . import grouped_tiles, grouped_up, route
+from .grouped_tiles import GroupedTile, choose_tiles, up_groups
 from .kernel import Call, Kernel, Sample, prepare
 from .samples import RandomLayer
 from .tiles import Sizes
@@ -33,9 +33,7 @@ def arguments(sizes: Sizes, *, backend: str, tile: GroupedTile | None = None) ->
         GROUPED_NORM_UP,
         backend=backend,
         dtype=dtype,
-        groups=min(
-            num_experts * -(-num_tokens // tile.tokens), grouped_up.up_groups(backend, tile)
-        ),
+        groups=min(num_experts * -(-num_tokens // tile.tokens), up_groups(backend, tile)),
         simdgroups=tile.simdgroups,
         constants=grouped_up.constants(sizes, packing, tile),
         outputs=[((num_experts, num_tokens, expert_size), dtype)],
@@ -89,22 +87,17 @@ def twin(
     eps: float,
 ) -> mx.array:
     """`launch` in plain operations; what lies behind an expert's last row is 0."""
-    listed = mx.arange(lists.shape[1]) < counts[:, None]
-    tokens = mx.where(listed, lists, 0)
-    wide = weights.plain().astype(mx.float32)
-    z = x.astype(mx.float32)[tokens] @ wide.swapaxes(1, 2) - means[tokens][..., None]
-    z = mx.fast.rms_norm(z, norm, eps)
-    mine = mx.take_along_axis(scores.T, tokens, axis=1)[..., None].astype(mx.float32)
-    return mx.where(listed[..., None], z * mx.sigmoid(z) * mine, 0).astype(x.dtype)
+    z, tokens, listed = grouped_up.gathered_product(x, counts, lists, weights)
+    z = mx.fast.rms_norm(z - means[tokens][..., None], norm, eps)
+    return grouped_up.scored(z * mx.sigmoid(z), scores, tokens, listed).astype(x.dtype)
 
 
 def sample(layer: RandomLayer) -> Sample:
-    """A chunk whose tokens use half of the active experts each."""
-    scores = place.sample(layer).operands[0]
-    counts, lists, _ = place.twin(scores, block=place.SAMPLE_BLOCK)
+    """That of `grouped_up`, with means and a norm."""
+    *placed, weights = grouped_up.sample(layer).operands
     means = 0.3 * layer.x[:, 0].astype(mx.float32)
     norm = 1 + 0.5 * mx.random.normal((layer.up.shape[1],), key=mx.random.key(0))
-    return Sample((layer.x, scores, counts, lists, means, norm, layer.up), {"eps": 1e-5})
+    return Sample((*placed, means, norm, weights), {"eps": 1e-5})
 
 
 GROUPED_NORM_UP = Kernel(

@@ -87,13 +87,25 @@ def twin(
     act: str,
 ) -> mx.array:
     """`launch` in plain operations; what lies behind an expert's last row is 0."""
+    z, tokens, listed = gathered_product(x, counts, lists, weights)
+    activated = z * mx.sigmoid(z) if act == "silu" else mx.maximum(z, 0)
+    return scored(activated, scores, tokens, listed).astype(x.dtype)
+
+
+def gathered_product(
+    x: mx.array, counts: mx.array, lists: mx.array, weights: ExpertWeights
+) -> tuple[mx.array, mx.array, mx.array]:
+    """x up^T float32 [E, T, d] of each expert's tokens, those tokens, and which rows have one."""
     listed = mx.arange(lists.shape[1]) < counts[:, None]
     tokens = mx.where(listed, lists, 0)
     wide = weights.plain().astype(mx.float32)
-    z = x.astype(mx.float32)[tokens] @ wide.swapaxes(1, 2)
-    activated = z * mx.sigmoid(z) if act == "silu" else mx.maximum(z, 0)
+    return x.astype(mx.float32)[tokens] @ wide.swapaxes(1, 2), tokens, listed
+
+
+def scored(activated: mx.array, scores: mx.array, tokens: mx.array, listed: mx.array) -> mx.array:
+    """Activations [E, T, d] times their tokens' scores; 0 in rows without a token."""
     mine = mx.take_along_axis(scores.T, tokens, axis=1)[..., None].astype(mx.float32)
-    return mx.where(listed[..., None], activated * mine, 0).astype(x.dtype)
+    return mx.where(listed[..., None], activated * mine, 0)
 
 
 def written(sample: Sample, h: mx.array) -> tuple[mx.array]:
